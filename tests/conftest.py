@@ -43,7 +43,7 @@ def seed() -> int:
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In kernel tests, fill uninitialised float memory with NaN, so that reading it before writing it shows."""
+    """In kernel tests, fill uninitialised floats with NaN, so that reading before writing shows."""
     if not request.path.is_relative_to(KERNEL_TESTS):
         yield
         return
