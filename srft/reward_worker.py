@@ -1,0 +1,60 @@
+"""The process that grades one completion at a time; started by srft.rewards, imports no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+from srft.verifiers import BadGold, Verifier, load_verifier
+
+PR_SET_PDEATHSIG = 1
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent ends, even in the middle of one long C call."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _grade(verifier: Verifier, item: tuple) -> tuple[float, str, str]:
+    try:
+        value = float(verifier(*item))
+    except BadGold as error:
+        return 0.0, "bad_gold", str(error)
+    # whatever a verifier raises on a model's text is that item's result, not the run's end
+    except Exception as error:
+        return 0.0, "error", f"{type(error).__name__}: {error}"
+    if not math.isfinite(value):
+        return 0.0, "error", f"the verifier returned {value}"
+    return value, "ok", ""
+
+
+def main() -> None:
+    """Load the verifier and say ("ready", "") or ("failed", reason); then grade until the pipe closes."""
+    kind, descriptor, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    _die_with(parent)
+    # an interrupt at the keyboard is the parent's to handle; it closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(descriptor)
+    try:
+        verifier = load_verifier(kind)
+    except Exception as error:
+        connection.send(("failed", f"{type(error).__name__}: {error}"))
+        return
+    connection.send(("ready", ""))
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        connection.send(("graded", _grade(verifier, item)))
+
+
+if __name__ == "__main__":
+    main()
