@@ -9,7 +9,7 @@ readme = Path(__file__).parent / "README.md"
 setup(
     name="srft",
     version="0.1.0",
-    description="Single-stage supervised and reinforcement fine-tuning of language models, and its loss kernels.",
+    description="Single-stage supervised and reinforcement tuning of language models, and loss kernels.",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     author="The SRFT contributors",
