@@ -1,0 +1,380 @@
+"""The figures of a run, each drawn from metric rows onto one axes, so that they also make up the overview.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart; warm ones belong to demonstrations, cool
+ones to rollouts. Every panel skips what a run did not record.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+Rows = Sequence[Mapping[str, Any]]
+
+INK, MUTED, GRID = "#1f2328", "#68717c", "#dfe3e8"
+BLUE, GREEN, VERMILLION, PURPLE, AMBER, GREY = (
+    "#0072b2",
+    "#00916a",
+    "#d55e00",
+    "#b0578d",
+    "#e69f00",
+    "#98a1ab",
+)
+# hex colour in a figure -> name of the page's CSS variable, which has a light and a dark value
+CSS_NAMES = {
+    INK: "ink", MUTED: "muted", GRID: "grid", BLUE: "blue", VERMILLION: "vermillion", GREEN: "green",
+    PURPLE: "purple", AMBER: "amber", GREY: "grey",
+}  # fmt: skip
+
+_STYLE: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "srft",
+}
+_RAW_ONLY_BELOW = 12  # fewer points than this are drawn as they are, with markers
+_MAX_BARS = 120
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve.
+
+    Args:
+        key: Metric it shows.
+        label: Text at its right end.
+        color: Hex colour, one of those above.
+        dashes: Matplotlib line style.
+    """
+
+    key: str
+    label: str
+    color: str
+    dashes: str | tuple[float, tuple[float, float]] = "-"
+
+
+ENTROPY = (Line("entropy/rollout", "rollouts", BLUE), Line("entropy/demo", "demonstrations", VERMILLION))
+WEIGHTS = (Line("weight/sft", "SFT weight", VERMILLION), Line("weight/rl", "RL weight", BLUE))
+LOSSES = (
+    Line("loss/demo_sft", "demo, SFT", VERMILLION),
+    Line("loss/demo_rl", "demo, RL", PURPLE, (0, (4, 1.5))),
+    Line("loss/rollout_positive", "rollout, right", BLUE),
+    Line("loss/rollout_negative", "rollout, wrong", GREEN, (0, (4, 1.5))),
+)
+UNWEIGHTED = tuple(Line(f"{line.key}_unweighted", line.label, line.color, line.dashes) for line in LOSSES)
+LENGTH = (Line("length/mean", "", BLUE),)
+SHARES = (
+    Line("groups/all_right", "groups all right", BLUE),
+    Line("groups/all_wrong", "groups all wrong", VERMILLION),
+    Line("length/truncated", "completions cut", PURPLE, (0, (4, 1.5))),
+)
+GRAD_NORM = (Line("grad_norm", "", BLUE),)
+TIMES = (
+    ("rollout", BLUE), ("reward", GREEN), ("train", VERMILLION), ("sync", PURPLE), ("eval", AMBER),
+    ("other", GREY),
+)  # fmt: skip
+
+
+def points(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps and the values, [n] each, at which a metric was recorded with a finite value.
+
+    Args:
+        rows: Metric rows in order of step.
+        key: Name of the metric.
+    """
+    found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    steps, values = zip(*found, strict=True) if found else ((), ())
+    return np.array(steps, dtype=float), np.array(values, dtype=float)
+
+
+def smooth(steps: np.ndarray, values: np.ndarray, width: float) -> np.ndarray:
+    """Return the running mean under a Gaussian window, normalised where the window leaves the data.
+
+    Args:
+        steps: [n] where the values lie.
+        values: [n].
+        width: Standard deviation of the window in steps, > 0.
+    """
+    window = np.exp(-0.5 * ((steps[:, None] - steps[None, :]) / width) ** 2)
+    return window @ values / window.sum(1)
+
+
+def smoothing_width(rows: Rows) -> float:
+    """Return the standard deviation of the smoothing window of a run, in steps: a fortieth of its length.
+
+    Args:
+        rows: Metric rows in order of step.
+    """
+    return max(1.0, (rows[-1]["step"] - rows[0]["step"]) / 40) if rows else 1.0
+
+
+def seconds_by_part(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the seconds of one step by part; what the parts do not explain is "other".
+
+    Args:
+        row: One metric row; whether ``time/step`` includes the evaluation is inferred from its size.
+    """
+    parts = {name: float(row.get(f"time/{name}") or 0.0) for name, _ in TIMES if name != "other"}
+    step = float(row.get("time/step") or 0.0)
+    explained = sum(parts.values())
+    if step < explained:
+        explained -= parts["eval"]
+    return {**parts, "other": max(0.0, step - explained)}
+
+
+def _draw_accuracy(ax: Axes, rows: Rows) -> None:
+    """Draw mean reward of the rollouts, and evaluation accuracy with its interval."""
+    ends = _draw_lines(ax, rows, (Line("reward/mean", "training reward", BLUE),))
+    steps, accuracy = points(rows, "eval/accuracy")
+    if steps.size:
+        keys = ("step", "eval/ci_low", "eval/ci_high")
+        bounds = [
+            [row[key] for key in keys]
+            for row in rows
+            if all(isinstance(row.get(k), int | float) for k in keys)
+        ]
+        if bounds:
+            ax.vlines(*zip(*bounds, strict=True), color=INK, alpha=0.5, linewidth=1.6, clip_on=False)
+        ax.plot(steps, accuracy, "o-", color=INK, markersize=5, linewidth=1.6, clip_on=False, zorder=4)
+        ends.append((accuracy[-1], "eval accuracy", INK))
+    values = np.concatenate([points(rows, "reward/mean")[1], accuracy])
+    if values.size and values.min() >= 0 and values.max() <= 1:
+        ax.set_ylim(0, 1)
+    _finish(ax, rows, ends, "reward, accuracy")
+
+
+def _draw_curves(ax: Axes, rows: Rows, *, lines: Sequence[Line], ylabel: str, signed: bool = False) -> None:
+    """Draw curves over an axis that starts at 0 or, where values have a sign, has a line at 0."""
+    ends = _draw_lines(ax, rows, lines)
+    low, high = ax.get_ylim()
+    if not signed:
+        ax.set_ylim(bottom=0)
+    elif low < 0 < high:
+        ax.axhline(0, color=MUTED, linewidth=0.9, zorder=1)
+    _finish(ax, rows, ends, ylabel)
+
+
+def _draw_times(ax: Axes, rows: Rows) -> None:
+    """Draw the seconds of a step by part, stacked; long runs are averaged into bars of several steps."""
+    timed = [row for row in rows if any(f"time/{name}" in row for name in ("step", *(n for n, _ in TIMES)))]
+    per_bar = math.ceil(len(timed) / _MAX_BARS)
+    bars = [timed[start : start + per_bar] for start in range(0, len(timed), per_bar)] if timed else []
+    centres = np.array([np.mean([row["step"] for row in bar]) for bar in bars])
+    split = [[seconds_by_part(row) for row in bar] for bar in bars]
+    bottom = np.zeros(len(bars))
+    total = sum(sum(parts.values()) for bar in split for parts in bar)
+    for name, color in TIMES:
+        heights = np.array([np.mean([parts[name] for parts in bar]) for bar in split])
+        if not heights.any():
+            continue
+        share = sum(parts[name] for bar in split for parts in bar) / total
+        ax.bar(centres, heights, width=0.86 * per_bar, bottom=bottom, color=color, linewidth=0,
+               label=f"{name} {share:.0%}")  # fmt: skip
+        bottom += heights
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=0.9,
+              labelcolor=INK, borderaxespad=0.3)  # fmt: skip
+    ax.set_xlabel("step")
+    ax.set_ylabel("seconds per step")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure.
+
+    Args:
+        name: Its file name without ending.
+        title: Its heading.
+        caption: One sentence for the page.
+        draw: Draws it onto axes.
+        keys: Metrics of which one must exist.
+    """
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[Axes, Rows], None]
+    keys: tuple[str, ...]
+
+
+def _curves(
+    name: str, title: str, caption: str, lines: tuple[Line, ...], ylabel: str, signed: bool = False
+) -> Panel:
+    draw = partial(_draw_curves, lines=lines, ylabel=ylabel, signed=signed)
+    return Panel(name, title, caption, draw, tuple(line.key for line in lines))
+
+
+PANELS = (
+    Panel("reward_accuracy", "Reward and accuracy",
+          "Mean reward of the rollouts, and accuracy on the evaluation set with its interval.",
+          _draw_accuracy, ("reward/mean", "eval/accuracy")),
+    _curves("entropy", "Entropy by source",
+            "How undecided the policy is on its own rollouts and on the demonstrations.",
+            ENTROPY, "entropy (nats per token)"),
+    _curves("weights", "Weights of the two losses",
+            "Token means of the entropy-aware weights: SFT on demonstrations, RL on right rollouts.",
+            WEIGHTS, "mean weight of a token"),
+    _curves("loss_components", "Loss components, weighted",
+            "The four terms as they are added up.", LOSSES, "contribution to the loss", signed=True),
+    _curves("loss_components_unweighted", "Loss components, unweighted",
+            "The same four terms before their weights.", UNWEIGHTED, "term before its weight", signed=True),
+    Panel("time", "Where the time goes",
+          "Seconds of a step by part; the shares are of the whole run.",
+          _draw_times, ("time/step", *(f"time/{name}" for name, _ in TIMES))),
+    _curves("lengths", "Completion length",
+            "Mean length of the sampled completions.", LENGTH, "completion length (tokens)"),
+    _curves("shares", "Groups without contrast",
+            "Groups whose rollouts are all right or all wrong, and completions cut at the length limit.",
+            SHARES, "share"),
+    _curves("grad_norm", "Gradient norm", "Before clipping.", GRAD_NORM, "gradient norm"),
+)  # fmt: skip
+OVERVIEW = ("reward_accuracy", "entropy", "weights", "loss_components")
+
+
+def draw_plots(rows: Rows, folder: Path) -> dict[str, str]:
+    """Write every figure that has data as PNG, and ``overview.png`` with the four that tell most.
+
+    Args:
+        rows: Metric rows in order of step.
+        folder: Where the PNGs go; created when there is something to draw.
+
+    Returns:
+        Inline SVG by figure name, in the order of ``PANELS``; the overview is not among them.
+    """
+    panels = [panel for panel in PANELS if any(points(rows, key)[0].size for key in panel.keys)]
+    if not panels:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    svgs = {}
+    # a figure built without pyplot always has the Agg canvas and leaves no global state behind
+    with matplotlib.rc_context(_STYLE):
+        for panel in panels:
+            figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+            ax = figure.add_subplot()
+            panel.draw(ax, rows)
+            svgs[panel.name] = _inline_svg(figure)
+            ax.set_title(panel.title)
+            figure.savefig(folder / f"{panel.name}.png", dpi=200, facecolor="white")
+        drawn = [panel for panel in panels if panel.name in OVERVIEW]
+        if drawn:
+            _draw_overview(drawn, rows).savefig(folder / "overview.png", dpi=130, facecolor="white")
+    return svgs
+
+
+def _draw_overview(panels: Sequence[Panel], rows: Rows) -> Figure:
+    """Return up to four panels in one figure, 11 inches wide."""
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    spacing = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.04)
+    figure = Figure(figsize=(11, 3.7 * lines), layout=spacing)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for panel, ax in zip(panels, axes, strict=False):
+        panel.draw(ax, rows)
+        ax.set_title(panel.title)
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    return figure
+
+
+def _draw_lines(ax: Axes, rows: Rows, lines: Sequence[Line]) -> list[tuple[float, str, str]]:
+    """Draw curves, smoothed over faint raw values; return (height, label, colour) of their ends."""
+    ends = []
+    width = smoothing_width(rows)
+    for line in lines:
+        steps, values = points(rows, line.key)
+        if not steps.size:
+            continue
+        if steps.size < _RAW_ONLY_BELOW:
+            ax.plot(
+                steps, values, "o", color=line.color, linestyle=line.dashes, markersize=3.5, clip_on=False
+            )
+        else:
+            ax.plot(steps, values, color=line.color, linewidth=0.9, alpha=0.35)
+            values = smooth(steps, values, width)
+            ax.plot(steps, values, color=line.color, linestyle=line.dashes)
+        ends.append((float(values[-1]), line.label, line.color))
+    return ends
+
+
+def _finish(ax: Axes, rows: Rows, ends: Sequence[tuple[float, str, str]], ylabel: str) -> None:
+    """Label the axes, and each curve at its end."""
+    first, last = rows[0]["step"], rows[-1]["step"]
+    ax.set_xlim(first, last if last > first else first + 1)
+    ax.set_xlabel("step")
+    ax.set_ylabel(ylabel)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+    low, high = ax.get_ylim()
+    heights = [(end[0] - low) / (high - low) for end in ends]
+    for height, (_, label, color) in zip(_spread(heights, 0.095), ends, strict=True):
+        ax.annotate(label, (1, height), xycoords="axes fraction", xytext=(7, 0), textcoords="offset points",
+                    va="center", color=color, annotation_clip=False)  # fmt: skip
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move numbers as little as needed to lie ``gap`` apart and within [0, 1], keeping their order."""
+    order = np.argsort(heights, kind="stable")
+    placed = np.array(heights, dtype=float)[order]
+    # pool neighbours that are too close around their mean, as in isotonic regression
+    offsets = gap * np.arange(len(placed))
+    blocks: list[list[float]] = []
+    for value in placed - offsets:
+        blocks.append([value])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    flat = np.array([np.mean(block) for block in blocks for _ in block])
+    top = 1 - gap * (len(placed) - 1)
+    result = np.empty(len(placed))
+    result[order] = np.clip(flat, 0, max(top, 0)) + offsets
+    return result.tolist()
+
+
+def _inline_svg(figure: Figure) -> str:
+    """Return the figure as SVG to put into a page: its colours and fonts are the page's."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
+    svg = svg.replace("'DejaVu Sans'", "var(--sans)")
+    for color, name in CSS_NAMES.items():
+        svg = svg.replace(color, f"var(--{name})")
+    return svg
