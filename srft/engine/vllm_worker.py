@@ -1,0 +1,307 @@
+"""The process that holds vLLM: a script that answers length-prefixed JSON on two pipes.
+
+``srft.engine.vllm`` starts it by path, with any Python that has vLLM, so it imports nothing of this package
+and nothing but the standard library before vLLM itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import logging
+import os
+import select
+import shutil
+import signal
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from vllm import LLM
+    from vllm.logprobs import FlatLogprobs
+
+_HEADER = struct.Struct(">Q")
+_PR_SET_PDEATHSIG = 1
+# the longest that anything of the engine may outlive its trainer is a few of these
+_GUARD_POLL_S = 0.25
+# prompt tokens that one step on CPU may take; vLLM's own default there
+_CPU_TOKENS_PER_STEP = 4096
+# the first warns that there is no chat template without a tokenizer, the second that tied heads and rotary
+# tables are not part of an update; ``_update`` itself checks that every weight came
+_FALSE_ALARMS = ("vllm.renderers.base", "vllm.model_executor.model_loader.reload.layerwise")
+
+
+def write_message(fd: int, message: dict[str, Any]) -> None:
+    """Write one message: 8 bytes of length, then JSON.
+
+    Args:
+        fd: A blocking pipe.
+        message: Anything JSON can hold.
+    """
+    payload = json.dumps(message).encode()
+    view = memoryview(_HEADER.pack(len(payload)) + payload)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def read_message(fd: int, timeout_s: float | None = None) -> dict[str, Any]:
+    """Read one message that ``write_message`` wrote.
+
+    Args:
+        fd: A blocking pipe.
+        timeout_s: Seconds the whole message may take; None waits for ever.
+
+    Raises:
+        EOFError: When the other end is gone.
+        TimeoutError: When it took too long.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    (length,) = _HEADER.unpack(_read_exactly(fd, _HEADER.size, deadline))
+    return json.loads(_read_exactly(fd, length, deadline))
+
+
+def _read_exactly(fd: int, count: int, deadline: float | None) -> bytes:
+    parts = bytearray()
+    while len(parts) < count:
+        if deadline is not None and not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise TimeoutError
+        part = os.read(fd, min(count - len(parts), 1 << 20))
+        if not part:
+            raise EOFError
+        parts += part
+    return bytes(parts)
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """Ask the kernel to kill this process when the thread that started it ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # a parent that died before the call above sends no signal
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def _fork_guard(request_fd: int, reply_fd: int, folders: list[str]) -> None:
+    """Fork a process that kills the whole group as soon as the trainer or this process is gone.
+
+    A thread could not: it dies with this process, and the grandchildren would stay.
+    """
+    worker_pid = os.getpid()
+    if os.fork():
+        return
+    os.close(reply_fd)
+    hangup = select.poll()
+    # no event asked for: only the hang-up, which needs no asking, ends the wait early
+    hangup.register(request_fd, 0)
+    while os.getppid() == worker_pid and not hangup.poll(_GUARD_POLL_S * 1000):
+        pass
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _start(config: dict[str, Any]) -> LLM:
+    # one process holds everything: one process to guard, and no serializer between us and the model
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import torch._dynamo
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    for source in _FALSE_ALARMS:
+        logging.getLogger(source).setLevel(logging.ERROR)
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        # vLLM compiles a helper or two even when eager, which costs seconds and needs a C++ compiler
+        torch._dynamo.config.disable = True
+    kv_cache_gib = config["kv_cache_gib"] or (1.0 if on_cpu else None)
+    return LLM(
+        model=config["model_dir"],
+        # token ids in, token ids out
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        logprobs_mode="processed_logprobs",
+        dtype=config["dtype"],
+        max_model_len=config["max_model_len"],
+        seed=config["seed"],
+        trust_remote_code=config["trust_remote_code"],
+        gpu_memory_utilization=config["gpu_memory_utilization"],
+        kv_cache_memory_bytes=int(kv_cache_gib * 2**30) if kv_cache_gib else None,
+        enforce_eager=on_cpu or config["enforce_eager"],
+        enable_prefix_caching=True,
+        **(_whole_prompts(config["max_model_len"]) if on_cpu else {}),
+    )
+
+
+def _whole_prompts(max_model_len: int) -> dict[str, Any]:
+    """Settings under which no prompt is computed in pieces.
+
+    After a piece, vLLM rewinds the request's random generator, which a CPU generator cannot do: it fails with
+    "CPU Generator does not use offset" on a batch with more prompt tokens than one step takes (vLLM 0.32).
+    """
+    tokens_per_step = max(max_model_len, _CPU_TOKENS_PER_STEP)
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens_per_step}
+
+
+def _logprobs_of(token_ids: list[int], flat: FlatLogprobs, first: int = 0) -> list[float]:
+    """The log-probability of each of these tokens, which vLLM puts first at its position."""
+    starts = flat.start_indices[first:]
+    assert token_ids == [flat.token_ids[i] for i in starts]
+    return [flat.logprobs[i] for i in starts]
+
+
+def _generate(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    prompts, params = [], []
+    for prompt, seeds in zip(request["prompts"], request["seeds"], strict=True):
+        for seed in seeds:
+            prompts.append({"prompt_token_ids": prompt})
+            params.append(
+                SamplingParams(
+                    temperature=request["temperature"],
+                    max_tokens=request["max_new_tokens"],
+                    stop_token_ids=request["stop_token_ids"],
+                    # only the caller's stop tokens stop
+                    ignore_eos=True,
+                    seed=seed,
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+            )
+    completions = []
+    for output in llm.generate(prompts, params, use_tqdm=False):
+        best = output.outputs[0]
+        if best.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a completion with {best.finish_reason!r}")
+        token_ids = list(best.token_ids)
+        completions.append((token_ids, _logprobs_of(token_ids, best.logprobs), best.finish_reason))
+    return {"completions": completions}
+
+
+def _score(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    # prompt_logprobs makes vLLM skip reading the prefix cache, so no token is hidden by it
+    params = SamplingParams(
+        temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+    )
+    prompts = [{"prompt_token_ids": sequence} for sequence in request["sequences"]]
+    scores = []
+    for output in llm.generate(prompts, params, use_tqdm=False):
+        # position 0 has no log-probability
+        scores.append(_logprobs_of(list(output.prompt_token_ids[1:]), output.prompt_logprobs, first=1))
+    return {"scores": scores}
+
+
+def _incoming_tensors(request_fd: int, reply_fd: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of one file after another, asking for the next when the last is used up."""
+    from safetensors import safe_open
+
+    while True:
+        write_message(reply_fd, {"ok": True})
+        request = read_message(request_fd)
+        if request["op"] == "update_end":
+            return
+        assert request["op"] == "update_file"
+        with safe_open(request["path"], framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+
+
+def _update(llm: LLM, request_fd: int, reply_fd: int) -> dict[str, Any]:
+    loaded: set[str] = set()
+
+    def watch_load(model: Any) -> None:
+        load_weights = model.load_weights
+
+        def load_and_note(weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+            names = load_weights(weights)
+            loaded.update(names)
+            return names
+
+        model.load_weights = load_and_note
+
+    def finish(model: torch.nn.Module) -> list[str]:
+        del model.load_weights
+        _repack_heads(model)
+        return sorted({name for name, _ in model.named_parameters()} - loaded)
+
+    llm.apply_model(watch_load)
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _incoming_tensors(request_fd, reply_fd)})
+    (missing,) = llm.apply_model(finish)
+    if missing:
+        # vLLM itself only logs this and serves a mix of old and new weights
+        raise ValueError(f"the update lacks {', '.join(missing)}; send every weight of the checkpoint")
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM could not drop its prefix cache after the update")
+    return {}
+
+
+def _repack_heads(model: torch.nn.Module) -> None:
+    """Pack the output head again from its present weight.
+
+    On CPU, vLLM multiplies by a packed copy of lm_head.weight that it makes when the head is loaded. A head
+    tied to the embedding is not loaded a second time, so the copy keeps the old weights (seen in vLLM 0.32).
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _serve(request_fd: int, reply_fd: int) -> None:
+    llm: LLM | None = None
+    while True:
+        request = read_message(request_fd)
+        if request["op"] == "close":
+            return
+        try:
+            if request["op"] == "start":
+                llm = _start(request)
+                reply: dict[str, Any] = {"vocab_size": llm.model_config.get_vocab_size()}
+            elif request["op"] == "generate":
+                reply = _generate(llm, request)
+            elif request["op"] == "score":
+                reply = _score(llm, request)
+            else:
+                assert request["op"] == "update"
+                reply = _update(llm, request_fd, reply_fd)
+        # whatever vLLM raises belongs to the caller, who closes this process if it cannot go on
+        except Exception as error:
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        write_message(reply_fd, reply)
+
+
+def main(argv: list[str]) -> None:
+    """Serve one trainer until it closes, or is gone.
+
+    Args:
+        argv: Request pipe; reply pipe; pid of the trainer, or 0 when the thread that started this process may
+            end before the trainer does; then the folders to remove when it is gone.
+    """
+    request_fd, reply_fd, parent_pid = (int(word) for word in argv[:3])
+    for fd in (request_fd, reply_fd):
+        os.set_inheritable(fd, False)
+    if parent_pid:
+        _die_with_parent(parent_pid)
+    _fork_guard(request_fd, reply_fd, argv[3:])
+    write_message(reply_fd, {"vllm": importlib.util.find_spec("vllm") is not None})
+    try:
+        _serve(request_fd, reply_fd)
+    except (EOFError, BrokenPipeError):
+        sys.exit("the trainer is gone")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
