@@ -1,0 +1,16 @@
+"""Fused loss ops from hidden states and the lm_head weight, with no [tokens, vocab] tensor."""
+
+from . import reference
+from ._one_pass import PolicyLoss
+from .linear_logprobs import linear_logprobs
+from .policy_loss import linear_cross_entropy, linear_grpo_loss, linear_policy_loss, linear_srft_loss
+
+__all__ = [
+    "PolicyLoss",
+    "linear_cross_entropy",
+    "linear_grpo_loss",
+    "linear_logprobs",
+    "linear_policy_loss",
+    "linear_srft_loss",
+    "reference",
+]

@@ -1,0 +1,254 @@
+"""Checks at the public door: each says what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_head(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_softcap: float | None,
+) -> None:
+    """Raise ValueError unless the arguments that every op shares fit together."""
+    for name, x in (
+        ("hidden_states", hidden_states),
+        ("lm_head_weight", lm_head_weight),
+        ("labels", labels),
+        ("bias", bias),
+    ):
+        if x is None and name == "bias":
+            continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        if hasattr(x, "full_tensor"):
+            raise ValueError(f"{name} must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
+        if x.device != hidden_states.device:
+            raise ValueError(
+                f"{name} must be on the device of hidden_states, {hidden_states.device}, got {x.device}"
+            )
+    if hidden_states.dim() != 2:
+        raise ValueError(
+            f"hidden_states must be [N, D], got {list(hidden_states.shape)}; flatten batch and time first"
+        )
+    if hidden_states.dtype not in _DTYPES:
+        raise ValueError(
+            f"hidden_states must be bf16, fp16, fp32 or fp64, got {hidden_states.dtype}; cast it"
+        )
+    if hidden_states.is_cuda and hidden_states.dtype == torch.float64:
+        raise ValueError(
+            "hidden_states must be bf16, fp16 or fp32 on a GPU, got float64; use srft_kernels.reference"
+        )
+    num_tokens, hidden_size = hidden_states.shape
+    if lm_head_weight.dim() != 2 or lm_head_weight.shape[1] != hidden_size or lm_head_weight.shape[0] == 0:
+        raise ValueError(
+            f"lm_head_weight must be [V, D] with V >= 1 and D={hidden_size}, "
+            f"got {list(lm_head_weight.shape)}; pass it as nn.Linear stores it"
+        )
+    if lm_head_weight.dtype != hidden_states.dtype:
+        raise ValueError(
+            f"lm_head_weight must have the dtype of hidden_states, {hidden_states.dtype}, "
+            f"got {lm_head_weight.dtype}; cast one of them"
+        )
+    if labels.shape != (num_tokens,):
+        raise ValueError(f"labels must be [N]=[{num_tokens}], got {list(labels.shape)}; flatten first")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}; use labels.long()")
+    if bias is not None and (bias.shape != lm_head_weight.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(
+            f"bias must be floating point [V]=[{lm_head_weight.shape[0]}], "
+            f"got {bias.dtype} {list(bias.shape)}"
+        )
+    if isinstance(temperature, Tensor):
+        if temperature.shape not in ((), (num_tokens,)):
+            raise ValueError(
+                f"temperature must be a float or [N]=[{num_tokens}], got {list(temperature.shape)}"
+            )
+        if temperature.device.type == "cpu" and not bool((temperature > 0).all()):
+            raise ValueError(f"temperature must be > 0, got a minimum of {temperature.min().item()}")
+        if temperature.dim() == 1 and temperature.device != hidden_states.device:
+            raise ValueError(
+                f"temperature must be on {hidden_states.device}, got {temperature.device}; move it"
+            )
+    else:
+        check_positive("temperature", temperature)
+        if math.isinf(temperature):
+            raise ValueError(f"temperature must be finite, got {temperature}")
+    if logit_softcap is not None:
+        check_positive("logit_softcap", logit_softcap)
+        if math.isinf(logit_softcap):
+            raise ValueError(f"logit_softcap must be finite, got {logit_softcap}; None turns it off")
+
+
+def check_vectors(labels: Tensor, **vectors: Tensor | None) -> None:
+    """Raise ValueError unless each of ``vectors`` that is given is [N] on the device of ``labels`` [N]."""
+    for name, x in vectors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor [N]=[{labels.numel()}], got {type(x).__name__}")
+        if x.shape != labels.shape:
+            raise ValueError(
+                f"{name} must be [N]=[{labels.numel()}], got {list(x.shape)}; give one value per token, "
+                "also where labels are ignored"
+            )
+        if x.device != labels.device:
+            raise ValueError(f"{name} must be on {labels.device}, got {x.device}; move it")
+
+
+def check_bool(**vectors: Tensor) -> None:
+    """Raise ValueError unless each of ``vectors`` is a bool tensor."""
+    for name, x in vectors.items():
+        if x.dtype != torch.bool:
+            raise ValueError(f"{name} must be bool, got {x.dtype}; use {name}.bool()")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is a number above 0."""
+    if not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name} must be a number > 0, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_count(name: str, value: int | Tensor | None) -> None:
+    """Raise ValueError unless ``value`` is None, a number >= 0 or a 0-d tensor."""
+    if value is None or (isinstance(value, Tensor) and value.dim() == 0):
+        return
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {list(value.shape)}; sum it")
+    if not isinstance(value, int | float) or value < 0:
+        raise ValueError(f"{name} must be a number >= 0 or a 0-d tensor, got {value!r}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor | None, num_tokens: int, reason: str) -> None:
+    """Raise ValueError unless ``cu_seqlens`` holds the sequence bounds of ``num_tokens`` rows."""
+    if cu_seqlens is None:
+        raise ValueError(
+            f"cu_seqlens is required by {reason}; pass the [B+1] int32 bounds of the packed sequences"
+        )
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError("cu_seqlens must be a [B+1] tensor that starts with 0")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.device.type == "cpu":
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to N={num_tokens}, "
+                f"got {cu_seqlens[:8].tolist()} … {int(cu_seqlens[-1])}"
+            )
+
+
+def _check_coef(**values: float) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not (0 <= value < math.inf):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def check_grpo(
+    labels: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    loss_type: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ref_logprobs: Tensor | None,
+    kl_coef: float,
+    rollout_weights: Tensor | None,
+    entropy_coef: float,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    num_tokens: int | Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments of ``linear_grpo_loss`` fit together."""
+    check_choice("loss_type", loss_type, ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"))
+    check_required("advantages", advantages)
+    check_vectors(
+        labels,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_weights=rollout_weights,
+        token_weights=token_weights,
+    )
+    check_positive("clip_low", clip_low)
+    check_positive("clip_high", clip_high)
+    if dual_clip is not None and not (isinstance(dual_clip, int | float) and dual_clip > 1):
+        raise ValueError(f"dual_clip must be a number > 1, got {dual_clip!r}; None turns it off")
+    _check_coef(kl_coef=kl_coef)
+    if not isinstance(entropy_coef, int | float) or not math.isfinite(entropy_coef):
+        raise ValueError(f"entropy_coef must be a finite number, got {entropy_coef!r}")
+    if kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs is required by kl_coef={kl_coef}; pass it or set kl_coef=0")
+    if loss_type == "gspo":
+        check_cu_seqlens(cu_seqlens, labels.numel(), 'loss_type="gspo"')
+    check_count("num_tokens", num_tokens)
+
+
+def check_srft(
+    labels: Tensor,
+    advantages: Tensor,
+    is_demo: Tensor,
+    is_correct: Tensor,
+    cu_seqlens: Tensor | None,
+    old_logprobs: Tensor | None,
+    sft_coef: float,
+    rl_coef: float,
+    batch_entropy: float | Tensor | None,
+    token_weights: Tensor | None,
+    num_rollout_tokens: int | Tensor | None,
+    num_demo_tokens: int | Tensor | None,
+    switches: tuple,
+) -> None:
+    """Raise ValueError unless the arguments of ``linear_srft_loss`` fit together."""
+    self_rollout, sft_entropy_sign, entropy_scope, demo_gamma, entropy_coef = switches
+    check_choice("self_rollout", self_rollout, ("likelihood", "ratio"))
+    check_choice("sft_entropy_sign", sft_entropy_sign, (-1, 0, 1))
+    check_choice("entropy_scope", entropy_scope, ("token", "sequence", "batch"))
+    if demo_gamma is not None:
+        check_positive("demo_gamma", demo_gamma)
+    if not isinstance(entropy_coef, int | float) or not math.isfinite(entropy_coef):
+        raise ValueError(f"entropy_coef must be a finite number, got {entropy_coef!r}")
+    for name, x in (("advantages", advantages), ("is_demo", is_demo), ("is_correct", is_correct)):
+        check_required(name, x)
+    check_vectors(
+        labels,
+        advantages=advantages,
+        is_demo=is_demo,
+        is_correct=is_correct,
+        old_logprobs=old_logprobs,
+        token_weights=token_weights,
+    )
+    check_bool(is_demo=is_demo, is_correct=is_correct)
+    _check_coef(sft_coef=sft_coef, rl_coef=rl_coef)
+    if batch_entropy is not None:
+        if entropy_scope != "batch":
+            raise ValueError(
+                f'batch_entropy is read only with entropy_scope="batch", got {entropy_scope!r}; drop one'
+            )
+        check_count("batch_entropy", batch_entropy)
+    if entropy_scope == "sequence":
+        check_cu_seqlens(cu_seqlens, labels.numel(), 'entropy_scope="sequence"')
+    check_count("num_rollout_tokens", num_rollout_tokens)
+    check_count("num_demo_tokens", num_demo_tokens)
+
+
+def check_required(name: str, value: object) -> None:
+    """Raise ValueError where a tensor that has no default is None."""
+    if value is None:
+        raise ValueError(f"{name} must be a tensor, got None")

@@ -1,0 +1,46 @@
+"""The switches of the SRFT loss and their presets; ``linear_srft_loss`` says what each means."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ._checks import check_choice
+
+
+class SrftSwitches(NamedTuple):
+    """What a preset of ``linear_srft_loss`` decides; the arguments of the same names describe each."""
+
+    self_rollout: str
+    sft_entropy_sign: int
+    entropy_scope: str
+    demo_gamma: float | None
+    entropy_coef: float
+
+
+SRFT_PRESETS = {
+    "paper": SrftSwitches("likelihood", -1, "sequence", None, 0.0),
+    "official": SrftSwitches("ratio", 1, "token", 0.1, 0.001),
+    "upt": SrftSwitches("likelihood", -1, "sequence", 0.1, 0.001),
+}
+
+
+def srft_switches(
+    preset: str,
+    self_rollout: str | None,
+    sft_entropy_sign: int | None,
+    entropy_scope: str | None,
+    demo_gamma: float | str | None,
+    entropy_coef: float | None,
+) -> SrftSwitches:
+    """The preset, with what the caller gave in its place."""
+    check_choice("preset", preset, SRFT_PRESETS)
+    if isinstance(demo_gamma, str):
+        check_choice("demo_gamma", demo_gamma, ["preset"])
+    given = {
+        "self_rollout": self_rollout,
+        "sft_entropy_sign": sft_entropy_sign,
+        "entropy_scope": entropy_scope,
+        "entropy_coef": entropy_coef,
+    }
+    switches = SRFT_PRESETS[preset]._replace(**{name: x for name, x in given.items() if x is not None})
+    return switches if demo_gamma == "preset" else switches._replace(demo_gamma=demo_gamma)

@@ -1,0 +1,411 @@
+"""Every loss formula, once, and what surrounds it on [N] vectors.
+
+A formula is a scalar function of one token: it takes the log-probability and the entropy of the token, its
+inputs and the loss parameters, and returns the loss together with its closed-form derivatives. It is written
+against ``tl``; the same code object also runs on torch vectors, with ``tl`` meaning ``torch``, as
+``formula.eager``. Only functions that mean the same in both (exp, where) may be used. The row kernel inlines
+the device form, the CPU path calls the eager form, and the reference differentiates the eager *loss* by
+autograd, so each derivative is checked against the loss written above it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+    tl = None
+
+__all__ = ["CallableObjective", "GrpoObjective", "SrftObjective", "TokenObjective"]
+
+_EAGER_NAMES: dict[str, object] = {"tl": torch, "__builtins__": __builtins__}
+
+
+def _formula(function: Callable) -> Callable:
+    """Compile ``function`` for the device and attach its torch form as ``.eager``."""
+    eager = types.FunctionType(function.__code__, _EAGER_NAMES, function.__name__)
+    _EAGER_NAMES[function.__name__] = eager
+    device = function if triton is None else triton.jit(function)
+    device.eager = eager
+    return device
+
+
+# --- policy terms: (loss, dloss/dlogp, ratio, clipped); log_ratio is logp - old_logp, or its sequence mean
+# (GSPO) ---
+
+
+@_formula
+def clip_policy(logp, log_ratio, advantage, clip_low, clip_high, dual_clip):
+    # -min(r A, clip(r) A); with A < 0 the ratio also stops at dual_clip, so one token's loss is bounded by -A
+    # dual_clip
+    ratio = tl.exp(log_ratio)
+    low = 1.0 - clip_low
+    high = 1.0 + clip_high
+    below = (advantage < 0) & (ratio < low)
+    above = (advantage > 0) & (ratio > high)
+    far = (advantage < 0) & (ratio > dual_clip)
+    clipped = below | above | far
+    kept = tl.where(below, low, tl.where(above, high, tl.where(far, dual_clip, ratio)))
+    return -kept * advantage, tl.where(clipped, 0.0, -ratio * advantage), ratio, clipped
+
+
+@_formula
+def cispo_policy(logp, log_ratio, advantage, clip_low, clip_high, dual_clip):
+    # -clip(sg r) A logp: the clip bounds the weight of the token, never removes its gradient direction
+    ratio = tl.exp(log_ratio)
+    low = 1.0 - clip_low
+    high = 1.0 + clip_high
+    kept = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    clipped = ((ratio < low) | (ratio > high)) & (advantage != 0)
+    return -kept * advantage * logp, -kept * advantage, ratio, clipped
+
+
+@_formula
+def reinforce_policy(logp, log_ratio, advantage, clip_low, clip_high, dual_clip):
+    ratio = tl.exp(log_ratio)
+    return -advantage * logp, -advantage, ratio, ratio < 0
+
+
+@_formula
+def k3(log_ratio):
+    # log_ratio = ref_logp - logp; the derivative is with respect to logp
+    ratio = tl.exp(log_ratio)
+    return ratio - log_ratio - 1.0, 1.0 - ratio
+
+
+# --- SRFT terms ---
+
+
+@_formula
+def srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma):
+    # -s logp and -A f(p), with s = sft_coef exp(sign H) and f(p) = p / (gamma_p p + gamma)
+    weight = sft_coef * tl.exp(sft_sign * weight_entropy)
+    p = tl.exp(logp)
+    shape = gamma_p * p + gamma
+    return -weight * logp, -weight, -advantage * p / shape, -advantage * p * gamma / (shape * shape)
+
+
+@_formula
+def srft_likelihood(logp, log_ratio, advantage, correct, weight_entropy, rl_coef):
+    # -c logp for a correct rollout, +logp for an incorrect one, with c = rl_coef exp(H)
+    sign = tl.where(correct > 0, -rl_coef * tl.exp(weight_entropy), 1.0)
+    return sign * logp, sign, tl.exp(log_ratio), correct > 0
+
+
+@_formula
+def srft_ratio(logp, log_ratio, advantage, correct, weight_entropy, rl_coef):
+    # -A r c for A > 0 and -A r otherwise
+    ratio = tl.exp(log_ratio)
+    weight = tl.where(advantage > 0, rl_coef * tl.exp(weight_entropy), 1.0)
+    return -advantage * ratio * weight, -advantage * ratio * weight, ratio, advantage > 0
+
+
+# fmt: off
+# --- whole tokens: (loss, dloss/dlogp, dloss/dentropy, ratio, clipped) ---
+# off_policy and with_ref are 1.0, or 0.0 where the log-probability is absent, which makes that log-ratio
+# exactly 0.
+
+
+@_formula
+def cross_entropy_token(logp, entropy, weight):
+    return -weight * logp, -weight, 0.0, 1.0, False
+
+
+@_formula
+def _grpo_sum(
+    logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight, kl_coef, with_ref, entropy_coef
+):
+    kl, dkl = k3((ref_logp - logp) * with_ref)
+    loss = weight * (rollout_weight * policy + kl_coef * kl - entropy_coef * entropy)
+    return loss, weight * (rollout_weight * dpolicy + kl_coef * dkl), -weight * entropy_coef
+
+
+@_formula
+def clip_token(
+    logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
+    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef,
+):
+    policy, dpolicy, ratio, clipped = clip_policy(
+        logp, (logp - old_logp) * off_policy, advantage, clip_low, clip_high, dual_clip)
+    loss, dlogp, dentropy = _grpo_sum(
+        logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight,
+        kl_coef, with_ref, entropy_coef)
+    return loss, dlogp, dentropy, ratio, clipped
+
+
+@_formula
+def cispo_token(
+    logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
+    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef,
+):
+    policy, dpolicy, ratio, clipped = cispo_policy(
+        logp, (logp - old_logp) * off_policy, advantage, clip_low, clip_high, dual_clip)
+    loss, dlogp, dentropy = _grpo_sum(
+        logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight,
+        kl_coef, with_ref, entropy_coef)
+    return loss, dlogp, dentropy, ratio, clipped
+
+
+@_formula
+def reinforce_token(
+    logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
+    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef,
+):
+    policy, dpolicy, ratio, clipped = reinforce_policy(
+        logp, (logp - old_logp) * off_policy, advantage, clip_low, clip_high, dual_clip)
+    loss, dlogp, dentropy = _grpo_sum(
+        logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight,
+        kl_coef, with_ref, entropy_coef)
+    return loss, dlogp, dentropy, ratio, clipped
+
+
+@_formula
+def srft_likelihood_token(
+    logp, entropy, demo_weight, rollout_weight, entropy_weight, advantage, correct, old_logp, scope_entropy,
+    sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy,
+):
+    weight_entropy = scope_entropy + own_entropy * entropy
+    sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
+    rollout, drollout, ratio, positive = srft_likelihood(
+        logp, (logp - old_logp) * off_policy, advantage, correct, weight_entropy, rl_coef)
+    loss = demo_weight * (sft + rl) + rollout_weight * rollout - entropy_weight * entropy
+    return loss, demo_weight * (dsft + drl) + rollout_weight * drollout, -entropy_weight, ratio, ratio < 0
+
+
+@_formula
+def srft_ratio_token(
+    logp, entropy, demo_weight, rollout_weight, entropy_weight, advantage, correct, old_logp, scope_entropy,
+    sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy,
+):
+    weight_entropy = scope_entropy + own_entropy * entropy
+    sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
+    rollout, drollout, ratio, positive = srft_ratio(
+        logp, (logp - old_logp) * off_policy, advantage, correct, weight_entropy, rl_coef)
+    loss = demo_weight * (sft + rl) + rollout_weight * rollout - entropy_weight * entropy
+    return loss, demo_weight * (dsft + drl) + rollout_weight * drollout, -entropy_weight, ratio, ratio < 0
+
+
+# fmt: on
+# loss_type or self_rollout -> (formula of a whole token, formula of its policy term)
+GRPO_FORMULAS = {
+    "grpo": (clip_token, clip_policy),
+    "bnpo": (clip_token, clip_policy),
+    "dr_grpo": (clip_token, clip_policy),
+    "dapo": (clip_token, clip_policy),
+    "gspo": (clip_token, clip_policy),
+    "cispo": (cispo_token, cispo_policy),
+    "reinforce": (reinforce_token, reinforce_policy),
+}
+SRFT_FORMULAS = {
+    "likelihood": (srft_likelihood_token, srft_likelihood),
+    "ratio": (srft_ratio_token, srft_ratio),
+}
+SRFT_LOSS_TERMS = ("demo_sft", "demo_rl", "rollout_positive", "rollout_negative", "entropy_bonus")
+
+
+def sequence_mean(values: Tensor, valid: Tensor, offsets: Tensor) -> Tensor:
+    """Mean of ``values`` over the valid tokens of each token's own sequence, [n]; differentiable.
+
+    Args:
+        values: [n] floating point.
+        valid: [n] bool, the tokens that count.
+        offsets: [B+1] int64, on the device of ``values``; sequence b is ``offsets[b]:offsets[b+1]``.
+    """
+    if values.numel() == 0:
+        return values
+    # float64: segment_reduce adds one by one
+    masked = torch.where(valid, values, 0.0).double()
+    sums = torch.segment_reduce(masked, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+    counts = torch.segment_reduce(valid.double(), "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+    positions = torch.arange(values.numel(), device=values.device)
+    own = torch.searchsorted(offsets, positions, right=True) - 1
+    return (sums / counts.clamp(min=1))[own].to(values.dtype)
+
+
+def _local_offsets(offsets: Tensor, rows: slice) -> Tensor:
+    return (offsets - rows.start).clamp(0, rows.stop - rows.start)
+
+
+@dataclass(frozen=True)
+class TokenObjective:
+    """A loss that is a sum over tokens; the objectives below change what one token sees of the others.
+
+    ``inputs`` [K, n] and ``params`` are the arguments of ``formula`` after logp and entropy; ``valid`` [n]
+    marks the tokens that count. ``scope`` says what must be known before a gradient: "token" nothing,
+    "sequence" the statistics of the sequence, whose bounds are ``offsets`` [B+1], "batch" those of every row.
+    Without ``entropy_grad`` the derivative by the entropy is zero.
+    """
+
+    formula: Callable
+    inputs: Tensor
+    params: tuple[float, ...]
+    valid: Tensor
+    scope: str = "token"
+    offsets: Tensor | None = None
+    entropy_grad: bool = False
+
+    def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        return self.inputs[:, rows]
+
+    def coefficients(self, logp: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Derivatives of the loss by logp and entropy of ``rows``; None for no entropy gradient."""
+        inputs = self._inputs(logp, entropy, rows)
+        _, dlogp, dentropy, _, _ = self.formula.eager(logp, entropy, *inputs, *self.params)
+        return dlogp, dentropy if self.entropy_grad else None
+
+    def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Loss [], ratio [n], clipped [n] and terms, from logp and entropy of all rows."""
+        loss = self.formula.eager(logp, entropy, *self.inputs, *self.params)[0].sum()
+        return loss, torch.ones_like(logp), torch.zeros_like(self.valid), {}
+
+
+@dataclass(frozen=True)
+class GrpoObjective(TokenObjective):
+    """GRPO family, ``policy`` its policy term; GSPO is scope "sequence", with a mean log-ratio."""
+
+    policy: Callable = clip_policy
+
+    def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        if self.scope == "token":
+            return self.inputs[:, rows]
+        # moves old_logp so that logp - old_logp is the mean log-ratio of the sequence
+        weight, advantage, old_logp, ref_logp, rollout_weight = self.inputs[:, rows]
+        mean = sequence_mean(logp - old_logp, self.valid[rows], _local_offsets(self.offsets, rows))
+        return torch.stack([weight, advantage, logp - mean, ref_logp, rollout_weight])
+
+    def coefficients(self, logp: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """See TokenObjective; the tokens of a sequence share the gradient of its ratio equally."""
+        if self.scope == "token":
+            return super().coefficients(logp, entropy, rows)
+        weight, advantage, old_logp, ref_logp, rollout_weight = self._inputs(logp, entropy, rows)
+        clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef = self.params
+        _, dpolicy, _, _ = self.policy.eager(
+            logp, (logp - old_logp) * off_policy, advantage, clip_low, clip_high, dual_clip
+        )
+        dpolicy = sequence_mean(
+            weight * rollout_weight * dpolicy, self.valid[rows], _local_offsets(self.offsets, rows)
+        )
+        _, dkl = k3.eager((ref_logp - logp) * with_ref)
+        return dpolicy + weight * kl_coef * dkl, -weight * entropy_coef if self.entropy_grad else None
+
+    def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """See TokenObjective; from logp and entropy of all rows."""
+        weight, advantage, old_logp, ref_logp, rollout_weight = self._inputs(
+            logp, entropy, slice(0, logp.numel())
+        )
+        clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef = self.params
+        policy, _, ratio, clipped = self.policy.eager(
+            logp, (logp - old_logp) * off_policy, advantage, clip_low, clip_high, dual_clip
+        )
+        kl, _ = k3.eager((ref_logp - logp) * with_ref)
+        terms = {
+            "policy": (weight * rollout_weight * policy).sum(),
+            "kl": kl_coef * (weight * kl).sum(),
+            "entropy_bonus": -entropy_coef * (weight * entropy).sum(),
+        }
+        loss = terms["policy"] + terms["kl"] + terms["entropy_bonus"]
+        clipped = clipped & self.valid
+        terms["clip_low_sum"] = (clipped & (ratio < 1)).sum().to(loss.dtype)
+        terms["clip_high_sum"] = (clipped & (ratio > 1)).sum().to(loss.dtype)
+        terms["sum_entropy"] = entropy.sum()
+        return loss, torch.where(self.valid, ratio, 1.0), clipped, terms
+
+
+@dataclass(frozen=True)
+class SrftObjective(TokenObjective):
+    """SRFT, ``rollout`` its rollout term, ``is_demo`` [n]; its weights take the mean entropy of ``scope``."""
+
+    rollout: Callable = srft_likelihood
+    is_demo: Tensor | None = None
+
+    def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        # the last input, scope_entropy, is known only now
+        inputs, valid = self.inputs[:, rows], self.valid[rows]
+        if self.scope == "token":
+            return inputs
+        if self.scope == "sequence":
+            mean = sequence_mean(entropy, valid, _local_offsets(self.offsets, rows))
+        else:
+            mean = (torch.where(valid, entropy, 0.0).sum() / valid.sum().clamp(min=1)).expand(entropy.shape)
+        return torch.cat([inputs[:-1], mean[None]])
+
+    def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """See TokenObjective; from logp and entropy of all rows."""
+        demo_weight, rollout_weight, entropy_weight, advantage, correct, old_logp, scope_entropy = (
+            self._inputs(logp, entropy, slice(0, logp.numel()))
+        )
+        sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy = self.params
+        weight_entropy = scope_entropy + own_entropy * entropy
+        log_ratio = (logp - old_logp) * off_policy
+        is_demo, is_rollout = self.is_demo & self.valid, ~self.is_demo & self.valid
+        terms = {}
+        # an entropy of 0 and coefficients of 1 make both weights 1
+        for suffix, h, sft_scale, rl_scale in (
+            ("", weight_entropy, sft_coef, rl_coef),
+            ("_unweighted", torch.zeros_like(entropy), 1.0, 1.0),
+        ):
+            sft, _, rl, _ = srft_demo.eager(logp, advantage, h, sft_scale, sft_sign, gamma_p, gamma)
+            rollout, _, ratio, positive = self.rollout.eager(logp, log_ratio, advantage, correct, h, rl_scale)
+            terms["demo_sft" + suffix] = (demo_weight * sft).sum()
+            terms["demo_rl" + suffix] = (demo_weight * rl).sum()
+            terms["rollout_positive" + suffix] = (rollout_weight * torch.where(positive, rollout, 0.0)).sum()
+            terms["rollout_negative" + suffix] = (rollout_weight * torch.where(positive, 0.0, rollout)).sum()
+        terms["entropy_bonus"] = -(entropy_weight * entropy).sum()
+        loss = sum(terms[name] for name in SRFT_LOSS_TERMS)
+        terms["sum_weight_sft"] = torch.where(
+            is_demo, sft_coef * torch.exp(sft_sign * weight_entropy), 0.0
+        ).sum()
+        terms["sum_weight_rl"] = torch.where(is_rollout, rl_coef * torch.exp(weight_entropy), 0.0).sum()
+        terms["sum_entropy_demo"] = torch.where(is_demo, entropy, 0.0).sum()
+        terms["sum_entropy_rollout"] = torch.where(is_rollout, entropy, 0.0).sum()
+        return loss, torch.where(is_rollout, ratio, 1.0), torch.zeros_like(is_demo), terms
+
+
+class CallableObjective:
+    """A user's loss of the vectors logprobs [N] and entropy [N], differentiated by autograd."""
+
+    scope = "batch"
+    entropy_grad = True
+
+    def __init__(self, objective: Callable[[Tensor, Tensor], Tensor], put: Callable, take: Callable):
+        """Wrap ``objective``; ``put`` maps computed rows to [N], ``take`` maps [N] back."""
+        self._objective, self._put, self._take = objective, put, take
+        self._loss: Tensor | None = None
+
+    def coefficients(self, logp: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """See TokenObjective; ``rows`` are all rows."""
+        leaves = [self._put(x).detach().requires_grad_() for x in (logp, entropy)]
+        with torch.enable_grad():
+            loss = self._call(*leaves)
+            grads = [None, None]
+            if loss.requires_grad:
+                grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        self._loss = loss.detach()
+        dlogp, dentropy = (
+            torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)
+        )
+        return self._take(dlogp), self._take(dentropy)
+
+    def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """See TokenObjective; logp and entropy of all rows."""
+        loss = self._loss
+        if loss is None:
+            loss = self._call(self._put(logp), self._put(entropy)).detach()
+        return loss, torch.ones_like(logp), torch.zeros_like(logp, dtype=torch.bool), {}
+
+    def _call(self, logp: Tensor, entropy: Tensor) -> Tensor:
+        loss = self._objective(logp, entropy)
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"objective must return a 0-d tensor, got {got}; reduce it with .sum() or .mean()"
+            )
+        return loss

@@ -1,0 +1,295 @@
+"""The same names and signatures in plain PyTorch: logits are materialised and autograd differentiates.
+
+The only things taken from ``objectives`` are loss values; every derivative here comes from autograd, and
+every weight that must carry no gradient is detached where it is made. fp64 inputs are computed in fp64, all
+others in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._checks import check_grpo, check_head, check_srft
+from ._one_pass import PolicyLoss
+from ._presets import srft_switches
+from .objectives import GRPO_FORMULAS, SRFT_FORMULAS, k3, srft_demo
+
+
+def linear_logprobs(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy, from materialised logits.
+
+    hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, entropy_grad:
+    as in ``srft_kernels.linear_logprobs``.
+    """
+    check_head(hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap)
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    logits = hidden_states.to(dtype) @ lm_head_weight.to(dtype).t()
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(hidden_states.device, dtype).expand(labels.shape)[:, None]
+    logits = logits / temperature
+    valid = labels != ignore_index
+    all_logprobs = logits.log_softmax(-1)
+    logprobs = all_logprobs.gather(-1, torch.where(valid, labels, 0)[:, None])[:, 0]
+    # a logit of -inf has probability 0 and adds nothing to the entropy
+    entropy = -(all_logprobs.exp() * all_logprobs.masked_fill(all_logprobs == -torch.inf, 0.0)).sum(-1)
+    logprobs, entropy = logprobs.masked_fill(~valid, 0.0), entropy.masked_fill(~valid, 0.0)
+    return logprobs, entropy if entropy_grad else entropy.detach()
+
+
+def linear_cross_entropy(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    num_tokens: int | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Mean cross-entropy, from materialised logits.
+
+    hidden_states, lm_head_weight, labels, num_tokens, bias, temperature, logit_softcap, ignore_index:
+    as in ``srft_kernels.linear_cross_entropy``.
+    """
+    logprobs, _ = linear_logprobs(
+        hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index,
+    )  # fmt: skip
+    return -logprobs.sum() / _at_least_one(num_tokens, labels != ignore_index)
+
+
+def linear_grpo_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    loss_type: str = "grpo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    rollout_weights: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    num_tokens: int | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+) -> PolicyLoss:
+    """Loss of the GRPO family, from materialised logits.
+
+    hidden_states, lm_head_weight, labels, advantages, old_logprobs, loss_type, clip_low, clip_high,
+    dual_clip, ref_logprobs, kl_coef, rollout_weights, entropy_coef, cu_seqlens, token_weights,
+    num_tokens, bias, temperature, logit_softcap, ignore_index: as in ``srft_kernels.linear_grpo_loss``.
+    """
+    logp, entropy = linear_logprobs(
+        hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index, entropy_grad=True,
+    )  # fmt: skip
+    check_grpo(
+        labels, advantages, old_logprobs, loss_type, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef,
+        rollout_weights, entropy_coef, cu_seqlens, token_weights, num_tokens,
+    )  # fmt: skip
+    valid = labels != ignore_index
+    advantages = _valid(advantages, valid, logp)
+    w = _valid(token_weights, valid, logp, fill=1.0) / _at_least_one(num_tokens, valid)
+    rho = _valid(rollout_weights, valid, logp, fill=1.0)
+
+    log_ratio = logp - (logp.detach() if old_logprobs is None else _valid(old_logprobs, valid, logp))
+    if loss_type == "gspo":
+        log_ratio = _sequence_mean(log_ratio, valid, cu_seqlens)
+    if loss_type == "cispo":
+        log_ratio = log_ratio.detach()
+    dual_clip = float("inf") if dual_clip is None else dual_clip
+    _, formula = GRPO_FORMULAS[loss_type]
+    policy, _, ratio, clipped = formula.eager(logp, log_ratio, advantages, clip_low, clip_high, dual_clip)
+
+    terms = {"policy": (w * rho * policy).sum()}
+    kl = (
+        torch.zeros_like(logp)
+        if ref_logprobs is None
+        else k3.eager(_valid(ref_logprobs, valid, logp) - logp)[0]
+    )
+    terms["kl"] = kl_coef * (w * kl).sum()
+    terms["entropy_bonus"] = -entropy_coef * (w * entropy).sum()
+    loss = terms["policy"] + terms["kl"] + terms["entropy_bonus"]
+    clipped = clipped & valid
+    terms["clip_low_sum"] = (clipped & (ratio < 1)).sum().to(loss.dtype)
+    terms["clip_high_sum"] = (clipped & (ratio > 1)).sum().to(loss.dtype)
+    terms["sum_entropy"] = entropy.sum()
+    return _result(loss, logp, entropy, torch.where(valid, ratio, 1.0), clipped, terms)
+
+
+def linear_srft_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    *,
+    is_demo: Tensor,
+    is_correct: Tensor,
+    cu_seqlens: Tensor | None,
+    old_logprobs: Tensor | None = None,
+    preset: str = "paper",
+    sft_coef: float = 0.5,
+    rl_coef: float = 0.1,
+    sft_entropy_sign: int | None = None,
+    entropy_scope: str | None = None,
+    batch_entropy: float | Tensor | None = None,
+    self_rollout: str | None = None,
+    demo_gamma: float | str | None = "preset",
+    entropy_coef: float | None = None,
+    token_weights: Tensor | None = None,
+    num_rollout_tokens: int | Tensor | None = None,
+    num_demo_tokens: int | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+) -> PolicyLoss:
+    """SRFT loss, from materialised logits.
+
+    hidden_states, lm_head_weight, labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs,
+    preset, sft_coef, rl_coef, sft_entropy_sign, entropy_scope, batch_entropy, self_rollout, demo_gamma,
+    entropy_coef, token_weights, num_rollout_tokens, num_demo_tokens, bias, temperature, logit_softcap,
+    ignore_index: as in ``srft_kernels.linear_srft_loss``.
+    """
+    logp, entropy = linear_logprobs(
+        hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index, entropy_grad=True,
+    )  # fmt: skip
+    switches = srft_switches(preset, self_rollout, sft_entropy_sign, entropy_scope, demo_gamma, entropy_coef)
+    check_srft(
+        labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs, sft_coef, rl_coef, batch_entropy,
+        token_weights, num_rollout_tokens, num_demo_tokens, switches,
+    )  # fmt: skip
+    valid = labels != ignore_index
+    demo, rollout = is_demo & valid, ~is_demo & valid
+    advantages = _valid(advantages, valid, logp)
+    w = _valid(token_weights, valid, logp, fill=1.0)
+    w_demo = torch.where(demo, w, 0.0) / _at_least_one(num_demo_tokens, demo)
+    w_rollout = torch.where(rollout, w, 0.0) / _at_least_one(num_rollout_tokens, rollout)
+
+    # H of the weights s and c
+    h = entropy.detach()
+    if switches.entropy_scope == "sequence":
+        h = _sequence_mean(h, valid, cu_seqlens)
+    elif switches.entropy_scope == "batch" and batch_entropy is None:
+        h = (h.sum() / _at_least_one(None, valid)).expand(h.shape)
+    elif switches.entropy_scope == "batch":
+        h = torch.as_tensor(batch_entropy, dtype=h.dtype, device=h.device).expand(h.shape)
+
+    log_ratio = torch.zeros_like(logp)
+    if old_logprobs is not None:
+        log_ratio = torch.where(rollout, logp - _valid(old_logprobs, rollout, logp), 0.0)
+    else:
+        log_ratio = logp - logp.detach()
+    _, formula = SRFT_FORMULAS[switches.self_rollout]
+    gamma_p, gamma = (0.0, 1.0) if switches.demo_gamma is None else (1.0, switches.demo_gamma)
+    sign = switches.sft_entropy_sign
+    correct = is_correct.to(logp.dtype)
+    terms = {}
+    for suffix, weight_h, s, c in (
+        ("", h, sft_coef, rl_coef),
+        ("_unweighted", torch.zeros_like(h), 1.0, 1.0),
+    ):
+        demo_sft, _, demo_rl, _ = srft_demo.eager(logp, advantages, weight_h, s, sign, gamma_p, gamma)
+        rollout_loss, _, ratio, positive = formula.eager(logp, log_ratio, advantages, correct, weight_h, c)
+        terms["demo_sft" + suffix] = (w_demo * demo_sft).sum()
+        terms["demo_rl" + suffix] = (w_demo * demo_rl).sum()
+        terms["rollout_positive" + suffix] = (w_rollout * rollout_loss)[positive].sum()
+        terms["rollout_negative" + suffix] = (w_rollout * rollout_loss)[~positive].sum()
+    if num_demo_tokens is None:
+        num_demo_tokens = demo.sum()
+    if num_rollout_tokens is None:
+        num_rollout_tokens = rollout.sum()
+    mean_entropy = entropy.sum() / _at_least_one(num_demo_tokens + num_rollout_tokens, valid)
+    terms["entropy_bonus"] = -switches.entropy_coef * mean_entropy
+    loss = (
+        terms["demo_sft"]
+        + terms["demo_rl"]
+        + terms["rollout_positive"]
+        + terms["rollout_negative"]
+        + terms["entropy_bonus"]
+    )
+    terms["sum_weight_sft"] = (sft_coef * torch.exp(sign * h))[demo].sum()
+    terms["sum_weight_rl"] = (rl_coef * torch.exp(h))[rollout].sum()
+    terms["sum_entropy_demo"], terms["sum_entropy_rollout"] = entropy[demo].sum(), entropy[rollout].sum()
+    return _result(loss, logp, entropy, torch.where(rollout, ratio, 1.0), torch.zeros_like(valid), terms)
+
+
+def linear_policy_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+) -> PolicyLoss:
+    """Any loss of (logprobs, entropy), from materialised logits.
+
+    hidden_states, lm_head_weight, labels, objective, bias, temperature, logit_softcap, ignore_index: as
+    in ``srft_kernels.linear_policy_loss``.
+    """
+    logp, entropy = linear_logprobs(
+        hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index, entropy_grad=True,
+    )  # fmt: skip
+    ones = torch.ones_like(logp)
+    return _result(objective(logp, entropy), logp, entropy, ones, ones == 0, {})
+
+
+def _result(loss, logp, entropy, ratio, clipped, terms) -> PolicyLoss:
+    terms = {name: x.detach() for name, x in terms.items()}
+    return PolicyLoss(loss, logp.detach(), entropy.detach(), ratio.detach(), clipped, terms)
+
+
+def _valid(x: Tensor | None, valid: Tensor, like: Tensor, fill: float = 0.0) -> Tensor:
+    """``x`` in the dtype of ``like``, ``fill`` where it is None, and 0 at rows that are not valid."""
+    x = torch.full_like(like, fill) if x is None else x.detach().to(like.dtype)
+    return torch.where(valid, x, 0.0)
+
+
+def _at_least_one(given: int | Tensor | None, counted: Tensor) -> Tensor:
+    count = counted.sum() if given is None else torch.as_tensor(given, device=counted.device)
+    return torch.where(count > 0, count, 1)
+
+
+def _sequence_mean(values: Tensor, valid: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Mean over the valid tokens of each sequence, at each of its tokens."""
+    means = []
+    for start, end in zip(cu_seqlens.tolist()[:-1], cu_seqlens.tolist()[1:], strict=True):
+        inside = valid[start:end]
+        mean = torch.where(inside, values[start:end], 0.0).sum() / inside.sum().clamp(min=1)
+        means.append(mean.expand(end - start))
+    return torch.cat(means) if means else values

@@ -1,0 +1,3 @@
+"""Triton row kernel."""
+
+INTERPRETED = False

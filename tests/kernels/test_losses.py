@@ -1,0 +1,109 @@
+"""Every op against the float64 reference: values, terms and gradients, by option, dtype and chunk size."""
+
+import pytest
+import torch
+
+from srft_kernels import _chunked_head
+from tests.kernels.cases import (
+    DTYPES,
+    SHAPES,
+    assert_matches_reference,
+    case_id,
+    cross_entropy,
+    grpo,
+    logprobs,
+    make_case,
+    policy,
+    srft,
+)
+
+OPS = [cross_entropy, grpo, srft, policy, logprobs]
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"]
+
+
+@pytest.fixture(params=[0, 2**30], ids=["chunks16", "one-chunk"], autouse=True)
+def workspace_bytes(request, monkeypatch):
+    """Run with many chunks of 16 rows, the fewest there are, and with one."""
+    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", request.param)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=case_id)
+def test_shapes_and_dtypes(op, shape, dtype):
+    """Each op at shapes that fill no block, in every dtype."""
+    assert_matches_reference(op, make_case(shape, dtype))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.7}, {"logit_softcap": 2.0}, {"temperature": 1.3, "logit_softcap": 1.5}],
+    ids=case_id,
+)
+def test_logit_options(op, options):
+    """Temperature and softcap, with their chain rule, on every op."""
+    assert_matches_reference(op, make_case(seed=3), **options)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_temperature_per_token(op):
+    """One temperature per token."""
+    case = make_case(seed=4)
+    assert_matches_reference(op, case, temperature=case.temperature)
+    assert_matches_reference(op, case, temperature=case.temperature, logit_softcap=3.0)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("on_policy", [False, True], ids=["old", "on-policy"])
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
+def test_grpo_options(loss_type, on_policy, everything):
+    """Every loss type, alone and with KL, weights, denominators and entropy bonus."""
+    case = make_case((60, 97, 24), seed=5)
+    assert_matches_reference(grpo, case, loss_type=loss_type, on_policy=on_policy, everything=everything)
+
+
+@pytest.mark.parametrize("options", [{"dual_clip": 1.1}, {"clip_low": 0.05, "clip_high": 0.4}], ids=case_id)
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo", "cispo"])
+def test_grpo_clips(loss_type, options):
+    """Asymmetric and dual clips; both kinds of clip are present."""
+    case = make_case((80, 97, 24), seed=6)
+    assert_matches_reference(grpo, case, loss_type=loss_type, **options)
+
+
+@pytest.mark.parametrize("preset", ["paper", "official", "upt"])
+@pytest.mark.parametrize("scope", ["token", "sequence", "batch"])
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
+def test_srft_presets(preset, scope, everything):
+    """Every preset at every entropy scope."""
+    case = make_case((60, 97, 24), seed=7)
+    assert_matches_reference(srft, case, preset=preset, entropy_scope=scope, everything=everything)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"self_rollout": "ratio", "off_policy": True},
+        {"self_rollout": "likelihood", "off_policy": True, "entropy_coef": 0.02},
+        {"sft_entropy_sign": 1},
+        {"sft_entropy_sign": 0, "rl_coef": 0.0},
+        {"demo_gamma": 0.3},
+        {"preset": "upt", "demo_gamma": None},
+        {"entropy_scope": "batch", "batch_entropy": 0.8},
+        {"sft_coef": 0.2, "rl_coef": 0.4},
+    ],
+    ids=case_id,
+)
+def test_srft_switches(options):
+    """Each switch overrides its preset."""
+    assert_matches_reference(srft, make_case((60, 97, 24), seed=8), **options)
+
+
+def test_denominators_may_be_tensors():
+    """A 0-d tensor denominator gives what the int gives."""
+    case = make_case(seed=9)
+    assert_matches_reference(
+        srft, case, num_demo_tokens=torch.tensor(19), num_rollout_tokens=torch.tensor(33.0)
+    )
+    assert_matches_reference(grpo, case, num_tokens=torch.tensor(19))
+    assert_matches_reference(cross_entropy, case, num_tokens=torch.tensor(19))

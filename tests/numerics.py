@@ -1,0 +1,73 @@
+"""The one tolerance rule of the kernel tests: as accurate as plain PyTorch in the same dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# fp32 accumulation-order noise of O(1) results; measured on CPU at D <= 512
+FORWARD_FLOOR = 1e-5
+GRADIENT_FLOOR = 1e-4
+GRADIENT_CAP = 5e-3
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def assert_accurate(
+    name: str, actual: Tensor, gold: Tensor, baseline: Tensor, *, gradient: bool = False
+) -> None:
+    """Fail unless ``actual`` is about as close to ``gold`` as ``baseline`` is.
+
+    Forward values: max error at most twice the baseline's, plus 1e-5 and two roundings of the largest value.
+    Gradients: relative RMS error at most twice the baseline's plus 1e-4, and at most 5e-3; for a matrix also
+    row by row.
+
+    Args:
+        name: Shown on failure.
+        actual: Result under test.
+        gold: The same from the reference in float64, on the same rounded inputs.
+        baseline: The same from the reference in the dtype under test.
+        gradient: Apply the rule for gradients.
+    """
+    assert actual.shape == gold.shape, f"{name}: shape {list(actual.shape)}, expected {list(gold.shape)}"
+    assert actual.dtype == baseline.dtype, f"{name}: dtype {actual.dtype}, expected {baseline.dtype}"
+    epsilon = torch.finfo(actual.dtype).eps
+    actual, gold, baseline = (x.detach().double().cpu() for x in (actual, gold, baseline))
+    if actual.numel() == 0:
+        return
+    assert torch.equal(torch.isfinite(actual), torch.isfinite(gold)), (
+        f"{name}: non-finite where gold is finite, or reverse"
+    )
+    finite = torch.isfinite(gold)
+    assert torch.equal(actual[~finite], gold[~finite]), f"{name}: infinities differ"
+    actual, gold, baseline = (torch.where(finite, x, 0.0) for x in (actual, gold, baseline))
+    error, base_error = actual - gold, baseline - gold
+    if not gradient:
+        rounding = 2 * epsilon * gold.abs().max()
+        bound = 2 * base_error.abs().max() + FORWARD_FLOOR + rounding
+        worst = error.abs().argmax()
+        found = error.abs().max()
+        where = [int(i) for i in torch.unravel_index(worst, error.shape)]
+        assert found <= bound, (
+            f"{name}: max error {found:.3e} > {bound:.3e} at {where}: "
+            f"{actual.flatten()[worst]:.9g}, gold {gold.flatten()[worst]:.9g}"
+        )
+        return
+    scale = _rms(gold)
+    if scale == 0:
+        assert not error.any(), f"{name}: expected exactly 0, got up to {error.abs().max():.3e}"
+        return
+    bound = min(2 * _rms(base_error) / scale + GRADIENT_FLOOR, GRADIENT_CAP)
+    assert _rms(error) / scale <= bound, f"{name}: relative RMS error {_rms(error) / scale:.3e} > {bound:.3e}"
+    if gold.dim() == 2:
+        # a row far below the others is held to the noise of a typical row
+        row_scale = gold.square().mean(1).sqrt().clamp(min=1e-2 * scale)
+        row_error = error.square().mean(1).sqrt() / row_scale
+        row_base = base_error.square().mean(1).sqrt() / row_scale
+        worst = row_error.argmax()
+        bound = 2 * row_base.max() + GRADIENT_FLOOR
+        assert row_error[worst] <= bound, (
+            f"{name}: relative RMS error of row {worst} {row_error[worst]:.3e} > {bound:.3e}"
+        )
