@@ -13,6 +13,8 @@ _MAX_CHARACTERS = 4000
 _MAX_SAMPLES_PER_STEP = 24
 _STATUS_WORDS = {"timeout": "deadline passed", "error": "reward failed", "bad_gold": "answer key unreadable"}
 
+# should an escape ever be missed, the browser still runs and loads nothing
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _CSS = """
 :root{color-scheme:light dark;--sans:system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;
 --mono:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
@@ -47,13 +49,14 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.95re
 th,td{text-align:left;padding:.3rem 1.5rem .3rem 0;border-bottom:1px solid var(--grid);vertical-align:top}
 th{font-weight:600}
 td.n,th.n{text-align:right;white-space:nowrap}
-.prompt{border-left:3px solid var(--grid);padding:.1rem 0 .1rem .9rem;margin:.25rem 0 .75rem}
+.prompt{border-left:3px solid var(--grid);padding:.1rem 0 .1rem .9rem;margin:2rem 0 .75rem}
+h3+.prompt{margin-top:.25rem}
 .sample{display:grid;grid-template-columns:11.5rem minmax(0,1fr);gap:.25rem 1.25rem;padding:.7rem 0;
 border-top:1px solid var(--grid)}
 .tag{display:inline-block;border-radius:99px;padding:.05rem .7rem;font-weight:600;font-size:.88rem}
 .right{color:var(--right);background:var(--right-bg)}.wrong{color:var(--wrong);background:var(--wrong-bg)}
 .demo{color:var(--demo);background:var(--demo-bg)}.plain{background:var(--sheet)}
-.sample small{display:block;line-height:1.45;margin-top:.3rem;font-variant-numeric:tabular-nums}
+.sample small{display:block;line-height:1.55;font-variant-numeric:tabular-nums}
 .text,pre{font:.85rem/1.5 var(--mono);white-space:pre-wrap;overflow-wrap:anywhere;margin:0}
 .sample .text{max-height:22rem;overflow-y:auto}
 pre{background:var(--sheet);border-radius:10px;padding:1rem;white-space:pre;overflow-x:auto}
@@ -66,8 +69,10 @@ dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}
 @media(max-width:640px){body{padding:1.25rem .9rem 3rem}h1{font-size:1.4rem}
 .cards{grid-template-columns:1fr 1fr}
 .card{padding:.65rem .75rem}.card b{font-size:1.08rem}.card small{font-size:.8rem}
-.sample{grid-template-columns:minmax(0,1fr)}.sample small{display:inline;margin-left:.5rem}
-.figures{gap:1.75rem}th,td{padding-right:.9rem;font-size:.88rem}
+.sample{grid-template-columns:minmax(0,1fr)}.sample small{display:inline-block;margin-left:.3rem;
+font-size:.76rem}
+.tag{font-size:.78rem;padding:.05rem .55rem}
+.figures{gap:1.75rem}th,td{padding-right:.6rem;font-size:.85rem}td.n{white-space:normal}
 dl{grid-template-columns:minmax(0,1fr);gap:0}dd{margin-bottom:.5rem}}
 @media print{.sample .text{max-height:none}}
 """
@@ -131,6 +136,7 @@ def render(
         parts.append(f"<h2>Configuration</h2><pre>{_safe(config_text)}</pre>")
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{_safe(title)}</title><style>{_CSS}</style></head><body>"
     )
@@ -153,6 +159,7 @@ def _card(label: str, headline: str, below: str) -> str:
 
 def _figure(title: str, caption: str, svg: str) -> str:
     title, caption = _safe(title), _safe(caption)
+    svg = svg.replace('role="img"', f'role="img" aria-label="{title}"', 1)
     return f"<figure><figcaption><b>{title}</b><span>{caption}</span></figcaption>{svg}</figure>"
 
 
@@ -211,7 +218,8 @@ def _sample(row: Mapping[str, Any]) -> str:
         for key, spec in (("reward", "g"), ("advantage", "+.2f"), ("entropy", ".2f"))
         if isinstance(row.get(key), int | float)
     ]
-    marks = f"<div>{_tags(row)}<small>{'<br>'.join(numbers)}</small></div>"
+    shown = "".join(f"<small>{number}</small> " for number in numbers)
+    marks = f"<div>{_tags(row)} {shown}</div>"
     return f'<div class="sample">{marks}<div class="text">{_text(row.get("completion"))}</div></div>'
 
 

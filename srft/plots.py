@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -67,8 +67,11 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "srft",
 }
+_MAX_MARKERS = 40
 _RAW_ONLY_BELOW = 12  # fewer points than this are drawn as they are, with markers
 _MAX_BARS = 120
+_SMALLEST_DIFFERENCE = 1e-8  # nats; below, the logarithmic axis goes linearly to 0
+Scale = Literal["from 0", "signed", "log"]
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,17 @@ LOSSES = (
     Line("loss/rollout_negative", "rollout, wrong", GREEN, (0, (4, 1.5))),
 )
 UNWEIGHTED = tuple(Line(f"{line.key}_unweighted", line.label, line.color, line.dashes) for line in LOSSES)
-LENGTH = (Line("length/mean", "", BLUE),)
 SHARES = (
-    Line("groups/all_right", "groups all right", BLUE),
-    Line("groups/all_wrong", "groups all wrong", VERMILLION),
-    Line("length/truncated", "completions cut", PURPLE, (0, (4, 1.5))),
+    Line("groups/all_right", "all right", BLUE),
+    Line("groups/all_wrong", "all wrong", VERMILLION),
+    Line("groups/rescued_by_demo", "solved by demo", GREEN),
+    Line("length/truncated", "cut at limit", PURPLE, (0, (4, 1.5))),
 )
-GRAD_NORM = (Line("grad_norm", "", BLUE),)
+MISMATCH = (
+    Line("mismatch/max", "largest", VERMILLION),
+    Line("mismatch/mean", "mean", BLUE),
+    Line("canary/max_abs_diff", "after sync", GREEN, (0, (4, 1.5))),
+)
 TIMES = (
     ("rollout", BLUE), ("reward", GREEN), ("train", VERMILLION), ("sync", PURPLE), ("eval", AMBER),
     ("other", GREY),
@@ -122,16 +129,14 @@ def points(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
-def smooth(steps: np.ndarray, values: np.ndarray, width: float) -> np.ndarray:
-    """Return the running mean under a Gaussian window, normalised where the window leaves the data.
-
-    Args:
-        steps: [n] where the values lie.
-        values: [n].
-        width: Standard deviation of the window in steps, > 0.
-    """
-    window = np.exp(-0.5 * ((steps[:, None] - steps[None, :]) / width) ** 2)
-    return window @ values / window.sum(1)
+def _smooth(steps: np.ndarray, values: np.ndarray, width: float) -> np.ndarray:
+    """Return the mean under a Gaussian window of this standard deviation, over the steps that exist."""
+    at = (steps - steps[0]).astype(int)
+    sums, counts = np.zeros(at[-1] + 1), np.zeros(at[-1] + 1)
+    sums[at], counts[at] = values, 1
+    reach = math.ceil(4 * width)
+    window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    return np.convolve(sums, window)[reach + at] / np.convolve(counts, window)[reach + at]
 
 
 def smoothing_width(rows: Rows) -> float:
@@ -168,9 +173,14 @@ def _draw_accuracy(ax: Axes, rows: Rows) -> None:
             for row in rows
             if all(isinstance(row.get(k), int | float) for k in keys)
         ]
-        if bounds:
+        few = steps.size <= _MAX_MARKERS
+        if bounds and few:
             ax.vlines(*zip(*bounds, strict=True), color=INK, alpha=0.5, linewidth=1.6, clip_on=False)
-        ax.plot(steps, accuracy, "o-", color=INK, markersize=5, linewidth=1.6, clip_on=False, zorder=4)
+        elif bounds:
+            ax.fill_between(*zip(*bounds, strict=True), color=INK, alpha=0.15, linewidth=0)
+        ax.plot(
+            steps, accuracy, marker="o" if few else "", color=INK, markersize=5, linewidth=1.6, clip_on=False
+        )
         ends.append((accuracy[-1], "eval accuracy", INK))
     values = np.concatenate([points(rows, "reward/mean")[1], accuracy])
     if values.size and values.min() >= 0 and values.max() <= 1:
@@ -178,12 +188,16 @@ def _draw_accuracy(ax: Axes, rows: Rows) -> None:
     _finish(ax, rows, ends, "reward, accuracy")
 
 
-def _draw_curves(ax: Axes, rows: Rows, *, lines: Sequence[Line], ylabel: str, signed: bool = False) -> None:
-    """Draw curves over an axis that starts at 0 or, where values have a sign, has a line at 0."""
+def _draw_curves(ax: Axes, rows: Rows, *, lines: Sequence[Line], ylabel: str, scale: Scale) -> None:
+    """Draw curves over an axis that starts at 0, or has a line at 0 ("signed"), or counts decades ("log")."""
     ends = _draw_lines(ax, rows, lines)
     low, high = ax.get_ylim()
-    if not signed:
+    if scale == "from 0":
         ax.set_ylim(bottom=0)
+    elif scale == "log":
+        # differences can be exactly 0, which a plain logarithmic axis has no place for
+        ax.set_yscale("symlog", linthresh=_SMALLEST_DIFFERENCE)
+        ax.set_ylim(0, 10 * max(high, _SMALLEST_DIFFERENCE))
     elif low < 0 < high:
         ax.axhline(0, color=MUTED, linewidth=0.9, zorder=1)
     _finish(ax, rows, ends, ylabel)
@@ -194,7 +208,7 @@ def _draw_times(ax: Axes, rows: Rows) -> None:
     timed = [row for row in rows if any(f"time/{name}" in row for name in ("step", *(n for n, _ in TIMES)))]
     per_bar = math.ceil(len(timed) / _MAX_BARS)
     bars = [timed[start : start + per_bar] for start in range(0, len(timed), per_bar)] if timed else []
-    centres = np.array([np.mean([row["step"] for row in bar]) for bar in bars])
+    edges = np.array([edge for bar in bars for edge in (bar[0]["step"] - 0.5, bar[-1]["step"] + 0.5)])
     split = [[seconds_by_part(row) for row in bar] for bar in bars]
     bottom = np.zeros(len(bars))
     total = sum(sum(parts.values()) for bar in split for parts in bar)
@@ -203,14 +217,15 @@ def _draw_times(ax: Axes, rows: Rows) -> None:
         if not heights.any():
             continue
         share = sum(parts[name] for bar in split for parts in bar) / total
-        ax.bar(centres, heights, width=0.86 * per_bar, bottom=bottom, color=color, linewidth=0,
-               label=f"{name} {share:.0%}")  # fmt: skip
+        low, high = np.repeat(bottom, 2), np.repeat(bottom + heights, 2)
+        ax.fill_between(edges, low, high, color=color, linewidth=0, label=f"{name} {share:.0%}")
         bottom += heights
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=0.9,
               labelcolor=INK, borderaxespad=0.3)  # fmt: skip
-    ax.set_xlabel("step")
-    ax.set_ylabel("seconds per step")
+    ax.set_ylim(bottom=0)
+    ax.set_xmargin(0.01)
+    ax.set(xlabel="step", ylabel="seconds per step")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
 
 
@@ -234,37 +249,43 @@ class Panel:
 
 
 def _curves(
-    name: str, title: str, caption: str, lines: tuple[Line, ...], ylabel: str, signed: bool = False
+    name: str, title: str, caption: str, lines: tuple[Line, ...], ylabel: str, scale: Scale = "from 0"
 ) -> Panel:
-    draw = partial(_draw_curves, lines=lines, ylabel=ylabel, signed=signed)
+    draw = partial(_draw_curves, lines=lines, ylabel=ylabel, scale=scale)
     return Panel(name, title, caption, draw, tuple(line.key for line in lines))
 
 
 PANELS = (
     Panel("reward_accuracy", "Reward and accuracy",
-          "Mean reward of the rollouts, and accuracy on the evaluation set with its interval.",
+          "Mean reward of rollouts; accuracy on held-out prompts with its 95% interval.",
           _draw_accuracy, ("reward/mean", "eval/accuracy")),
     _curves("entropy", "Entropy by source",
             "How undecided the policy is on its own rollouts and on the demonstrations.",
             ENTROPY, "entropy (nats per token)"),
     _curves("weights", "Weights of the two losses",
-            "Token means of the entropy-aware weights: SFT on demonstrations, RL on right rollouts.",
+            "What entropy makes of them: mean over demonstration and rollout tokens.",
             WEIGHTS, "mean weight of a token"),
-    _curves("loss_components", "Loss components, weighted",
-            "The four terms as they are added up.", LOSSES, "contribution to the loss", signed=True),
-    _curves("loss_components_unweighted", "Loss components, unweighted",
-            "The same four terms before their weights.", UNWEIGHTED, "term before its weight", signed=True),
-    Panel("time", "Where the time goes",
-          "Seconds of a step by part; the shares are of the whole run.",
+    _curves("loss_components", "Loss components, weighted", "The four terms as they are added up.",
+            LOSSES, "contribution to the loss", scale="signed"),
+    _curves("loss_components_unweighted", "Loss components, unweighted", "The terms before their weights.",
+            UNWEIGHTED, "before its weight", scale="signed"),
+    Panel("time", "Where the time goes", "Seconds of a step by part; the shares are of the whole run.",
           _draw_times, ("time/step", *(f"time/{name}" for name, _ in TIMES))),
-    _curves("lengths", "Completion length",
-            "Mean length of the sampled completions.", LENGTH, "completion length (tokens)"),
+    _curves("lengths", "Completion length", "Mean over the sampled completions.",
+            (Line("length/mean", "", BLUE),), "completion length (tokens)"),
     _curves("shares", "Groups without contrast",
-            "Groups whose rollouts are all right or all wrong, and completions cut at the length limit.",
-            SHARES, "share"),
-    _curves("grad_norm", "Gradient norm", "Before clipping.", GRAD_NORM, "gradient norm"),
+            "All rollouts right, all wrong, or wrong but for the demonstration; and completions cut short.",
+            SHARES, "share of groups, completions"),
+    _curves("loss", "Loss", "The sum that is differentiated.",
+            (Line("loss/total", "", BLUE),), "loss (nats)", scale="signed"),
+    _curves("grad_norm", "Gradient norm", "Before clipping.",
+            (Line("grad_norm", "", BLUE),), "gradient norm"),
+    _curves("mismatch", "Trainer against engine",
+            "How far log-probabilities of the same tokens lie apart; a jump means wrong weights.",
+            MISMATCH, "difference (nats)", scale="log"),
 )  # fmt: skip
-OVERVIEW = ("reward_accuracy", "entropy", "weights", "loss_components")
+# the first four of these that a run recorded
+OVERVIEW = ("reward_accuracy", "entropy", "weights", "loss_components", "loss", "shares", "grad_norm")
 
 
 def draw_plots(rows: Rows, folder: Path) -> dict[str, str]:
@@ -291,9 +312,10 @@ def draw_plots(rows: Rows, folder: Path) -> dict[str, str]:
             svgs[panel.name] = _inline_svg(figure)
             ax.set_title(panel.title)
             figure.savefig(folder / f"{panel.name}.png", dpi=200, facecolor="white")
-        drawn = [panel for panel in panels if panel.name in OVERVIEW]
-        if drawn:
-            _draw_overview(drawn, rows).savefig(folder / "overview.png", dpi=130, facecolor="white")
+        drawn = {panel.name: panel for panel in panels}
+        chosen = [drawn[name] for name in OVERVIEW if name in drawn][:4]
+        if chosen:
+            _draw_overview(chosen, rows).savefig(folder / "overview.png", dpi=130, facecolor="white")
     return svgs
 
 
@@ -315,7 +337,6 @@ def _draw_overview(panels: Sequence[Panel], rows: Rows) -> Figure:
 def _draw_lines(ax: Axes, rows: Rows, lines: Sequence[Line]) -> list[tuple[float, str, str]]:
     """Draw curves, smoothed over faint raw values; return (height, label, colour) of their ends."""
     ends = []
-    width = smoothing_width(rows)
     for line in lines:
         steps, values = points(rows, line.key)
         if not steps.size:
@@ -326,7 +347,7 @@ def _draw_lines(ax: Axes, rows: Rows, lines: Sequence[Line]) -> list[tuple[float
             )
         else:
             ax.plot(steps, values, color=line.color, linewidth=0.9, alpha=0.35)
-            values = smooth(steps, values, width)
+            values = _smooth(steps, values, smoothing_width(rows))
             ax.plot(steps, values, color=line.color, linestyle=line.dashes)
         ends.append((float(values[-1]), line.label, line.color))
     return ends
@@ -336,12 +357,11 @@ def _finish(ax: Axes, rows: Rows, ends: Sequence[tuple[float, str, str]], ylabel
     """Label the axes, and each curve at its end."""
     first, last = rows[0]["step"], rows[-1]["step"]
     ax.set_xlim(first, last if last > first else first + 1)
-    ax.set_xlabel("step")
-    ax.set_ylabel(ylabel)
+    ax.set(xlabel="step", ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
-    ax.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    low, high = ax.get_ylim()
-    heights = [(end[0] - low) / (high - low) for end in ends]
+    if ax.get_yscale() == "linear":
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+    heights = [ax.transAxes.inverted().transform(ax.transData.transform((last, end[0])))[1] for end in ends]
     for height, (_, label, color) in zip(_spread(heights, 0.095), ends, strict=True):
         ax.annotate(label, (1, height), xycoords="axes fraction", xytext=(7, 0), textcoords="offset points",
                     va="center", color=color, annotation_clip=False)  # fmt: skip
@@ -359,9 +379,8 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
         while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
             blocks[-2:] = [blocks[-2] + blocks[-1]]
     flat = np.array([np.mean(block) for block in blocks for _ in block])
-    top = 1 - gap * (len(placed) - 1)
     result = np.empty(len(placed))
-    result[order] = np.clip(flat, 0, max(top, 0)) + offsets
+    result[order] = np.clip(flat, 0, max(0, 1 - gap * (len(placed) - 1))) + offsets
     return result.tolist()
 
 

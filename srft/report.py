@@ -140,9 +140,11 @@ def _facts(rows: Sequence[Mapping[str, Any]]) -> list[Fact]:
     if scored:
         best = max(scored, key=lambda row: row["eval/accuracy"])
         shown = (scored[0], best, scored[-1])
-        facts.append(Fact("eval accuracy", *(_percent(row) + f" at {row['step']}" for row in shown)))
+        facts.append(
+            Fact("eval accuracy (at step)", *(_percent(row) + f" at {row['step']}" for row in shown))
+        )
         if any(map(_interval, shown)):
-            facts.append(Fact("  its interval (%)", *map(_interval, shown)))
+            facts.append(Fact("  its 95% interval", *map(_interval, shown)))
     for key, label, has_best in (
         ("reward/mean", "training reward", True), ("entropy/rollout", "entropy, rollouts (nats)", False),
         ("entropy/demo", "entropy, demonstrations (nats)", False), ("weight/sft", "SFT weight", False),
@@ -216,7 +218,7 @@ def _cards(record: RunRecord) -> list[tuple[str, str, str]]:
         best = max(scored, key=lambda row: row["eval/accuracy"])
         below = f"best {_percent(best)} at step {best['step']}"
         if _interval(last):
-            below = f"interval {_interval(last)}; {below}"
+            below = f"95% interval {_interval(last)}; {below}"
         change = f"{_percent(first)} → {_percent(last)}" if first is not last else _percent(last)
         cards.append(("Eval accuracy", change, below))
     for label, title, below in (

@@ -205,6 +205,23 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
     assert b"\x1b" not in shown and b"step 30/30" in shown
 
 
+def test_a_terminal_that_hangs_up_does_not_stop_the_run(tmp_path: Path) -> None:
+    """When the terminal goes away in the middle, the rest of the run is logged in silence."""
+    pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
+    ours, theirs = pty.openpty()
+    arguments = [sys.executable, "-m", "tests.trainer.synthetic_run", str(tmp_path / "run")]
+    environment = os.environ | {"TERM": "xterm"}
+    with subprocess.Popen(
+        arguments, cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        os.close(theirs)
+        os.read(ours, 1)
+        os.close(ours)
+        assert process.stderr is not None and process.stderr.read() == b""
+    assert process.returncode == 0
+    assert len(strict_lines(tmp_path / "run" / "metrics.jsonl")) == 31
+
+
 def run_on_terminal(pty, run_dir: Path, term: str) -> bytes:
     """Run with a pseudo-terminal as stdout and return all that came through it."""
     ours, theirs = pty.openpty()

@@ -6,10 +6,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from srft.log import RunLog, open_json_lines, write_json_line
-from srft.plots import points, seconds_by_part
+from srft.plots import OVERVIEW, _smooth, _spread, points, seconds_by_part
 from srft.report import build_report, load_record, main
 from tests.trainer.synthetic_run import open_log, sample, scored, srft_row
 
@@ -70,7 +71,7 @@ def test_page_asks_for_nothing_from_outside(tmp_path: Path) -> None:
     assert re.findall(r"url\((?!#)", page.html) == []
     links = [value for name, value in page.attributes if name in ("href", "xlink:href", "src", "action")]
     assert all(value is not None and value.startswith("#") for value in links)
-    assert page.tags.count("svg") == 9
+    assert page.tags.count("svg") == 10
 
 
 def test_page_marks_right_and_wrong_in_words(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def only(row: dict[str, float], *prefixes: str) -> dict[str, float]:
     ],
     ids=["grpo", "sft", "eval-only", "time-only", "nothing"],
 )
-@pytest.mark.parametrize("steps", [1, 3, 40])
+@pytest.mark.parametrize("steps", [1, 40])
 def test_plots_of_what_a_run_recorded(
     tmp_path: Path, keep: tuple[str, ...], plots: set[str], steps: int
 ) -> None:
@@ -125,8 +126,7 @@ def test_plots_of_what_a_run_recorded(
             log.metrics(only(scored(row) if step == steps else row, *keep))
         log.finish({})
     drawn = {path.stem for path in (tmp_path / "plots").glob("*.png")}
-    in_overview = plots & {"reward_accuracy", "entropy", "weights", "loss_components"}
-    assert drawn == plots | ({"overview"} if in_overview else set())
+    assert drawn == plots | ({"overview"} if plots & set(OVERVIEW) else set())
     assert Page(tmp_path / "report.html").tags.count("svg") == len(plots)
 
 
@@ -181,6 +181,21 @@ def test_facts_tell_first_best_and_last(tmp_path: Path) -> None:
     assert (accuracy.first, accuracy.best, accuracy.last) == ("10.0% at 0", "70.0% at 2", "60.0% at 4")
     assert (interval.first, interval.best, interval.last) == ("5.0 to 20.0", "60.0 to 80.0", "50.0 to 70.0")
     assert (reward.first, reward.last) == ("0.300", "0.300")
+
+
+def test_smoothing_is_the_windowed_mean_of_what_exists() -> None:
+    """Gaps in the steps have no weight: a constant stays itself, and other values match the plain formula."""
+    steps, values = np.array([3.0, 4, 5, 9, 10, 40]), np.array([1.0, 2, 4, 3, -1, 7])
+    window = np.exp(-0.5 * ((steps[:, None] - steps) / 1.5) ** 2)
+    assert _smooth(steps, values, 1.5) == pytest.approx(window @ values / window.sum(1), abs=1e-3)
+    assert _smooth(steps, np.full(6, 0.25), 1.5) == pytest.approx(np.full(6, 0.25))
+
+
+def test_labels_of_curves_keep_apart() -> None:
+    """Labels that would overlap move apart by the gap, keep their order and stay on the axes."""
+    assert _spread([0.2, 0.8], 0.1) == [0.2, 0.8]
+    assert _spread([0.52, 0.5, 0.0], 0.1) == pytest.approx([0.56, 0.46, 0.0])
+    assert _spread([1.0, 0.99], 0.1) == pytest.approx([1.0, 0.9])
 
 
 def test_points_skip_nulls_and_absent_keys() -> None:
