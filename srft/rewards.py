@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -82,6 +82,8 @@ class _Worker:
                 [sys.executable, "-m", "srft.reward_worker", kind, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                # its own group: an interrupt at the keyboard is ours, and what a verifier starts ends with it
+                process_group=0,
                 env={**os.environ, "PYTHONPATH": path},
             )
         self.connection = Connection(ours.detach())
@@ -98,11 +100,15 @@ class _Worker:
             return "died", ""
         return ("late", "") if time.monotonic() >= self.deadline else None
 
-    def kill(self) -> str:
+    def kill(self, *, ended: bool = False) -> str:
         """End the process, wait for it, and say how it ended."""
         self.connection.close()
-        if self.process.poll() is None:
-            self.process.kill()
+        if ended:
+            # its pipe closes a moment before it can be waited for, and the moment has the reason
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=1.0)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
@@ -237,7 +243,7 @@ class RewardPool:
                 results[index] = RewardResult(*event[1])
                 continue
             self._workers.remove(worker)
-            end = worker.kill()
+            end = worker.kill(ended=event[0] == "died")
             if event[0] == "late":
                 results[index] = RewardResult(0.0, "timeout", f"killed after {self.deadline_s:g} s")
             elif index in retried:
@@ -251,7 +257,7 @@ class RewardPool:
             worker.ready = True
             return
         self._workers.remove(worker)
-        end = worker.kill()
+        end = worker.kill(ended=event == "died")
         if event == "failed":
             raise ValueError(f"reward {self.kind!r} cannot be loaded: {reason}")
         what = f"took more than {STARTUP_SECONDS:g} s" if event == "late" else f"ended with {end}"

@@ -31,7 +31,15 @@ SCHEMAS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 
 
 def lookup(row: dict[str, Any], path: str) -> Any:
-    """Value at a column name or a dotted path; KeyError where there is none."""
+    """Return the value at a column name or a dotted path.
+
+    Args:
+        row: A row of the source.
+        path: Column name, dots reaching into nested fields.
+
+    Raises:
+        KeyError: If there is none.
+    """
     if path in row:
         return row[path]
     value: Any = row
@@ -43,7 +51,12 @@ def lookup(row: dict[str, Any], path: str) -> Any:
 
 
 def has_column(row: dict[str, Any], path: str) -> bool:
-    """Whether a row has a value at a column name or dotted path."""
+    """Whether a row has a value at a column name or a dotted path.
+
+    Args:
+        row: A row of the source.
+        path: As in :func:`lookup`.
+    """
     try:
         lookup(row, path)
     except KeyError:
@@ -67,7 +80,7 @@ def detect_schema(row: dict[str, Any]) -> str | None:
 
 def _read_jsonl(path: Path, limit: int | None) -> list[PlacedRow]:
     rows: list[PlacedRow] = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if limit is not None and len(rows) == limit:
                 break
@@ -75,12 +88,14 @@ def _read_jsonl(path: Path, limit: int | None) -> list[PlacedRow]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                cut = "" if line.endswith("\n") else "; the file ends within this line: is it truncated?"
+            except ValueError as error:
+                cut = "" if line.endswith(b"\n") else "; the file ends within this line: is it truncated?"
                 raise ValueError(f"{path}, line {number}: not valid JSON ({error}){cut}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
             rows.append((f"{path}, line {number}", row))
+    if not rows:
+        raise ValueError(f"{path}, line 1: no rows, the file is empty")
     return rows
 
 
@@ -89,10 +104,7 @@ def _read_file(path: Path, limit: int | None) -> list[PlacedRow]:
     if not path.is_file():
         raise ValueError(f"no such data file: {path}")
     if path.suffix == ".jsonl":
-        try:
-            return _read_jsonl(path, limit)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        return _read_jsonl(path, limit)
     if path.suffix == ".json":
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
@@ -104,9 +116,11 @@ def _read_file(path: Path, limit: int | None) -> list[PlacedRow]:
             raise ValueError(f"{path}: expected a JSON list of objects")
         rows = rows[:limit]
     else:
-        import pyarrow
-        import pyarrow.parquet
-
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise ValueError("parquet files need the extra srft[train]: pip install 'srft[train]'") from error
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 rows = []
@@ -121,9 +135,11 @@ def _read_file(path: Path, limit: int | None) -> list[PlacedRow]:
 
 
 def _read_hub(source: str, split: str, limit: int | None) -> list[PlacedRow]:
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
+    try:
+        import datasets
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise ValueError("hub data sets need the extra srft[train]: pip install 'srft[train]'") from error
     name, _, config = source.partition(":")
     try:
         dataset = datasets.load_dataset(name, config or None, split=split)
@@ -142,7 +158,18 @@ def _read_hub(source: str, split: str, limit: int | None) -> list[PlacedRow]:
 def read_source(
     source: str, split: str, limit: int | None, seed: int, task: dict[str, Any]
 ) -> list[PlacedRow]:
-    """Rows of any source; the arguments are those of ``data.load_examples``."""
+    """Return the rows of any source; the arguments are those of ``data.load_examples``.
+
+    Args:
+        source: Task, file or hub data set.
+        split: Split to read.
+        limit: Number of rows, or None.
+        seed: Of a generated task.
+        task: Options of a generated task.
+
+    Raises:
+        ValueError: On a missing or unreadable source, or options that it does not have.
+    """
     count = GENERATED_ROWS["train" if split == "train" else "eval"] if limit is None else limit
     if source in BUILTIN_TASKS:
         if unknown := set(task) - {"min_ops", "max_ops"}:
@@ -170,7 +197,18 @@ def read_source(
 def map_columns(
     source: str, row: dict[str, Any], schema: str | None, given: dict[str, str], require_demo: bool
 ) -> dict[str, str]:
-    """Where prompt, answer and demo stand; the given map wins over the schema."""
+    """Return where prompt, answer and demo stand; the given map wins over the schema.
+
+    Args:
+        source: Named in errors.
+        row: The first row.
+        schema: Its known schema, or None.
+        given: The user's column map.
+        require_demo: Whether a missing demonstration column is an error.
+
+    Raises:
+        ValueError: Naming the column that is missing, those present, the nearest, and the option to set.
+    """
     if unknown := set(given) - {"prompt", "answer", "demo"}:
         raise ValueError(f"data.columns knows prompt, answer and demo, not {sorted(unknown)}")
     if source.startswith(REASONING_GYM):
@@ -229,7 +267,17 @@ def _is_empty(value: Any) -> bool:
 def read_fields(
     place: str, row: dict[str, Any], columns: dict[str, str], schema: str | None
 ) -> tuple[str | list[Message], Any, str | None]:
-    """Prompt, answer and demonstration of a row; a schema's habits apply where the map left it alone."""
+    """Return prompt, answer and demonstration of a row; a schema's habits apply where the map left it alone.
+
+    Args:
+        place: Where the row stands, for errors.
+        row: The row.
+        columns: From :func:`map_columns`.
+        schema: From :func:`detect_schema`.
+
+    Raises:
+        ValueError: On a missing or empty prompt or answer, or a field of the wrong type.
+    """
     if missing := [path for role, path in columns.items() if role != "demo" and not has_column(row, path)]:
         raise ValueError(f"{place}: no column {missing[0]!r} in this row")
     prompt, answer = lookup(row, columns["prompt"]), lookup(row, columns["answer"])

@@ -14,12 +14,22 @@ EVAL_SHARE = 8  # one problem text in this many belongs to evaluation
 
 
 def in_eval_split(text: str) -> bool:
-    """Whether a problem text belongs to evaluation: a fixed function of it, so that splits cannot overlap."""
+    """Whether a problem text belongs to evaluation: a fixed function of it, so that splits cannot overlap.
+
+    Args:
+        text: The problem.
+    """
     return hashlib.blake2b(text.encode(), digest_size=8).digest()[0] % EVAL_SHARE == 0
 
 
 def chain_problem(rng: random.Random, min_ops: int, max_ops: int) -> dict[str, str]:
-    """Draw one chain of + - * on digits, read strictly left to right, every value taken modulo 10."""
+    """Draw one chain of + - * on digits, read strictly left to right, every value taken modulo 10.
+
+    Args:
+        rng: Advanced by the draw.
+        min_ops: Fewest operations, >= 1.
+        max_ops: Most operations, >= ``min_ops``.
+    """
     value = rng.randrange(10)
     text, steps = str(value), ""
     for _ in range(rng.randint(min_ops, max_ops)):
@@ -110,7 +120,8 @@ def reasoning_gym_rows(
         ValueError: From :func:`reasoning_gym_dataset`, or when the task runs out of distinct questions.
     """
     wants_eval = split != "train"
-    draws = 100 * (count + 10)
+    # an eighth of the texts is for evaluation; no more than that takes, since some tasks are slow to size up
+    draws = 16 * count + 1000 if wants_eval else 2 * count + 200
     dataset = reasoning_gym_dataset(name, **(options or {}), size=draws, seed=seed)
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()

@@ -18,7 +18,7 @@ from srft.tasks import REASONING_GYM, reasoning_gym_dataset
 
 Verifier = Callable[[str, Any, dict[str, Any]], float]
 
-MAX_EXPRESSION_CHARS = 400
+MAX_EXPRESSION_CHARS = 200  # three stack frames each at worst: nested parentheses stay within Python's limit
 MAX_NUMBER_CHARS = 200  # exact arithmetic on longer literals would cost more than it can be worth
 
 
@@ -34,18 +34,31 @@ def _after_thinking(text: str) -> str:
     return "" if "<think>" in text else text
 
 
+_BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)(?:\s*(?P<open>\{)|\s+(?P<bare>[^\s{}$\\]+))|\\[{}]|[{}]")
+
+
 def last_boxed(text: str) -> tuple[int, str] | None:
-    r"""Position and content of the last \boxed{...}, \fbox{...} or brace-less "\boxed 2", or None."""
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?:\s*\{|\s+(?P<bare>[^\s{}$\\]+))", text))):
-        if match["bare"]:
-            return match.start(), match["bare"].rstrip(".,")
-        depth = 1
-        for end in range(match.end(), len(text)):
-            if text[end] in "{}" and text[end - 1] != "\\":
-                depth += 1 if text[end] == "{" else -1
-                if depth == 0:
-                    return match.start(), text[match.end() : end]
-    return None
+    r"""Position and content of the last \boxed{...}, \fbox{...} or brace-less "\boxed 2", or None.
+
+    Args:
+        text: Any text; a box that is never closed does not count.
+    """
+    best: tuple[int, str] | None = None
+    # one pass, so that a completion that opens a thousand boxes costs no more than another
+    opened: list[tuple[int, int] | None] = []
+    for match in _BOX_TOKEN.finditer(text):
+        found = None
+        if match["open"]:
+            opened.append((match.start(), match.end()))
+        elif match["bare"]:
+            found = match.start(), match["bare"].rstrip(".,")
+        elif match[0] == "{":
+            opened.append(None)
+        elif match[0] == "}" and opened and (box := opened.pop()) is not None:
+            found = box[0], text[box[1] : match.start()]
+        if found is not None and (best is None or found[0] > best[0]):
+            best = found
+    return best
 
 
 def _marked_answer(text: str, hashes: int) -> str | None:
@@ -64,7 +77,13 @@ def _last_line(text: str) -> str:
 
 
 def exact(completion: str, answer: Any, row: dict[str, Any]) -> float:
-    r"""1 if the text in the last \boxed, <answer> or after the last '#', or the last line, is the answer."""
+    r"""1 if the text in the last \boxed, <answer> or after the last '#', or the last line, is the answer.
+
+    Args:
+        completion: Text of the model, or of a demonstration.
+        answer: Compared as text, without surrounding white space.
+        row: Not used.
+    """
     text = _after_thinking(completion)
     marked = _marked_answer(text, hashes=1)
     return float((_last_line(text) if marked is None else marked) == str(answer).strip())
@@ -104,6 +123,14 @@ def numeric(completion: str, answer: Any, row: dict[str, Any]) -> float:
 
     The number is the first one in the last \boxed, <answer> or after the last "##" or longer, else the last
     one in the text. Thousands commas, currency signs, a/b, \frac{a}{b} and % are read; "50%" is 50 and 0.5.
+
+    Args:
+        completion: Text of the model, or of a demonstration.
+        answer: A number, or text whose last number counts.
+        row: Not used.
+
+    Raises:
+        BadGold: If the answer holds no number.
     """
     gold = _number(str(answer), last=True)
     if not gold:
@@ -117,7 +144,7 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[Fraction]]:
     """Exact value of an arithmetic expression, and the number literals in it.
 
     Args:
-        text: Decimal literals, + - * / (also × · ÷ −), unary minus, parentheses; at most 400 characters.
+        text: Decimal literals, + - * / (also × · ÷ −), unary minus, parentheses; at most 200 characters.
 
     Raises:
         ValueError: On anything else, powers and implicit products included.
@@ -173,7 +200,14 @@ def countdown(completion: str, answer: Any, row: dict[str, Any]) -> float:
     The expression stands in the last <answer>, \boxed or after the last '#', else on the last line, where a
     label such as "answer:" or "the final equation is" is cut off. An equation with the target on one side is
     read too.
-    ``row["nums"]`` holds the numbers and ``row["target"]``, else ``answer``, the target.
+
+    Args:
+        completion: Text of the model, or of a demonstration.
+        answer: The target, where the row has none.
+        row: Its ``nums`` are the numbers, its ``target`` the target.
+
+    Raises:
+        BadGold: If the numbers or the target cannot be read.
     """
     try:
         available = Counter(Fraction(str(number)) for number in row["nums"])
@@ -215,7 +249,16 @@ def _parse_gold(answer: str) -> tuple[Any, ...]:
 
 
 def math(completion: str, answer: Any, row: dict[str, Any]) -> float:
-    r"""1 if the last \boxed{} equals the answer by math-verify, gold first; 0 without a \boxed{}."""
+    r"""1 if the last \boxed{} equals the answer by math-verify, gold first; 0 without a \boxed{}.
+
+    Args:
+        completion: Text of the model, or of a demonstration.
+        answer: LaTeX or plain text, in a \boxed{} or not.
+        row: Not used.
+
+    Raises:
+        BadGold: If math-verify cannot read the answer.
+    """
     from math_verify import LatexExtractionConfig, parse, verify
 
     gold = _parse_gold(str(answer))

@@ -1,0 +1,127 @@
+"""Built-in tasks: the arithmetic is right, streams are repeatable, and the splits never meet."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from srft.data import load_examples
+from srft.tasks import CHAIN_ALPHABET, chain_rows, in_eval_split, reasoning_gym_rows
+from srft.verifiers import exact
+
+
+def left_to_right(prompt: str) -> int:
+    """Value of a chain, worked out apart from the generator."""
+    value = int(prompt[0])
+    for op, digit in zip(prompt[1:-1:2], prompt[2:-1:2], strict=True):
+        value = eval(f"{value} {op} {digit}") % 10
+    return value
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_chain_rows_are_right(split: str) -> None:
+    """Every prompt, step and answer agrees with an independent evaluation, in the exported alphabet."""
+    for row in chain_rows(300, split=split, seed=1, min_ops=1, max_ops=6):
+        steps = row["demo"].split(";")
+        assert row["answer"] == str(left_to_right(row["prompt"])) == steps[-1].removeprefix("#")
+        assert [int(step[-1]) for step in steps[:-1]] == [left_to_right(step[:-1]) for step in steps[:-1]]
+        assert len(steps) - 1 == (len(row["prompt"]) - 2) // 2
+        assert set(row["prompt"] + row["demo"]) <= set(CHAIN_ALPHABET)
+        assert exact(row["demo"], row["answer"], row) == 1
+
+
+def test_chain_known_problem_text() -> None:
+    """The format is the documented one: the whole working, then '#' and the answer."""
+    row = chain_rows(1, split="train", seed=0, min_ops=3, max_ops=3)[0]
+    a, x, b, y, c, z, d, equals = row["prompt"]
+    first = left_to_right(f"{a}{x}{b}=")
+    second = left_to_right(f"{first}{y}{c}=")
+    last = left_to_right(f"{second}{z}{d}=")
+    assert equals == "="
+    assert row["demo"] == f"{a}{x}{b}={first};{first}{y}{c}={second};{second}{z}{d}={last};#{last}"
+
+
+def test_chain_row_depends_on_seed_and_index_alone() -> None:
+    """A longer request starts with the shorter one, and another seed gives other rows."""
+    long = chain_rows(50, split="train", seed=3)
+    assert long[:20] == chain_rows(20, split="train", seed=3)
+    assert long != chain_rows(50, split="train", seed=4)
+
+
+def test_chain_lengths_fill_the_range() -> None:
+    """Chains have every length from min_ops to max_ops and no other."""
+    rows = chain_rows(200, split="train", seed=0, min_ops=2, max_ops=5)
+    assert {(len(row["prompt"]) - 2) // 2 for row in rows} == {2, 3, 4, 5}
+
+
+def test_chain_splits_never_meet() -> None:
+    """No text is in both splits under any seeds, and evaluation texts are distinct."""
+    train = {
+        row["prompt"] for seed in range(4) for row in chain_rows(2000, split="train", seed=seed, min_ops=1)
+    }
+    held_out = [row["prompt"] for row in chain_rows(500, split="eval", seed=0, min_ops=2)]
+    assert len(set(held_out)) == len(held_out)
+    assert not train & set(held_out)
+    assert all(map(in_eval_split, held_out)) and not any(map(in_eval_split, train))
+
+
+def test_chain_says_when_problems_run_out() -> None:
+    """300 one-step texts exist, an eighth of them for evaluation: more cannot be distinct."""
+    with pytest.raises(ValueError, match="distinct evaluation problems, 64 were asked for; raise max_ops"):
+        chain_rows(64, split="eval", seed=0, min_ops=1, max_ops=1)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 2), (3, 2)])
+def test_chain_refuses_an_empty_range(low: int, high: int) -> None:
+    """Lengths that make no chain are named in the error."""
+    with pytest.raises(ValueError, match=f"min_ops={low} max_ops={high}"):
+        chain_rows(1, split="train", seed=0, min_ops=low, max_ops=high)
+
+
+def test_chain_refuses_unknown_options() -> None:
+    """A misspelt option is an error that lists the real ones."""
+    with pytest.raises(ValueError, match=r"no option \['max_op'\].*min_ops and max_ops"):
+        load_examples("chain", task={"max_op": 3})
+
+
+def test_reasoning_gym_splits_never_meet() -> None:
+    """Entries are repeatable, evaluation questions distinct and in no training stream."""
+    pytest.importorskip("reasoning_gym")
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+    train = reasoning_gym_rows("chain_sum", 400, split="train", seed=0, options=options)
+    held_out = [
+        row["question"] for row in reasoning_gym_rows("chain_sum", 40, split="eval", seed=0, options=options)
+    ]
+    assert train[:50] == reasoning_gym_rows("chain_sum", 50, split="train", seed=0, options=options)
+    assert len(set(held_out)) == 40 and not {row["question"] for row in train} & set(held_out)
+
+
+def test_reasoning_gym_says_when_questions_run_out() -> None:
+    """A task with few distinct questions fails with the number it could give."""
+    pytest.importorskip("reasoning_gym")
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    with pytest.raises(ValueError, match="gave only .* of 500 problems of split 'eval'"):
+        reasoning_gym_rows("chain_sum", 500, split="eval", seed=0, options=options)
+
+
+def test_reasoning_gym_unknown_task_names_the_nearest() -> None:
+    """A misspelt task is answered with its likely meaning."""
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ValueError, match="no task 'chain_sm'; nearest: chain_sum"):
+        load_examples("reasoning_gym:chain_sm")
+
+
+def test_reasoning_gym_unknown_option_is_named() -> None:
+    """An option that the task's configuration lacks is named, with the task."""
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ValueError, match="'chain_sum' refuses .*nonsense"):
+        load_examples("reasoning_gym:chain_sum", task={"nonsense": 1})
+
+
+def test_reasoning_gym_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package the error says what to install."""
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    with pytest.raises(ValueError, match=r"srft\[gym\]"):
+        load_examples("reasoning_gym:chain_sum")
