@@ -1,8 +1,8 @@
 """The record of a run: ``metrics.jsonl`` and ``samples.jsonl``, what the terminal shows, the page at the end.
 
-A run folder is readable while the run goes on and after it was killed at any point: every row is one whole
-line, written by one system call. A resumed run sets later rows aside, so that there is one row a step.
-"""
+A run folder is readable while the run goes on and after it was killed at any point: every row is one line,
+written by one system call, and at most the last line is torn. A resumed run sets that and later rows aside,
+so that there is one row a step.
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def open_json_lines(path: Path) -> FileIO:
 
 
 def write_json_line(file: FileIO, record: Mapping[str, object], *, sync: bool = False) -> None:
-    """Append one record as one line in one system call, so that a killed process leaves whole lines.
+    """Append one record as one line in one system call: a killed process tears at most its last line.
 
     Args:
         file: From ``open_json_lines``.

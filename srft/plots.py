@@ -391,7 +391,7 @@ def _inline_svg(figure: Figure) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    # the namespaces go with the tag's other attributes; HTML knows them
     svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
     svg = svg.replace("'DejaVu Sans'", "var(--sans)")
     for color, name in CSS_NAMES.items():

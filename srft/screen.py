@@ -242,7 +242,7 @@ class Screen:
         out, self._out, self._live, self._fancy = self._out, None, None, False
         assert out is not None
         try:
-            # what is still buffered must not raise again when the interpreter flushes at exit
+            # nor may a print elsewhere in the process, or the interpreter's last flush, fail from now on
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, out.fileno())
             os.close(devnull)

@@ -54,3 +54,4 @@ def log_a_run(run_dir: Path) -> None:
 
 if __name__ == "__main__":
     log_a_run(Path(sys.argv[1]))
+    print("The process goes on.", flush=True)

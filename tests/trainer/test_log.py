@@ -132,8 +132,8 @@ def test_setting_aside_twice_changes_nothing(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n'
 
 
-def test_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
-    """A process killed while it writes leaves only whole lines, and all that it reported as written."""
+def test_killed_writer_tears_at_most_its_last_line(tmp_path: Path) -> None:
+    """A process killed while it writes leaves all that it reported as written, and at most one half line."""
     program = (
         "import sys; from pathlib import Path; from srft.log import open_json_lines, write_json_line\n"
         "file = open_json_lines(Path(sys.argv[1]))\n"
@@ -148,7 +148,7 @@ def test_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
         writer.send_signal(signal.SIGKILL)
         reported += writer.stdout.readlines()
     rows, unreadable = read_json_lines(path)
-    assert not unreadable
+    assert len(unreadable) <= 1 and all(line.startswith('{"step"') for line in unreadable)
     assert [row["step"] for row in rows] == list(range(len(rows)))
     assert len(rows) >= len([line for line in reported if line.endswith("\n")])
 
@@ -243,7 +243,7 @@ def run_on_terminal(pty, run_dir: Path, term: str) -> bytes:
 
 
 def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path: Path) -> None:
-    """When the pipe breaks, all rows and the page are written and the exit status is 0."""
+    """When the pipe breaks, all is written, other prints of the process go on, and the exit status is 0."""
     reading, writing = os.pipe()
     os.close(reading)
     done = run_all(tmp_path / "run", writing, {})
