@@ -3,6 +3,7 @@
 A run folder is readable while the run goes on and after it was killed at any point: every row is one line,
 written by one system call, and at most the last line is torn. A resumed run sets that and later rows aside,
 so that there is one row a step.
+"""
 
 from __future__ import annotations
 
