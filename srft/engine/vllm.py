@@ -67,7 +67,8 @@ class VllmEngine:
             seed: vLLM's own seed; samples depend on the seeds given to ``generate`` alone.
             python: Python that has vLLM; None is the running one.
             gpu_memory_utilization: Share of the GPU's memory for weights and KV cache, in (0, 1].
-            kv_cache_gib: KV cache in GiB; None is what ``gpu_memory_utilization`` leaves, 1 on CPU.
+            kv_cache_gib: KV cache in GiB; None is what ``gpu_memory_utilization`` leaves, on CPU
+                VLLM_CPU_KVCACHE_SPACE of the environment or 1.
             num_threads: OMP_NUM_THREADS of the process; None is that of the environment, else half the cores.
             visible_devices: CUDA_VISIBLE_DEVICES of the process; None inherits it.
             enforce_eager: No compilation and no CUDA graphs; always so on CPU.

@@ -119,7 +119,10 @@ def _start(config: dict[str, Any]) -> LLM:
     if on_cpu:
         # vLLM compiles a helper or two even when eager, which costs seconds and needs a C++ compiler
         torch._dynamo.config.disable = True
-    kv_cache_gib = config["kv_cache_gib"] or (1.0 if on_cpu else None)
+    kv_cache_gib = config["kv_cache_gib"]
+    if kv_cache_gib is None and on_cpu:
+        # a share of the memory, as on a GPU, would be far too much beside a trainer
+        kv_cache_gib = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 1))
     return LLM(
         model=config["model_dir"],
         # token ids in, token ids out

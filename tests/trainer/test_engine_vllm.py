@@ -153,7 +153,7 @@ def test_only_given_tokens_stop(served: tuple) -> None:
 def test_update_is_exact(served: tuple, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an update, scores and completions are those of the new weights, head and prefix cache included.
 
-    Without ``_repack_heads`` in the worker, the tied cases fail.
+    Without ``_repack_heads`` in the worker, the tied cases that do not send the head by its own name fail.
     """
     model, engine = served
     sampling = Sampling(1.0, 8, ())
