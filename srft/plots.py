@@ -68,7 +68,7 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "srft",
 }
 _MAX_MARKERS = 40
-_RAW_ONLY_BELOW = 12  # fewer points than this are drawn as they are, with markers
+_RAW_ONLY_BELOW = 20  # fewer points than this are drawn as they are, with markers
 _MAX_BARS = 120
 _SMALLEST_DIFFERENCE = 1e-8  # nats; below, the logarithmic axis goes linearly to 0
 Scale = Literal["from 0", "signed", "log"]
@@ -103,8 +103,8 @@ UNWEIGHTED = tuple(Line(f"{line.key}_unweighted", line.label, line.color, line.d
 SHARES = (
     Line("groups/all_right", "all right", BLUE),
     Line("groups/all_wrong", "all wrong", VERMILLION),
-    Line("groups/rescued_by_demo", "solved by demo", GREEN),
-    Line("length/truncated", "cut at limit", PURPLE, (0, (4, 1.5))),
+    Line("groups/rescued_by_demo", "solved by demo", GREEN, (0, (4, 1.5))),
+    Line("length/truncated", "cut at limit", PURPLE),
 )
 MISMATCH = (
     Line("mismatch/max", "largest", VERMILLION),
