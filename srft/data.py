@@ -214,11 +214,12 @@ def encode_demo(
         prompt_text: The rendered prompt; when it ends in "<think>" and a newline, these are dropped from the
             start of the demonstration.
     """
+    return [*tokenizer.encode(_demo_text(example, prompt_text), add_special_tokens=False), eos_id]
+
+
+def _demo_text(example: Example, prompt_text: str) -> str:
     assert example.demo is not None
-    demo = example.demo
-    if prompt_text.endswith(THINK):
-        demo = demo.removeprefix(THINK)
-    return [*tokenizer.encode(demo, add_special_tokens=False), eos_id]
+    return example.demo.removeprefix(THINK) if prompt_text.endswith(THINK) else example.demo
 
 
 def build_prompts(
@@ -256,15 +257,17 @@ def build_prompts(
     eos_id = tokenizer.eos_token_id if eos_id is None else eos_id
     if eos_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token; give eos_id")
+    texts = [render_prompt(example, tokenizer, system=system, chat=chat) for example in examples]
+    shown = [max_demo_tokens is not None and example.demo is not None for example in examples]
+    demo_texts = [_demo_text(e, text) for e, text, show in zip(examples, texts, shown, strict=True) if show]
+    # one call, which fast tokenizers spread over the cores: these can be hundreds of millions of tokens
+    encoded = iter(tokenizer(demo_texts, add_special_tokens=False)["input_ids"] if demo_texts else [])
     prompts: list[Prompt] = []
     counts = {"overlong_prompts": 0, "overlong_demos": 0}
     longest = {"prompt": 0, "demo": 0}
-    for example in examples:
-        text = render_prompt(example, tokenizer, system=system, chat=chat)
+    for example, text, show in zip(examples, texts, shown, strict=True):
         prompt_ids = _encode_text(text, example, tokenizer, chat)
-        demo_ids: list[list[int]] = []
-        if example.demo is not None and max_demo_tokens is not None:
-            demo_ids = [encode_demo(example, tokenizer, eos_id, prompt_text=text)]
+        demo_ids = [[*next(encoded), eos_id]] if show else []
         longest["prompt"] = max(longest["prompt"], len(prompt_ids))
         longest["demo"] = max(longest["demo"], *map(len, demo_ids), 0)
         if len(prompt_ids) > max_prompt_tokens:

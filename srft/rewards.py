@@ -166,7 +166,7 @@ class RewardPool:
         with self._lock, self._all_or_nothing():
             while len(results) < len(items):
                 self._start_missing()
-                for worker in self._workers:
+                for worker in list(self._workers):
                     if queue and worker.ready and worker.item is None:
                         self._hand_out(worker, queue, items)
                 self._collect(results, queue, retried)
@@ -220,7 +220,8 @@ class RewardPool:
             worker.connection.send(tuple(items[index]))
         except OSError:
             # it ended while idle: the item is not to blame
-            worker.item = None
+            self._workers.remove(worker)
+            worker.kill()
             queue.appendleft(index)
 
     def _collect(self, results: dict[int, RewardResult], queue: deque[int], retried: set[int]) -> None:

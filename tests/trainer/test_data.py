@@ -441,6 +441,7 @@ def test_build_prompts_skips_and_counts_overlong_examples() -> None:
     assert counts == {"overlong_prompts": 1, "overlong_demos": 1}
     assert [len(p.prompt_ids) for p in prompts] == [4, 1, 1]
     assert [[len(ids) for ids in p.demo_ids] for p in prompts] == [[3], [3], []]
+    assert prompts[1].demo_ids[0] == encode_demo(rows[2], char_tokenizer(), prompts[1].demo_ids[0][-1])
 
 
 def test_build_prompts_error_names_numbers_and_options() -> None:
