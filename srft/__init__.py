@@ -1,0 +1,1 @@
+"""Train language models on demonstrations and on their own rollouts at once."""

@@ -1,0 +1,201 @@
+"""From prompt groups to packed batches: token-budget packing and the global counts every loss term is divided by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from srft.data import Prompt
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class Sequence:
+    """One response to a prompt: a rollout of the policy or a demonstration.
+
+    Args:
+        prompt_ids: Tokens of the prompt, at least one.
+        response_ids: Tokens of the response, its end token included when it ended; at least one.
+        is_demo: Whether it is a demonstration.
+        truncated: Whether the length limit cut it.
+        rollout_logprobs: The engine's log-probabilities of ``response_ids``; empty for a demonstration.
+        text: The response as text.
+        reward: What the verifier gave it.
+        status: How the verification ended: "ok", "timeout", "error" or "bad_gold".
+        advantage: Filled in by ``srft.methods``.
+        entropy: Mean entropy of the policy over the response, nats; known after the loss.
+        old_logprobs: Log-probabilities before a step's first update; None when that is the current policy.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    is_demo: bool
+    truncated: bool
+    rollout_logprobs: list[float]
+    text: str
+    reward: float = 0.0
+    status: str = "ok"
+    advantage: float = 0.0
+    entropy: float | None = None
+    old_logprobs: Tensor | None = None
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the verifier accepted it; a custom reward counts as accepted from 0.5 up."""
+        return self.reward >= 0.5
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass
+class Group:
+    """A prompt with everything that answers it."""
+
+    prompt: Prompt
+    rollouts: list[Sequence] = field(default_factory=list)
+    demos: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts over one optimizer update, all micro-batches together: the denominators of its loss terms."""
+
+    rollout_tokens: int
+    demo_tokens: int
+    rollout_sequences: int
+    demo_sequences: int
+
+
+@dataclass
+class Batch:
+    """Packed sequences of T tokens, N of which (the responses') are counted in the loss.
+
+    Args:
+        input_ids: [T] int64.
+        position_ids: [T] int64, starting at 0 in each sequence.
+        cu_seqlens: [B+1] int32 on the CPU, bounds of the sequences in T.
+        max_seqlen: Longest sequence, in tokens.
+        loss_rows: [N] int64, index in T of the position that predicts each counted token.
+        labels: [N] int64, the counted tokens.
+        loss_cu_seqlens: [B+1] int32 on the CPU, bounds of the responses in N.
+        advantages: [N] fp32.
+        is_demo: [N] bool.
+        is_correct: [N] bool.
+        token_weights: [N] fp32, the aggregation's weight of each token.
+        rollout_logprobs: [N] fp32, the engine's; 0 on demonstrations.
+        old_logprobs: [N] fp32, or None when the current policy is the one that sampled.
+        sequences: The B sequences, in order.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    loss_rows: Tensor
+    labels: Tensor
+    loss_cu_seqlens: Tensor
+    advantages: Tensor
+    is_demo: Tensor
+    is_correct: Tensor
+    token_weights: Tensor
+    rollout_logprobs: Tensor
+    old_logprobs: Tensor | None
+    sequences: list[Sequence]
+
+
+def count(sequences: Seq[Sequence]) -> Totals:
+    """Count tokens and sequences of each kind.
+
+    Args:
+        sequences: Everything that one optimizer update learns from.
+    """
+    rollouts = [s for s in sequences if not s.is_demo]
+    demos = [s for s in sequences if s.is_demo]
+    return Totals(
+        rollout_tokens=sum(len(s.response_ids) for s in rollouts),
+        demo_tokens=sum(len(s.response_ids) for s in demos),
+        rollout_sequences=len(rollouts),
+        demo_sequences=len(demos),
+    )
+
+
+def pack(
+    sequences: Seq[Sequence],
+    tokens_per_microbatch: int,
+    token_weight: dict[bool, float | None],
+    device: torch.device,
+) -> list[Batch]:
+    """Pack sequences into micro-batches of bounded size, the longest first.
+
+    Args:
+        sequences: What to pack; a sequence is never split.
+        tokens_per_microbatch: Most tokens in one micro-batch; a longer single sequence still gets one to itself.
+        token_weight: Weight of each response token by ``is_demo``; None weighs by 1 / response length.
+        device: Where the batch is used; bounds stay on the CPU.
+
+    Returns:
+        Micro-batches that together hold every sequence once.
+    """
+    bins: list[list[Sequence]] = []
+    room: list[int] = []
+    for sequence in sorted(sequences, key=len, reverse=True):
+        place = next((i for i, free in enumerate(room) if free >= len(sequence)), None)
+        if place is None:
+            bins.append([])
+            room.append(tokens_per_microbatch)
+            place = len(bins) - 1
+        bins[place].append(sequence)
+        room[place] -= len(sequence)
+    return [_to_batch(members, token_weight, device) for members in bins]
+
+
+def _to_batch(
+    sequences: list[Sequence], token_weight: dict[bool, float | None], device: torch.device
+) -> Batch:
+    lengths = torch.tensor([len(s) for s in sequences])
+    responses = torch.tensor([len(s.response_ids) for s in sequences])
+    starts = lengths.cumsum(0) - lengths
+    total = int(lengths.sum())
+    # the position before a token predicts it, so a response's rows start one before it
+    loss_rows = torch.cat(
+        [
+            torch.arange(start + len(s.prompt_ids) - 1, start + len(s) - 1)
+            for start, s in zip(starts.tolist(), sequences, strict=True)
+        ]
+    )
+    weights = [1.0 / len(s.response_ids) if (w := token_weight[s.is_demo]) is None else w for s in sequences]
+
+    def per_token(values: list[float] | list[bool], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat_interleave(responses).to(device)
+
+    flat_logprobs = [x for s in sequences for x in (s.rollout_logprobs or [0.0] * len(s.response_ids))]
+    old = None
+    if sequences[0].old_logprobs is not None:
+        old = torch.cat([s.old_logprobs for s in sequences if s.old_logprobs is not None]).to(device)
+    return Batch(
+        input_ids=torch.tensor(
+            [t for s in sequences for t in (*s.prompt_ids, *s.response_ids)], device=device
+        ),
+        position_ids=(torch.arange(total) - starts.repeat_interleave(lengths)).to(device),
+        cu_seqlens=_bounds(lengths),
+        max_seqlen=int(lengths.max()),
+        loss_rows=loss_rows.to(device),
+        labels=torch.tensor([t for s in sequences for t in s.response_ids], device=device),
+        loss_cu_seqlens=_bounds(responses),
+        advantages=per_token([s.advantage for s in sequences], torch.float32),
+        is_demo=per_token([s.is_demo for s in sequences], torch.bool),
+        is_correct=per_token([s.is_correct for s in sequences], torch.bool),
+        token_weights=per_token(weights, torch.float32),
+        rollout_logprobs=torch.tensor(flat_logprobs, dtype=torch.float32, device=device),
+        old_logprobs=old,
+        sequences=sequences,
+    )
+
+
+def _bounds(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()

@@ -1,0 +1,492 @@
+"""Every option of the trainer, its type and range; TOML files and dotted overrides fill them in."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    """A group of options: unknown names are errors, the text under each field is its help."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True
+    )
+
+
+class DataConfig(Section):
+    """Where prompts, demonstrations and answers come from."""
+
+    train: str = "chain"
+    """Built-in task, "reasoning_gym:<task>", a .jsonl/.json/.parquet file, or a Hugging Face hub id."""
+    eval: str | None = None
+    """Held-out source of the same kinds; unset: the held-out part of a built-in task, otherwise `eval_split` of `train`."""
+    split: str = "train"
+    """Split read from a hub data set."""
+    eval_split: str = "test"
+    """Split read for evaluation from a hub data set."""
+    columns: dict[str, str] = {}
+    """Column map: columns.prompt, columns.answer, columns.demo; dots reach into nested fields."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first rows of the training source."""
+    eval_limit: int = Field(512, gt=0)
+    """Rows evaluated each time."""
+    task: dict[str, int] = {}
+    """Options of a built-in or reasoning-gym task, such as task.max_ops=5."""
+    system: str | None = None
+    """System prompt put before the user's turn."""
+    chat: bool = True
+    """Render prompts with the tokenizer's chat template where it has one."""
+    max_prompt_tokens: int = Field(512, gt=0)
+    """Longest prompt taken, in tokens."""
+    overlong: Literal["error", "skip"] = "error"
+    """What to do with a row whose prompt or demonstration is too long; skipped rows are counted."""
+    bad_demos: Literal["error", "skip", "keep"] = "error"
+    """What to do with a demonstration that its own verifier does not accept."""
+
+
+class WarmStartConfig(Section):
+    """A short supervised start for a model built from scratch; its result is cached."""
+
+    max_steps: int = Field(400, ge=0)
+    """Steps after which it ends in any case; 0 turns it off."""
+    until_accuracy: float = Field(0.25, gt=0, le=1)
+    """It ends once greedy accuracy on held-out problems reaches this."""
+    batch_size: int = Field(128, gt=0)
+    """Demonstrations per step."""
+    lr: float = Field(2e-3, gt=0)
+    """AdamW learning rate."""
+
+
+class TinyConfig(Section):
+    """Shape of the model built from scratch when model.name is "tiny" (Qwen2 architecture)."""
+
+    hidden_size: int = Field(128, gt=0)
+    """Width of the residual stream."""
+    num_layers: int = Field(2, gt=0)
+    """Transformer blocks."""
+    num_heads: int = Field(4, gt=0)
+    """Attention heads; must divide hidden_size."""
+    intermediate_size: int = Field(512, gt=0)
+    """Width of the gated MLP."""
+    tie_embeddings: bool = True
+    """Share the embedding with the head."""
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    name: str = "tiny"
+    """"tiny" builds one from scratch; otherwise a folder or hub id of a Hugging Face causal LM."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; unset: the model's own, or the task's characters for "tiny"."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward and backward passes; weights and optimizer stay in fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward to save memory."""
+    trust_remote_code: bool = False
+    """Run Python code shipped with the checkpoint; off unless you trust its author."""
+    tiny: TinyConfig = TinyConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+
+
+class EngineConfig(Section):
+    """What samples the rollouts."""
+
+    kind: Literal["auto", "hf", "vllm"] = "auto"
+    """"hf" samples in this process, "vllm" in a process of its own; "auto" is vllm on a GPU where it is installed, else hf."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the engine's weights; "auto" follows model.compute_dtype."""
+    max_batch: int = Field(512, gt=0)
+    """hf: sequences sampled at once."""
+    python: str | None = None
+    """vllm: interpreter that runs the engine, for an environment of its own; unset: this one."""
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
+    """vllm: share of the GPU's memory the engine may take."""
+
+
+class RolloutConfig(Section):
+    """How completions are sampled."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the loss divides the logits by the same number."""
+    max_new_tokens: int = Field(64, gt=0)
+    """Longest completion, in tokens; also the longest demonstration."""
+
+
+class RewardConfig(Section):
+    """How completions are judged."""
+
+    kind: str = "auto"
+    """"exact", "numeric", "countdown", "math", "reasoning_gym:<task>" or path/to/file.py:function; "auto" follows the source."""
+    workers: int = Field(2, gt=0)
+    """Verifier processes."""
+    deadline_s: float = Field(5.0, gt=0)
+    """Seconds one verification may take before it is ended and counted as a timeout."""
+
+
+class MethodConfig(Section):
+    """The objective. Unset switches take the preset's value."""
+
+    name: Literal["srft", "grpo", "sft"] = "srft"
+    """Which objective is trained."""
+    preset: Literal["paper", "official", "upt"] = "paper"
+    """SRFT as in the paper, as in its authors' code, or as in the independent reproduction."""
+    sft_coef: float = Field(0.5, ge=0)
+    """SRFT: factor of the demonstration log-likelihood weight."""
+    rl_coef: float = Field(0.1, ge=0)
+    """SRFT: factor of the weight of correct rollouts."""
+    sft_entropy_sign: Literal[-1, 1] | None = None
+    """SRFT: sign of the entropy in the demonstration weight."""
+    entropy_scope: Literal["token", "sequence", "batch"] | None = None
+    """SRFT: what the entropy in the weights is a mean over."""
+    self_rollout: Literal["likelihood", "ratio"] | None = None
+    """SRFT: form of the term on the policy's own rollouts."""
+    demo_gamma: float | Literal["preset", "none"] = "preset"
+    """SRFT: γ of the shaping p/(p+γ) on demonstrations; "none" uses p itself."""
+    entropy_coef: float | None = Field(None, ge=0)
+    """Coefficient of the entropy bonus; unset: the preset's for SRFT, 0 for GRPO."""
+    advantage_std: bool | None = None
+    """Divide advantages by the group's standard deviation; unset: on for SRFT "paper" and GRPO."""
+    aggregation: Literal["token-mean", "sequence-mean", "constant"] = "token-mean"
+    """Mean over all tokens, mean over sequences of token means, or sum over tokens / rollout.max_new_tokens per sequence."""
+    loss_type: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"
+    """GRPO: the token term; bnpo, dr_grpo and dapo are this one with another aggregation, std and clip range."""
+    clip_low: float = Field(0.2, gt=0)
+    """GRPO: the ratio is clipped below 1 - clip_low."""
+    clip_high: float = Field(0.2, gt=0)
+    """GRPO: the ratio is clipped above 1 + clip_high."""
+
+    @property
+    def scope(self) -> str:
+        """What the entropy in SRFT's weights is a mean over, the preset's choice where none is set."""
+        if self.name != "srft":
+            return "token"
+        return self.entropy_scope or ("token" if self.preset == "official" else "sequence")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: int = Field(60, gt=0)
+    """Rollout-and-update rounds in all."""
+    prompts_per_step: int = Field(32, gt=0)
+    """Prompts drawn each step."""
+    rollouts_per_prompt: int = Field(7, gt=0)
+    """Completions sampled for each prompt."""
+    demos_per_prompt: int = Field(1, ge=0)
+    """Demonstrations joined to each prompt's group."""
+    updates_per_step: int = Field(1, gt=0)
+    """Optimizer updates made from one step's rollouts; must divide prompts_per_step."""
+    tokens_per_microbatch: int = Field(16384, gt=0)
+    """Memory knob: tokens in one forward pass; it does not change the result."""
+    lr: float = Field(1e-3, gt=0)
+    """AdamW learning rate after warm-up."""
+    lr_warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay on matrices."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW moment decay rates."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+    eval_every: int = Field(10, gt=0)
+    """Steps between evaluations; step 0 and the last are always evaluated."""
+    save_every: int = Field(20, gt=0)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = Field(2, gt=0)
+    """Newest checkpoints kept."""
+    canary_tolerance: float | None = Field(None, gt=0)
+    """Largest |log p| difference between trainer and engine on the probe; unset: 1e-4 in fp32, 0.3 in bf16."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random: weights, order of prompts, sampling."""
+    resume: bool = False
+    """Continue the run of this name from its newest checkpoint."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the trainer computes."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field("demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is <runs_dir>/<name>."""
+    runs_dir: Path = Path("runs")
+    """Folder that holds the run folders."""
+    cache_dir: Path = Path("~/.cache/srft")
+    """Folder for warm-started models."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    method: MethodConfig = MethodConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> Config:
+        train, tiny = self.train, self.model.tiny
+        if train.prompts_per_step % train.updates_per_step:
+            raise ValueError(
+                f"train.prompts_per_step={train.prompts_per_step} does not divide into "
+                f"train.updates_per_step={train.updates_per_step} equal updates; "
+                f"take {_nearest_multiple(train.prompts_per_step, train.updates_per_step)} prompts or another number of updates"
+            )
+        longest = self.longest_sequence
+        if longest > train.tokens_per_microbatch:
+            raise ValueError(
+                f"train.tokens_per_microbatch={train.tokens_per_microbatch} cannot hold one sequence of "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens; raise it to at least that"
+            )
+        if self.method.name != "grpo" and train.demos_per_prompt == 0:
+            raise ValueError(
+                f'method.name="{self.method.name}" learns from demonstrations but train.demos_per_prompt=0; set it to 1'
+            )
+        if self.method.name == "grpo" and train.rollouts_per_prompt < 2:
+            raise ValueError(
+                'method.name="grpo" compares the rollouts of one prompt; train.rollouts_per_prompt must be at least 2'
+            )
+        if self.model.name == "tiny" and tiny.hidden_size % tiny.num_heads:
+            raise ValueError(
+                f"model.tiny.num_heads={tiny.num_heads} must divide model.tiny.hidden_size={tiny.hidden_size}"
+            )
+        return self
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Precision of the forward and backward passes."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.model.compute_dtype]
+
+    @property
+    def longest_sequence(self) -> int:
+        """Most tokens a prompt and its completion may have together."""
+        return self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return self.runs_dir / self.name
+
+
+def load_config(arguments: list[str]) -> Config:
+    """Read TOML files, then apply ``section.key=value`` overrides, in the order given.
+
+    Args:
+        arguments: Paths ending in .toml and dotted overrides, as on the command line.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ValueError: For an unknown key (with the nearest match), a wrong type or range, or a file that is not TOML.
+    """
+    tree: dict[str, Any] = {}
+    for argument in arguments:
+        if "=" in argument:
+            dotted, text = argument.split("=", 1)
+            layer: Any = _parse_value(text)
+            for key in reversed(dotted.strip().removeprefix("--").split(".")):
+                layer = {key: layer}
+        elif argument.endswith(".toml"):
+            layer = _read_toml(Path(argument))
+        else:
+            raise ValueError(f"expected a .toml file or section.key=value, got {argument!r}; see --help")
+        _merge(tree, layer)
+    _reject_unknown_keys(Config, tree, "")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def load_config_text(text: str) -> Config:
+    """Read a configuration written by ``to_toml``.
+
+    Args:
+        text: TOML.
+    """
+    return Config.model_validate(tomllib.loads(text))
+
+
+def to_toml(config: Config) -> str:
+    """Write a configuration as TOML that ``load_config`` reads back to the same values.
+
+    Args:
+        config: The configuration; options that are unset are left out.
+    """
+    lines: list[str] = []
+
+    def write(table: dict[str, Any], path: str) -> None:
+        scalars = {k: v for k, v in table.items() if not isinstance(v, dict) and v is not None}
+        if path and scalars:
+            lines.append(f"\n[{path}]")
+        lines.extend(f"{key} = {_toml_value(value)}" for key, value in scalars.items())
+        for key, value in table.items():
+            if isinstance(value, dict):
+                write(value, f"{path}.{key}" if path else key)
+
+    write(config.model_dump(mode="json"), "")
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted options that differ between two configurations, with both values.
+
+    Args:
+        old: One configuration.
+        new: The other.
+    """
+    flat_old, flat_new = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    keys = sorted(flat_old.keys() | flat_new.keys())
+    return {k: (flat_old.get(k), flat_new.get(k)) for k in keys if flat_old.get(k) != flat_new.get(k)}
+
+
+def help_text() -> str:
+    """Return every option with its type, default and meaning, one paragraph a section."""
+    lines = [
+        "usage: python -m srft.train [run.toml ...] [section.key=value ...]",
+        "",
+        "With no argument: the demo. Later files and overrides win. Options and defaults:",
+    ]
+
+    def describe(section: type[BaseModel], path: str) -> None:
+        subsections = []
+        for name, field in section.model_fields.items():
+            dotted = f"{path}{name}"
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                subsections.append((field.annotation, dotted))
+                continue
+            default = "unset" if field.default is None else _toml_value(_jsonable(field.default))
+            lines.append(f"  {dotted}={default}  ({_type_name(field.annotation)})")
+            lines.append(f"      {field.description}")
+        for annotation, dotted in subsections:
+            lines.extend(["", f"[{dotted}] {(annotation.__doc__ or '').strip()}"])
+            describe(annotation, dotted + ".")
+
+    describe(Config, "")
+    return "\n".join(lines)
+
+
+def _nearest_multiple(number: int, divisor: int) -> int:
+    return max(divisor, round(number / divisor) * divisor)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"no such configuration file: {path}")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+
+
+def _parse_value(text: str) -> Any:
+    """Read an override's value as TOML where it is TOML (numbers, booleans, lists, quoted), else as plain text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{path}{key}."))
+        else:
+            flat[path + key] = value
+    return flat
+
+
+def _all_keys(section: type[BaseModel], path: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{path}{name}.")
+        else:
+            keys.append(path + name)
+    return keys
+
+
+def _reject_unknown_keys(section: type[BaseModel], tree: dict[str, Any], path: str) -> None:
+    for key, value in tree.items():
+        dotted = path + key
+        field = section.model_fields.get(key)
+        if field is None:
+            every = _all_keys(Config)
+            by_last_name = [k for k in every if k.split(".")[-1] == key.split(".")[-1]]
+            near = by_last_name or difflib.get_close_matches(dotted, every, n=1, cutoff=0.4)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; see python -m srft.train --help"
+            raise ValueError(f"unknown option {dotted}{hint}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if not isinstance(value, dict):
+                raise ValueError(
+                    f"{dotted} is a section; set one of its options, such as "
+                    f"{_all_keys(field.annotation, dotted + '.')[0]}=…"
+                )
+            _reject_unknown_keys(field.annotation, value, dotted + ".")
+
+
+def _explain(error: Any) -> str:
+    dotted = ".".join(str(part) for part in error["loc"] if part in _known_names())
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {message}, got {error['input']!r}" if dotted else message
+
+
+def _known_names() -> set[str]:
+    return {part for key in _all_keys(Config) for part in key.split(".")}
+
+
+def _jsonable(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+        return '"' + "".join(escapes.get(c, c) for c in value) + '"'
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(a) for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(a) for a in arguments if a is not type(None))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(_type_name(a) for a in arguments)}]"
+    return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation))
+
+
+def exit_on_help(arguments: list[str]) -> None:
+    """Print the options and leave when they are asked for.
+
+    Args:
+        arguments: The command line's words.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        sys.exit(0)

@@ -1,0 +1,62 @@
+"""What the trainer asks of a rollout engine: sample, take new weights, score a fixed probe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Args:
+        temperature: Divides the logits before softmax; 0 takes the most likely token. >= 0.
+        max_new_tokens: Tokens after which a completion is cut, > 0.
+        stop_token_ids: Any of these ends a completion and stays in it as its last token.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation of a prompt.
+
+    Args:
+        token_ids: Sampled tokens, the stop token included when ``finish`` is "stop".
+        logprobs: Natural-log probability of each token under the distribution it was drawn from, i.e.
+            softmax(logits / temperature); for greedy sampling, of softmax(logits).
+        finish: "stop" when a stop token was drawn, "length" when the limit cut the completion.
+        version: The weight version that produced it.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish: Literal["stop", "length"]
+    version: int
+
+
+class Engine(Protocol):
+    """A source of completions that can be given new weights."""
+
+    version: int
+
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+    ) -> list[list[Completion]]:
+        """Draw ``len(seeds[p])`` completions of prompt ``p``, sample ``k`` from ``seeds[p][k]`` alone."""
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace the weights by these, named as in the checkpoint, and drop every cache made with the old ones."""
+
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Return log p(token t | tokens before t) for t = 1 .. len-1 of each sequence, at temperature 1."""
+
+    def close(self) -> None:
+        """Release the engine; safe to call twice."""

@@ -1,0 +1,140 @@
+"""The in-process engine: batched sampling with a KV cache on any transformers causal LM, no server and no GPU needed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from srft.engine.base import Completion, Sampling
+
+
+class HfEngine:
+    """Samples from its own copy of the policy, so that weights arrive by ``update_weights`` as with any other engine.
+
+    Args:
+        model: The policy to copy.
+        dtype: Precision of the copy.
+        pad_token_id: Fills prompts of a batch up to the same length, on the left.
+        max_batch: Sequences sampled at once.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, dtype: torch.dtype, pad_token_id: int, max_batch: int
+    ) -> None:
+        self._model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        self._model.gradient_checkpointing_disable()
+        self._model.set_attn_implementation("sdpa")
+        self._pad_token_id = pad_token_id
+        self._max_batch = max_batch
+        self.version = 0
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+    ) -> list[list[Completion]]:
+        """See ``Engine.generate``; a completion depends on its seed and prompt, on its batch mates only by rounding."""
+        if any(not prompt for prompt in prompts):
+            raise ValueError("every prompt needs at least one token")
+        rows = [(p, seed) for p, prompt_seeds in enumerate(seeds) for seed in prompt_seeds]
+        # neighbours of similar length waste little padding
+        order = sorted(range(len(rows)), key=lambda i: len(prompts[rows[i][0]]))
+        drawn: list[Completion | None] = [None] * len(rows)
+        for first in range(0, len(order), self._max_batch):
+            chosen = order[first : first + self._max_batch]
+            batch = self._sample(
+                [prompts[rows[i][0]] for i in chosen], sampling, [rows[i][1] for i in chosen]
+            )
+            for i, completion in zip(chosen, batch, strict=True):
+                drawn[i] = completion
+        flat = iter(drawn)
+        return [[c for c in (next(flat) for _ in prompt_seeds) if c is not None] for prompt_seeds in seeds]
+
+    def _sample(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
+        device = self._model.device
+        uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
+        stop = torch.tensor(sampling.stop_token_ids, device=device)
+        ids, mask, positions = _left_pad(prompts, self._pad_token_id, device)
+        cache = DynamicCache(config=self._model.config)
+        alive = torch.arange(len(prompts), device=device)  # rows of the result still being sampled
+        tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.int64, device=device)
+        logprobs = torch.zeros(len(prompts), sampling.max_new_tokens, device=device)
+        lengths = torch.full((len(prompts),), sampling.max_new_tokens, device=device)
+        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        ended = torch.zeros_like(stopped)  # by row of the running batch
+        for t in range(sampling.max_new_tokens):
+            logits = self._model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                use_cache=True, logits_to_keep=1,
+            ).logits[:, -1].float()  # fmt: skip
+            token, logprob = _draw(logits, sampling.temperature, uniforms[alive, t])
+            tokens[alive, t], logprobs[alive, t] = token, logprob
+            newly = torch.isin(token, stop) & ~ended
+            lengths[alive[newly]] = t + 1
+            stopped[alive[newly]] = True
+            ended |= newly
+            keep = (~ended).nonzero()[:, 0]
+            if not len(keep):
+                break
+            if len(keep) <= 0.75 * len(alive):  # dropping ended rows copies the cache, so not for a few
+                cache.batch_select_indices(keep)
+                alive, token, mask, positions = alive[keep], token[keep], mask[keep], positions[keep]
+                ended = ended[keep]
+            ids = token[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+        return [
+            Completion(row[:n], lp[:n], "stop" if done else "length", self.version)
+            for row, lp, n, done in zip(
+                tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True
+            )
+        ]
+
+    @torch.no_grad()
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See ``Engine.update_weights``; there is no cache to drop."""
+        own = dict(self._model.named_parameters(remove_duplicate=False)) | dict(self._model.named_buffers())
+        for name, tensor in named_tensors:
+            own[name].copy_(tensor)
+        self.version = version
+
+    @torch.no_grad()
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """See ``Engine.score``."""
+        ids, mask, positions = _left_pad(sequences, self._pad_token_id, self._model.device)
+        logits = (
+            self._model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1].float()
+        )
+        logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return [row[-(len(s) - 1) :].tolist() for row, s in zip(logprobs, sequences, strict=True)]
+
+    def close(self) -> None:
+        """See ``Engine.close``; the memory goes with the object."""
+
+
+def _uniforms(seeds: list[int], count: int) -> Tensor:
+    """[rows, count] uniform numbers in [0, 1), each row from its own seed alone."""
+    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token from each row of [rows, V] fp32 logits by inverting its cumulative distribution."""
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+    logprobs = (logits / temperature).log_softmax(-1)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    # scaling by the total keeps the last token reachable when the sum falls short of 1 by rounding
+    token = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    token = token.clamp_(max=logits.shape[-1] - 1)
+    return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def _left_pad(sequences: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    longest = max(len(s) for s in sequences)
+    ids = torch.tensor([[pad] * (longest - len(s)) + s for s in sequences], device=device)
+    real = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=device)
+    return ids, real, (real.cumsum(-1) - 1).clamp_(min=0)

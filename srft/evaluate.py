@@ -1,0 +1,60 @@
+"""Accuracy on held-out problems, with its uncertainty."""
+
+from __future__ import annotations
+
+import math
+
+from transformers import PreTrainedTokenizerBase
+
+from srft.data import Prompt
+from srft.engine.base import Engine, Sampling
+from srft.rewards import RewardPool
+
+
+def evaluate(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    pool: RewardPool,
+    sampling: Sampling,
+) -> dict[str, float]:
+    """Answer every held-out problem greedily, once, and judge the answers.
+
+    Args:
+        engine: Holds the policy to evaluate.
+        tokenizer: Turns completions back to text.
+        prompts: The problems.
+        pool: The verifiers.
+        sampling: The training run's; its temperature is replaced by 0.
+
+    Returns:
+        ``eval/accuracy``, the ends of its 95 % interval, ``eval/truncated`` and ``eval/timeouts``, all in [0, 1].
+    """
+    greedy = Sampling(0.0, sampling.max_new_tokens, sampling.stop_token_ids)
+    drawn = [c[0] for c in engine.generate([p.prompt_ids for p in prompts], greedy, [[0]] * len(prompts))]
+    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in drawn]
+    results = pool.score([(t, p.example.answer, p.example.row) for t, p in zip(texts, prompts, strict=True)])
+    correct = sum(r.value >= 0.5 for r in results)
+    low, high = wilson_interval(correct, len(prompts))
+    return {
+        "eval/accuracy": correct / len(prompts),
+        "eval/ci_low": low,
+        "eval/ci_high": high,
+        "eval/truncated": sum(c.finish == "length" for c in drawn) / len(drawn),
+        "eval/timeouts": sum(r.status == "timeout" for r in results) / len(drawn),
+    }
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the Wilson score interval of a proportion (Wilson 1927).
+
+    Args:
+        successes: Out of ``trials``.
+        trials: > 0.
+        z: Normal quantile; the default gives 95 %.
+    """
+    share = successes / trials
+    scale = 1 + z * z / trials
+    centre = (share + z * z / (2 * trials)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)

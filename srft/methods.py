@@ -1,0 +1,159 @@
+"""What each method learns from a group: advantages, token weights, and which fused loss it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srft.batch import Batch, Group, Sequence, Totals
+from srft.config import Config, MethodConfig
+from srft_kernels import PolicyLoss, linear_grpo_loss, linear_srft_loss
+
+# what the paper's text and the two public codes do where the paper's equations leave it open
+_SRFT_ADVANTAGE_STD = {"paper": True, "official": False, "upt": False}
+
+
+def needs_rollouts(method: MethodConfig) -> bool:
+    """Whether the method learns from completions of its own policy.
+
+    Args:
+        method: The method section of the configuration.
+    """
+    return method.name != "sft"
+
+
+def needs_demos(method: MethodConfig) -> bool:
+    """Whether the method learns from demonstrations.
+
+    Args:
+        method: The method section of the configuration.
+    """
+    return method.name != "grpo"
+
+
+def group_advantages(rewards: Seq[float], divide_by_std: bool) -> list[float]:
+    """Compare each reward of a group with the group: (r - mean) / std.
+
+    Args:
+        rewards: Rewards of every member, rollouts and demonstrations alike, in [0, 1].
+        divide_by_std: Divide by the unbiased standard deviation (paper, Eq. 7), or only subtract the mean.
+
+    Returns:
+        One advantage a member; all exactly 0 when every reward is the same, decided on the rewards themselves
+        since a floating-point spread of equal numbers need not be 0.
+    """
+    if all(r == rewards[0] for r in rewards):
+        return [0.0] * len(rewards)
+    values = torch.tensor(rewards, dtype=torch.float64)
+    centred = values - values.mean()
+    return (centred / (values.std() + 1e-6) if divide_by_std else centred).tolist()
+
+
+def assign_advantages(groups: Seq[Group], method: MethodConfig) -> list[Sequence]:
+    """Fill in every sequence's advantage and return those the method learns from.
+
+    Args:
+        groups: Prompt groups with rewards; modified in place.
+        method: The method section of the configuration.
+
+    Returns:
+        Rollouts and demonstrations for SRFT, rollouts for GRPO, demonstrations for SFT.
+    """
+    divide = method.advantage_std
+    if divide is None:
+        divide = _SRFT_ADVANTAGE_STD[method.preset] if method.name == "srft" else True
+    chosen: list[Sequence] = []
+    for group in groups:
+        members = (group.rollouts if needs_rollouts(method) else []) + (
+            group.demos if needs_demos(method) else []
+        )
+        if needs_rollouts(method):
+            for member, advantage in zip(
+                members, group_advantages([m.reward for m in members], divide), strict=True
+            ):
+                member.advantage = advantage
+        chosen += members
+    return chosen
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How token terms become one number: each token's weight and the divisor of each kind's sum.
+
+    Args:
+        token_weight: By ``is_demo``; None means 1 / response length.
+        num_rollout: Divisor of the rollout terms.
+        num_demo: Divisor of the demonstration terms.
+    """
+
+    token_weight: dict[bool, float | None]
+    num_rollout: int
+    num_demo: int
+
+
+def aggregation(config: Config, totals: Totals) -> Aggregation:
+    """Turn the aggregation option into weights and global divisors, so that no split of the batch changes the loss.
+
+    Args:
+        config: The whole configuration.
+        totals: Counts over the optimizer update.
+    """
+    if config.method.aggregation == "token-mean":
+        return Aggregation({False: 1.0, True: 1.0}, totals.rollout_tokens, totals.demo_tokens)
+    weight = None if config.method.aggregation == "sequence-mean" else 1.0 / config.rollout.max_new_tokens
+    return Aggregation({False: weight, True: weight}, totals.rollout_sequences, totals.demo_sequences)
+
+
+def method_loss(
+    config: Config,
+    hidden_states: Tensor,
+    head: dict[str, Any],
+    batch: Batch,
+    totals: Aggregation,
+    batch_entropy: Tensor | None,
+) -> PolicyLoss:
+    """Call the fused loss of the configured method on one micro-batch.
+
+    Args:
+        config: The whole configuration.
+        hidden_states: [N, D] from ``model.final_hidden_states``.
+        head: From ``model.head_arguments``.
+        batch: The micro-batch.
+        totals: Weights and divisors of the whole update.
+        batch_entropy: 0-d fp32 mean entropy of the whole update; needed by SRFT with the "batch" scope.
+
+    Returns:
+        The loss with its gradient, and detached per-token and summed diagnostics.
+    """
+    method = config.method
+    common = {**head, "temperature": config.rollout.temperature, "token_weights": batch.token_weights}
+    if method.name == "grpo":
+        return linear_grpo_loss(
+            hidden_states, labels=batch.labels, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
+            loss_type=method.loss_type, clip_low=method.clip_low, clip_high=method.clip_high,
+            entropy_coef=method.entropy_coef or 0.0, cu_seqlens=batch.loss_cu_seqlens,
+            num_tokens=totals.num_rollout, **common,
+        )  # fmt: skip
+    if method.name == "sft":
+        # cross-entropy is REINFORCE with advantage 1; this form also returns log-probabilities and entropy
+        return linear_grpo_loss(
+            hidden_states, labels=batch.labels, advantages=torch.ones_like(batch.advantages),
+            loss_type="reinforce", entropy_coef=method.entropy_coef or 0.0, num_tokens=totals.num_demo, **common,
+        )  # fmt: skip
+    switches = {
+        name: value
+        for name in ("sft_entropy_sign", "entropy_scope", "self_rollout", "entropy_coef")
+        if (value := getattr(method, name)) is not None
+    }
+    if method.demo_gamma != "preset":
+        switches["demo_gamma"] = None if method.demo_gamma == "none" else method.demo_gamma
+    return linear_srft_loss(
+        hidden_states, labels=batch.labels, advantages=batch.advantages, is_demo=batch.is_demo,
+        is_correct=batch.is_correct, cu_seqlens=batch.loss_cu_seqlens, old_logprobs=batch.old_logprobs,
+        preset=method.preset, sft_coef=method.sft_coef, rl_coef=method.rl_coef, batch_entropy=batch_entropy,
+        num_rollout_tokens=totals.num_rollout, num_demo_tokens=totals.num_demo, **switches, **common,
+    )  # fmt: skip

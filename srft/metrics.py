@@ -1,0 +1,153 @@
+"""Numbers that describe a step: plain reductions over its groups and its losses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from srft.batch import Batch, Group, Totals
+from srft.config import MethodConfig
+from srft_kernels import PolicyLoss
+
+
+class Clock:
+    """Adds up the seconds spent in the named parts of a step."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._parts: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time the body of a ``with`` statement.
+
+        Args:
+            part: Name of the part.
+        """
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._parts[part] = self._parts.get(part, 0.0) + time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Return ``time/<part>`` for each part and ``time/step`` for all since the start, in seconds."""
+        return {f"time/{k}": v for k, v in self._parts.items()} | {
+            "time/step": time.perf_counter() - self._start
+        }
+
+
+def group_metrics(groups: list[Group]) -> dict[str, float]:
+    """Describe rewards, lengths and what the groups have to teach.
+
+    Args:
+        groups: With rewards.
+
+    Returns:
+        Shares in [0, 1], lengths in tokens, counts; rollout entries only where there are rollouts.
+    """
+    rollouts = [s for g in groups for s in g.rollouts]
+    demos = [s for g in groups for s in g.demos]
+    metrics: dict[str, float] = {}
+    if demos:
+        metrics["reward/demo"] = sum(s.reward for s in demos) / len(demos)
+    if rollouts:
+        rewards = torch.tensor([s.reward for s in rollouts], dtype=torch.float64)
+        wrong = [g for g in groups if not any(s.is_correct for s in g.rollouts)]
+        metrics |= {
+            "reward/mean": rewards.mean().item(),
+            "reward/std": rewards.std(correction=0).item(),
+            "groups/all_right": sum(all(s.is_correct for s in g.rollouts) for g in groups) / len(groups),
+            "groups/all_wrong": len(wrong) / len(groups),
+            "groups/rescued_by_demo": sum(any(s.is_correct for s in g.demos) for g in wrong) / len(groups),
+            "length/mean": sum(len(s.response_ids) for s in rollouts) / len(rollouts),
+            "length/truncated": sum(s.truncated for s in rollouts) / len(rollouts),
+        }
+    everything = rollouts + demos
+    metrics["reward/timeouts"] = sum(s.status == "timeout" for s in everything)
+    metrics["reward/errors"] = sum(s.status in ("error", "bad_gold") for s in everything)
+    metrics["tokens/step"] = sum(len(s) for s in everything)
+    return metrics
+
+
+def loss_metrics(
+    method: MethodConfig, batches: list[Batch], outputs: list[PolicyLoss], totals: Totals
+) -> dict[str, float]:
+    """Sum the micro-batches' loss terms, average entropies and weights by source, and note each sequence's entropy.
+
+    Args:
+        method: The method section of the configuration.
+        batches: The micro-batches; their sequences' ``entropy`` is filled in.
+        outputs: What the fused loss returned for each.
+        totals: Token counts of the whole update.
+
+    Returns:
+        ``loss/*`` in nats, ``entropy/*`` in nats per token, ``weight/*``, and the rollout mismatch.
+    """
+    terms: dict[str, float] = {}
+    mismatch: list[torch.Tensor] = []
+    for batch, out in zip(batches, outputs, strict=True):
+        for name, value in out.terms.items():
+            terms[name] = terms.get(name, 0.0) + value.item()
+        bounds = batch.loss_cu_seqlens.tolist()
+        for sequence, first, last in zip(batch.sequences, bounds[:-1], bounds[1:], strict=True):
+            sequence.entropy = out.entropy[first:last].mean().item()
+        if batch.old_logprobs is None:
+            mismatch.append((out.logprobs - batch.rollout_logprobs)[~batch.is_demo].abs())
+    entropy = torch.cat([out.entropy for out in outputs])
+    is_demo = torch.cat([batch.is_demo for batch in batches])
+    metrics = {"loss/total": sum(out.loss.item() for out in outputs)}
+    metrics |= {
+        f"loss/{name}": value for name, value in terms.items() if not name.startswith(("sum_", "clip_"))
+    }
+    for source, mask, tokens in (
+        ("rollout", ~is_demo, totals.rollout_tokens),
+        ("demo", is_demo, totals.demo_tokens),
+    ):
+        if tokens:
+            metrics[f"entropy/{source}"] = entropy[mask].mean().item()
+    metrics |= _weights(method, terms, totals)
+    if totals.rollout_tokens and mismatch:
+        gaps = torch.cat(mismatch)
+        metrics |= {"mismatch/mean": gaps.mean().item(), "mismatch/max": gaps.max().item()}
+    return metrics
+
+
+def _weights(method: MethodConfig, terms: Mapping[str, float], totals: Totals) -> dict[str, float]:
+    if method.name == "srft":
+        return {
+            "weight/sft": terms["sum_weight_sft"] / max(1, totals.demo_tokens),
+            "weight/rl": terms["sum_weight_rl"] / max(1, totals.rollout_tokens),
+        }
+    if method.name == "grpo":
+        clipped = terms["clip_low_sum"] + terms["clip_high_sum"]
+        return {"clip/share": clipped / max(1, totals.rollout_tokens)}
+    return {}
+
+
+def sample_rows(groups: list[Group], most: int = 4) -> list[dict[str, Any]]:
+    """Return the first groups' members as rows of the sample table.
+
+    Args:
+        groups: With rewards and advantages.
+        most: Groups shown.
+    """
+    return [
+        {
+            "id": group.prompt.example.id,
+            "prompt": group.prompt.example.prompt,
+            "completion": s.text,
+            "demo": s.is_demo,
+            "reward": s.reward,
+            "status": s.status,
+            "advantage": s.advantage,
+            "entropy": s.entropy,
+            "answer": str(group.prompt.example.answer),
+        }
+        for group in groups[:most]
+        for s in (*group.rollouts[:3], *group.demos)
+    ]

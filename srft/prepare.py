@@ -1,0 +1,365 @@
+"""Everything before the first step: folder, data, policy, engine; all that a user can get wrong fails here."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from srft.checkpoint import export_model, latest_checkpoint, read_state
+from srft.config import Config, changed_keys, load_config_text
+from srft.data import Example, Prompt, build_prompts, check_demos, drop_shared, load_examples
+from srft.engine.base import Engine
+from srft.engine.hf import HfEngine
+from srft.methods import needs_demos, needs_rollouts
+from srft.model import build_tiny, load_model, prepare_policy
+from srft.rewards import RewardPool, default_reward
+from srft.sources import FILE_SUFFIXES, detect_schema
+from srft.tasks import BUILTIN_TASKS, REASONING_GYM
+from srft.warm_start import warm_start
+
+# options that may change when a run is resumed without making it another run
+_FREE_ON_RESUME = (
+    "train.steps", "train.resume", "train.eval_every", "train.save_every", "train.keep_checkpoints",
+    "train.tokens_per_microbatch", "train.canary_tolerance", "train.device", "engine.", "reward.workers",
+    "runs_dir", "cache_dir", "data.eval_limit",
+)  # fmt: skip
+
+
+def choose_run_dir(config: Config) -> tuple[Path, Path | None]:
+    """Pick the run's folder and the checkpoint to go on from.
+
+    Args:
+        config: The whole configuration.
+
+    Returns:
+        The folder, and the newest complete checkpoint when resuming, else None. Without resume a folder that
+        holds a run is left alone and a numbered one beside it is taken.
+
+    Raises:
+        ValueError: When the checkpoint was made with options that make it another run, or is past train.steps.
+    """
+    folder = config.run_dir
+    if not config.train.resume:
+        number = 2
+        while (folder / "metrics.jsonl").exists():
+            folder = config.runs_dir / f"{config.name}-{number}"
+            number += 1
+        return folder, None
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None:
+        return folder, None
+    state = read_state(checkpoint)
+    changed = {
+        key: values
+        for key, values in changed_keys(load_config_text(state["config"]), config).items()
+        if not key.startswith(_FREE_ON_RESUME)
+    }
+    if changed:
+        listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+        raise ValueError(
+            f"{checkpoint} belongs to a run with other options: {listed}. Restore them, or set another name"
+        )
+    if state["step"] > config.train.steps:
+        raise ValueError(
+            f"{checkpoint} is at step {state['step']}, past train.steps={config.train.steps}; raise train.steps"
+        )
+    return folder, checkpoint
+
+
+def choose_device(config: Config) -> torch.device:
+    """Return where the trainer computes.
+
+    Args:
+        config: The whole configuration.
+
+    Raises:
+        ValueError: When CUDA is asked for and absent.
+    """
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "train.device=cuda, but torch sees no GPU; set train.device=cpu or install a CUDA build of torch"
+        )
+    name = (
+        config.train.device
+        if config.train.device != "auto"
+        else "cuda"
+        if torch.cuda.is_available()
+        else "cpu"
+    )
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What a run trains and evaluates on, as read.
+
+    Args:
+        train: Training examples.
+        held_out: Evaluation examples, none of them in ``train``.
+        reward: The verifier's kind.
+    """
+
+    train: list[Example]
+    held_out: list[Example]
+    reward: str
+
+
+def read_problems(config: Config) -> Problems:
+    """Read the training and held-out problems and settle how they are judged.
+
+    Args:
+        config: The whole configuration.
+
+    Raises:
+        ValueError: Naming the file, line and column of what is wrong with the data.
+    """
+    data = config.data
+    needs = needs_demos(config.method)
+    examples = load_examples(
+        data.train, split=data.split, columns=data.columns, limit=data.limit, seed=config.train.seed,
+        task=data.task, require_demo=needs,
+    )  # fmt: skip
+    if data.eval is None and Path(data.train).suffix in FILE_SUFFIXES:
+        # a file is one split: its end is held out
+        size = min(data.eval_limit, max(1, len(examples) // 10))
+        examples, held_out = examples[:-size], examples[-size:]
+    else:
+        held_out = load_examples(
+            data.eval or data.train, split=data.eval_split, columns=data.columns, limit=data.eval_limit, seed=0,
+            task=data.task,
+        )  # fmt: skip
+    distinct = drop_shared(held_out, examples)
+    if not distinct:
+        raise ValueError(
+            f"every held-out problem is also in {data.train}; set data.eval to problems that are not trained on"
+        )
+    if config.reward.kind != "auto":
+        return Problems(examples, distinct, config.reward.kind)
+    generated = data.train in BUILTIN_TASKS or data.train.startswith(REASONING_GYM)
+    schema = data.train if generated else detect_schema(examples[0].row)
+    if schema is None:
+        raise ValueError(
+            f"no known verifier fits the columns of {data.train}; set reward.kind to exact, numeric, countdown, math or "
+            "path/to/file.py:function"
+        )
+    return Problems(examples, distinct, default_reward(schema))
+
+
+def make_prompts(
+    config: Config, problems: Problems, tokenizer: PreTrainedTokenizerBase, pool: RewardPool
+) -> tuple[list[Prompt], list[Prompt], str]:
+    """Check and tokenize the problems.
+
+    Args:
+        config: The whole configuration.
+        problems: From ``read_problems``.
+        tokenizer: The policy's.
+        pool: Checks that each demonstration ends in its own answer.
+
+    Returns:
+        Training prompts, held-out prompts, and what to tell the user about them.
+
+    Raises:
+        ValueError: For demonstrations that fail their verifier, overlong rows, or too few prompts, by the settings.
+    """
+    data, train, examples = config.data, config.train, problems.train
+    notes = [f"{len(examples)} training and {len(problems.held_out)} held-out problems from {data.train}"]
+    with_demos = needs_demos(config.method) or config.model.name == "tiny"
+    pool.prewarm()
+    if with_demos and data.bad_demos != "keep":
+        bad = set(check_demos(examples, pool))
+        if bad and data.bad_demos == "error":
+            first = next(e for e in examples if e.id in bad)
+            raise ValueError(
+                f"{len(bad)} of {len(examples)} demonstrations do not end in an answer that {pool.kind!r} accepts, the first is "
+                f"{first.id} (answer {first.answer!r}); fix them, or set data.bad_demos=skip (or keep), or another reward.kind"
+            )
+        examples = [e for e in examples if e.id not in bad]
+        if bad:
+            notes.append(f"{len(bad)} rows skipped whose demonstration fails its verifier")
+    if not with_demos:
+        examples = [replace(e, demo=None) for e in examples]
+    held_out = [replace(e, demo=None) for e in problems.held_out]
+    prompts, counts = _encode(config, examples, tokenizer)
+    held_out_prompts, held_out_counts = _encode(config, held_out, tokenizer)
+    dropped = counts["overlong_prompts"] + counts["overlong_demos"]
+    if dropped:
+        notes.append(f"{dropped} training rows skipped as too long")
+    if held_out_counts["overlong_prompts"]:
+        notes.append(f"{held_out_counts['overlong_prompts']} held-out rows skipped as too long")
+    if len(prompts) < train.prompts_per_step:
+        raise ValueError(
+            f"train.prompts_per_step={train.prompts_per_step}, but {data.train} gives only {len(prompts)} usable prompts; "
+            f"set train.prompts_per_step={len(prompts)} or fewer"
+        )
+    if (
+        needs_demos(config.method)
+        and (fewest := min(len(p.demo_ids) for p in prompts)) < train.demos_per_prompt
+    ):
+        raise ValueError(
+            f"train.demos_per_prompt={train.demos_per_prompt}, but a prompt has only {fewest} demonstrations"
+        )
+    return prompts, held_out_prompts, ", ".join(notes)
+
+
+def load_policy(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    held_out: list[Prompt],
+    pool: RewardPool,
+    checkpoint: Path | None,
+    device: torch.device,
+) -> PreTrainedModel:
+    """Load the policy from a checkpoint, a folder or a hub, or build it and give it its short supervised start.
+
+    Args:
+        config: The whole configuration.
+        tokenizer: The policy's.
+        prompts: With demonstrations, for the supervised start.
+        held_out: Tell when the supervised start has reached its target.
+        pool: The verifiers.
+        checkpoint: To resume from, or None.
+        device: Where it computes.
+    """
+    longest = config.longest_sequence
+    remote = config.model.trust_remote_code
+    if checkpoint is not None:
+        return prepare_policy(load_model(checkpoint, trust_remote_code=remote), config.model, longest, device)
+    if config.model.name != "tiny":
+        return prepare_policy(
+            load_model(config.model.name, trust_remote_code=remote), config.model, longest, device
+        )
+    cached = config.cache_dir.expanduser() / f"tiny-{_start_key(config, prompts)}"
+    if config.model.warm_start.max_steps and (cached / "config.json").exists():
+        return prepare_policy(load_model(cached, trust_remote_code=False), config.model, longest, device)
+    model = build_tiny(config.model, tokenizer, longest, config.train.seed)
+    model = prepare_policy(model, config.model, longest, device)
+    if config.model.warm_start.max_steps:
+        warm_start(config, model, tokenizer, prompts, held_out, pool)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        export_model(cached, model, tokenizer)
+    return model
+
+
+def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.AdamW:
+    """Return AdamW over the policy, with weight decay on matrices alone.
+
+    Args:
+        model: The policy, fp32.
+        config: The whole configuration.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.train.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas)
+
+
+def start_engine(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run_dir: Path,
+    device: torch.device,
+) -> Engine:
+    """Start the rollout engine on the policy's current weights.
+
+    Args:
+        config: The whole configuration.
+        model: The policy.
+        tokenizer: The policy's.
+        run_dir: Holds the engine's log and the folder it loads.
+        device: Where the trainer computes.
+
+    Raises:
+        ValueError: When vLLM is asked for and not installed.
+    """
+    kind = config.engine.kind
+    if kind == "auto":
+        kind = "vllm" if device.type == "cuda" and importlib.util.find_spec("vllm") else "hf"
+    dtype = config.model.compute_dtype if config.engine.dtype == "auto" else config.engine.dtype
+    if kind == "hf":
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return HfEngine(
+            model, dtype=getattr(torch, dtype), pad_token_id=pad, max_batch=config.engine.max_batch
+        )
+    from srft.engine.vllm import VllmEngine
+
+    folder = run_dir / "engine"
+    export_model(folder / "model", model, tokenizer)
+    return VllmEngine(
+        folder / "model",
+        dtype=dtype,
+        max_model_len=config.longest_sequence,
+        python=config.engine.python,
+        gpu_memory_utilization=config.engine.gpu_memory_utilization,
+        log_path=folder / "vllm.log",
+        seed=config.train.seed,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def canary_tolerance(config: Config) -> float:
+    """Return the largest |log p| difference between trainer and engine that passes, in nats.
+
+    Args:
+        config: The whole configuration.
+    """
+    if config.train.canary_tolerance is not None:
+        return config.train.canary_tolerance
+    exact = config.model.compute_dtype == "float32" and config.engine.dtype in ("auto", "float32")
+    return 1e-4 if exact else 0.3
+
+
+def describe_step(config: Config, model: PreTrainedModel, data_note: str) -> str:
+    """Say in one sentence what a step consists of.
+
+    Args:
+        config: The whole configuration.
+        model: The policy.
+        data_note: From ``load_prompts``.
+    """
+    train = config.train
+    parts = []
+    if needs_rollouts(config.method):
+        parts.append(
+            f"{train.rollouts_per_prompt} rollouts of at most {config.rollout.max_new_tokens} tokens"
+        )
+    if needs_demos(config.method):
+        parts.append(f"{train.demos_per_prompt} demonstration{'s' if train.demos_per_prompt > 1 else ''}")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    updates = f"{train.updates_per_step} update{'s' if train.updates_per_step > 1 else ''}"
+    return (
+        f"Each of {train.steps} steps: {train.prompts_per_step} prompts x ({' + '.join(parts)}) -> {updates} of a "
+        f"{size:.1f}M-parameter policy by {config.method.name}, at most {train.tokens_per_microbatch} tokens per forward pass; "
+        f"{data_note}."
+    )
+
+
+def _encode(
+    config: Config, examples: list[Example], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], dict[str, int]]:
+    data = config.data
+    return build_prompts(
+        examples, tokenizer, eos_id=tokenizer.eos_token_id, system=data.system,
+        chat=data.chat and tokenizer.chat_template is not None, overlong=data.overlong,
+        max_prompt_tokens=data.max_prompt_tokens, max_demo_tokens=config.rollout.max_new_tokens,
+    )  # fmt: skip
+
+
+def _start_key(config: Config, prompts: list[Prompt]) -> str:
+    """Name of a warm-started model: a digest of everything it depends on."""
+    model = config.model
+    facts = [
+        model.tokenizer, model.tiny.model_dump(), model.warm_start.model_dump(), config.train.seed,
+        config.data.model_dump(mode="json"), config.rollout.max_new_tokens, torch.__version__, len(prompts),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

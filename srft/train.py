@@ -1,0 +1,275 @@
+"""Train a policy on demonstrations and on its own rollouts at once: ``python -m srft.train``. Read ``fit`` first."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from srft.batch import Group, Sequence, count, pack
+from srft.checkpoint import export_model, load_optimizer, read_state, save_checkpoint
+from srft.config import Config, exit_on_help, load_config, to_toml
+from srft.data import Prompt, PromptSampler, sample_seed
+from srft.engine.base import Engine, Sampling
+from srft.evaluate import evaluate
+from srft.log import RunLog
+from srft.methods import aggregation, assign_advantages, method_loss, needs_demos, needs_rollouts
+from srft.metrics import Clock, group_metrics, loss_metrics, sample_rows
+from srft.model import final_hidden_states, head_arguments, load_tokenizer
+from srft.prepare import (
+    canary_tolerance,
+    choose_device,
+    choose_run_dir,
+    describe_step,
+    load_policy,
+    make_optimizer,
+    make_prompts,
+    read_problems,
+    start_engine,
+)
+from srft.rewards import RewardPool
+from srft.sync import CanaryError, WeightSync
+from srft_kernels import linear_logprobs
+
+
+def fit(config: Config) -> None:
+    """Train: prompts, rollouts, rewards, advantages, packed fused loss, update, weights to the engine, log.
+
+    Args:
+        config: From ``config.load_config``.
+
+    Raises:
+        ValueError: For anything wrong with the options or the data, before a model is loaded.
+        CanaryError: When the engine does not sample from the trainer's weights.
+    """
+    train, device = config.train, choose_device(config)
+    run_dir, checkpoint = choose_run_dir(config)
+    tokenizer = load_tokenizer(config.model)
+    sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens, (tokenizer.eos_token_id,))
+    problems = read_problems(config)
+    with RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool:
+        prompts, held_out, data_note = make_prompts(config, problems, tokenizer, pool)
+        model = load_policy(config, tokenizer, prompts, held_out, pool, checkpoint, device)
+        optimizer = make_optimizer(model, config)
+        sampler, done = PromptSampler(len(prompts), train.seed), 0
+        if checkpoint is not None:
+            state = read_state(checkpoint)
+            sampler.load_state_dict(state["sampler"])
+            load_optimizer(checkpoint, model, optimizer)
+            done = state["step"]
+        with (
+            closing(start_engine(config, model, tokenizer, run_dir, device)) as engine,
+            RunLog(run_dir, total_steps=train.steps, config_text=to_toml(config), title=f"{config.method.name} · {config.data.train}",
+                   resume_step=done if train.resume else None) as log,
+        ):  # fmt: skip
+            log.say(describe_step(config, model, data_note))
+            sync = WeightSync(
+                model, engine, _probe(prompts, config), canary_tolerance(config), config.compute_dtype
+            )
+            difference = sync.push(done)
+            if log.last_step < 0:
+                accuracy = evaluate(engine, tokenizer, held_out, pool, sampling)
+                log.metrics({"step": 0, "canary/max_abs_diff": difference, **accuracy})
+            for step in range(done + 1, train.steps + 1):
+                clock = Clock()
+                torch.manual_seed(sample_seed(train.seed, step, "torch", 0))
+                with clock("rollout"):
+                    chosen = [prompts[i] for i in sampler.next(train.prompts_per_step)]
+                    groups = roll_out(config, engine, sampling, tokenizer, chosen, step)
+                with clock("reward"):
+                    judge(groups, pool)
+                with clock("train"):
+                    sequences = [
+                        assign_advantages(part, config.method)
+                        for part in _parts(groups, train.updates_per_step)
+                    ]
+                    if train.updates_per_step > 1:
+                        remember_old_logprobs(config, model, [s for part in sequences for s in part])
+                    updates = [update(config, model, optimizer, part, step) for part in sequences]
+                with clock("sync"):
+                    difference = sync.push(step)
+                metrics = {
+                    "step": step,
+                    "canary/max_abs_diff": difference,
+                    **updates[-1],
+                    **group_metrics(groups),
+                }
+                if step % train.eval_every == 0 or step == train.steps:
+                    with clock("eval"):
+                        metrics |= evaluate(engine, tokenizer, held_out, pool, sampling)
+                log.samples(step, sample_rows(groups))
+                log.metrics(metrics | clock.seconds())
+                if step % train.save_every == 0 or step == train.steps:
+                    state = {"sampler": sampler.state_dict(), "config": to_toml(config)}
+                    save_checkpoint(run_dir, step, model, tokenizer, optimizer, state, train.keep_checkpoints)
+            export_model(run_dir / "model", model, tokenizer)
+            log.finish({"model": str(run_dir / "model")})
+
+
+def roll_out(
+    config: Config,
+    engine: Engine,
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    step: int,
+) -> list[Group]:
+    """Sample completions and join each prompt's demonstrations to them.
+
+    Args:
+        config: The whole configuration.
+        engine: Holds the current policy.
+        sampling: How to draw.
+        tokenizer: Turns completions back to text.
+        prompts: One group is made of each.
+        step: Part of every sample's seed.
+    """
+    groups = [Group(p) for p in prompts]
+    if needs_rollouts(config.method):
+        samples = range(config.train.rollouts_per_prompt)
+        seeds = [[sample_seed(config.train.seed, step, p.example.id, k) for k in samples] for p in prompts]
+        for group, drawn in zip(
+            groups, engine.generate([p.prompt_ids for p in prompts], sampling, seeds), strict=True
+        ):
+            group.rollouts = [
+                Sequence(group.prompt.prompt_ids, c.token_ids, is_demo=False, truncated=c.finish == "length",
+                         rollout_logprobs=c.logprobs, text=tokenizer.decode(c.token_ids, skip_special_tokens=True))
+                for c in drawn
+            ]  # fmt: skip
+    if needs_demos(config.method):
+        for group in groups:
+            group.demos = [
+                Sequence(group.prompt.prompt_ids, ids, is_demo=True, truncated=False, rollout_logprobs=[],
+                         text=group.prompt.example.demo or "")
+                for ids in group.prompt.demo_ids[: config.train.demos_per_prompt]
+            ]  # fmt: skip
+    return groups
+
+
+def judge(groups: list[Group], pool: RewardPool) -> None:
+    """Give every rollout and demonstration its reward.
+
+    Args:
+        groups: Modified in place.
+        pool: The verifiers; demonstrations are judged like rollouts, so a bad one earns nothing.
+    """
+    members = [(s, g.prompt.example) for g in groups for s in (*g.rollouts, *g.demos)]
+    results = pool.score([(s.text, example.answer, example.row) for s, example in members])
+    for (sequence, _), result in zip(members, results, strict=True):
+        sequence.reward, sequence.status = result.value, result.status
+
+
+def update(
+    config: Config,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    sequences: list[Sequence],
+    step: int,
+) -> dict[str, float]:
+    """Make one optimizer update from these sequences, however many micro-batches they fill.
+
+    Args:
+        config: The whole configuration.
+        model: The policy.
+        optimizer: Holds its parameters.
+        sequences: With rewards and advantages; their ``entropy`` is filled in.
+        step: Sets the learning rate.
+
+    Returns:
+        Losses, entropies, weights and the gradient norm, by metric name.
+
+    Raises:
+        FloatingPointError: When the gradient is not finite; the weights are left as they were.
+    """
+    totals = count(sequences)
+    how = aggregation(config, totals)
+    batches = pack(sequences, config.train.tokens_per_microbatch, how.token_weight, model.device)
+    entropy = mean_entropy(config, model, batches) if config.method.scope == "batch" else None
+    optimizer.zero_grad(set_to_none=True)
+    outputs: list[Any] = []
+    for batch in batches:
+        hidden_states = final_hidden_states(model, batch, config.compute_dtype)
+        out = method_loss(
+            config, hidden_states, head_arguments(model, config.compute_dtype), batch, how, entropy
+        )
+        out.loss.backward()
+        outputs.append(out)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(
+            f"step {step}: the gradient norm is {norm.item()}; lower train.lr or the method's coefficients"
+        )
+    lr = config.train.lr * min(1.0, step / max(1, config.train.lr_warmup_steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return {"lr": lr, "grad_norm": norm.item(), **loss_metrics(config.method, batches, outputs, totals)}
+
+
+@torch.no_grad()
+def remember_old_logprobs(config: Config, model: PreTrainedModel, sequences: list[Sequence]) -> None:
+    """Store the log-probabilities of the policy that sampled, before several updates move it.
+
+    Args:
+        config: The whole configuration.
+        model: The policy.
+        sequences: Everything this step learns from; modified in place.
+    """
+    for batch in pack(sequences, config.train.tokens_per_microbatch, {False: 1.0, True: 1.0}, model.device):
+        logprobs, _ = _score(config, model, batch)
+        bounds = batch.loss_cu_seqlens.tolist()
+        for sequence, first, last in zip(batch.sequences, bounds[:-1], bounds[1:], strict=True):
+            sequence.old_logprobs = logprobs[first:last]
+
+
+@torch.no_grad()
+def mean_entropy(config: Config, model: PreTrainedModel, batches: list[Any]) -> torch.Tensor:
+    """Mean entropy over every token of an update, which the "batch" scope needs before the first backward pass.
+
+    Args:
+        config: The whole configuration.
+        model: The policy.
+        batches: All micro-batches of the update.
+
+    Returns:
+        0-d fp32, nats.
+    """
+    return torch.cat([_score(config, model, batch)[1] for batch in batches]).mean()
+
+
+def _score(config: Config, model: PreTrainedModel, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden_states = final_hidden_states(model, batch, config.compute_dtype)
+    head = head_arguments(model, config.compute_dtype)
+    return linear_logprobs(hidden_states, labels=batch.labels, temperature=config.rollout.temperature, **head)
+
+
+def _parts(groups: list[Group], parts: int) -> list[list[Group]]:
+    size = len(groups) // parts
+    return [groups[i : i + size] for i in range(0, len(groups), size)]
+
+
+def _probe(prompts: list[Prompt], config: Config) -> list[list[int]]:
+    """A few prompts, with their demonstrations where they have some, cut to what an engine can score."""
+    most = min(256, config.longest_sequence - 1)
+    return [(p.prompt_ids + (p.demo_ids[0] if p.demo_ids else []))[:most] for p in prompts[:4]]
+
+
+def main() -> None:
+    """Read the command line, run ``fit``, and turn what a user can get wrong into one line."""
+    arguments = sys.argv[1:]
+    exit_on_help(arguments)
+    try:
+        fit(load_config(arguments))
+    except (ValueError, CanaryError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; train.resume=true goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

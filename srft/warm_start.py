@@ -1,0 +1,84 @@
+"""A short supervised start for a model built from scratch, so that its first rollouts are sometimes right."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from srft.batch import Sequence, pack
+from srft.config import Config
+from srft.data import Prompt, PromptSampler
+from srft.engine.base import Sampling
+from srft.engine.hf import HfEngine
+from srft.evaluate import evaluate
+from srft.model import final_hidden_states, head_arguments
+from srft.rewards import RewardPool
+from srft_kernels import linear_cross_entropy
+
+_EVAL_EVERY = 20
+_EVAL_PROBLEMS = 256
+
+
+def warm_start(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    held_out: list[Prompt],
+    pool: RewardPool,
+) -> None:
+    """Train on demonstrations until held-out accuracy reaches its target or the steps run out.
+
+    Args:
+        config: The whole configuration; ``model.warm_start`` says how long.
+        model: Trained in place.
+        tokenizer: The policy's.
+        prompts: With demonstrations.
+        held_out: Its first problems tell when to stop.
+        pool: The verifiers.
+
+    Raises:
+        ValueError: When the prompts carry no demonstrations.
+    """
+    options = config.model.warm_start
+    if not all(p.demo_ids for p in prompts):
+        raise ValueError(
+            "model.warm_start needs demonstrations; set model.warm_start.max_steps=0 or give data.columns.demo"
+        )
+    sampling = Sampling(0.0, config.rollout.max_new_tokens, (tokenizer.eos_token_id,))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    engine = HfEngine(model, dtype=torch.float32, pad_token_id=pad, max_batch=config.engine.max_batch)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.lr, betas=config.train.betas, weight_decay=0.0
+    )
+    sampler = PromptSampler(len(prompts), config.train.seed + 1)
+    for step in range(1, options.max_steps + 1):
+        chosen = [prompts[i] for i in sampler.next(min(options.batch_size, len(prompts)))]
+        sequences = [
+            Sequence(p.prompt_ids, p.demo_ids[0], is_demo=True, truncated=False, rollout_logprobs=[], text="")
+            for p in chosen
+        ]
+        tokens = sum(len(s.response_ids) for s in sequences)
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for batch in pack(
+            sequences, config.train.tokens_per_microbatch, {True: 1.0, False: 1.0}, model.device
+        ):
+            hidden_states = final_hidden_states(model, batch, config.compute_dtype)
+            head = head_arguments(model, config.compute_dtype)
+            loss = linear_cross_entropy(hidden_states, labels=batch.labels, num_tokens=tokens, **head)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
+        optimizer.step()
+        if step % _EVAL_EVERY == 0 or step == options.max_steps:
+            engine.update_weights(model.state_dict().items(), step)
+            accuracy = evaluate(engine, tokenizer, held_out[:_EVAL_PROBLEMS], pool, sampling)["eval/accuracy"]
+            print(
+                f"warm start: step {step}, loss {total:.3f} nats, held-out accuracy {accuracy:.3f}",
+                file=sys.stderr,
+            )
+            if accuracy >= options.until_accuracy:
+                return
