@@ -34,7 +34,9 @@ class Head(NamedTuple):
     def rows(self, rows: slice) -> Rows:
         """The part of the arguments that the row kernel needs for ``rows``."""
         inv_temperature = None if self.inv_temperature is None else self.inv_temperature[rows]
-        return Rows(self.labels[rows], inv_temperature, self.bias, self.softcap, self.ignore_index)
+        return Rows(
+            self.labels[rows], inv_temperature, self.bias, self.softcap, self.ignore_index, self.hidden.dtype
+        )
 
 
 class Tokens:

@@ -80,7 +80,12 @@ def _fused_sweep(
         scores, settings = project(head, rows, space), head.rows(rows)
         if backend is row_kernels and objective.scope == "token":
             known, dscores = row_kernels.objective_gradient(
-                scores, settings, objective.formula, objective.inputs[:, rows], objective.params
+                scores,
+                settings,
+                objective.formula,
+                objective.inputs[:, rows],
+                objective.params,
+                objective.entropy_grad,
             )
         else:
             known = backend.stats(scores, settings, overwrite)

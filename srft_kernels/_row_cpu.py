@@ -15,7 +15,7 @@ from torch import Tensor
 # one block and its temporaries share the last-level cache with the operands of the next step
 BLOCK_BYTES = 4 * 2**20
 # stands for log p of a logit of -inf where it meets p = 0, so that their product is 0
-_LOWEST_LOGPROB = -1e30
+LOWEST_LOGPROB = -1e30
 
 
 class Rows(NamedTuple):
@@ -26,6 +26,7 @@ class Rows(NamedTuple):
     bias: Tensor | None  # [V]
     softcap: float | None
     ignore_index: int
+    grad_dtype: torch.dtype  # of the gradient of the scores; the CPU path keeps that of the scores
 
 
 class Stats(NamedTuple):
@@ -116,7 +117,7 @@ def gradient(
             grad.mul_(-dlogp[block, None])
         else:
             # -p (dlogp + dentropy (log p + H))
-            logp.clamp_(min=_LOWEST_LOGPROB).add_(known.entropy[block, None])
+            logp.clamp_(min=LOWEST_LOGPROB).add_(known.entropy[block, None])
             grad.mul_(logp.mul_(dentropy[block, None]).add_(dlogp[block, None])).neg_()
         grad.scatter_add_(1, rows.labels[block, None], dlogp[block, None])
         if rows.softcap is not None:

@@ -44,7 +44,7 @@ def make_head(
     head = Head(
         tokens.select(hidden_states.detach()),
         lm_head_weight.detach(),
-        tokens.select(labels),
+        tokens.select(labels).contiguous(),
         None if bias is None else bias.detach().to(dtype),
         inv_temperature,
         logit_softcap,

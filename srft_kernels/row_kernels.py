@@ -1,3 +1,277 @@
-"""Triton row kernel."""
+"""The Triton row kernel: online softmax, entropy, objective and gradient of a chunk of logits at once.
 
-INTERPRETED = False
+One program owns one row, so results do not depend on the other rows of the chunk, and there are no atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._row_cpu import LOWEST_LOGPROB, Rows, Stats
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+    tl = None
+
+# CPU tensors then run the kernels below, for tests
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+# 16 logits per thread: at most 64 registers on sm_90 without bias, softcap and entropy gradient, so that four
+# programs share a multiprocessor; 108 with all three
+_MAX_BLOCK_V = 4096
+_NUM_WARPS = 8
+_LOWEST_LOGPROB = LOWEST_LOGPROB if triton is None else tl.constexpr(LOWEST_LOGPROB)
+
+
+def _jit(function: Callable) -> Callable:
+    return function if triton is None else triton.jit(function)
+
+
+@_jit
+def _logits(
+    z_row, cols, mask, bias_ptr, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    z = tl.load(z_row + cols, mask=mask, other=0.0)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + cols, mask=mask, other=0.0)
+    if HAS_SOFTCAP:
+        # tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|), which cannot overflow
+        e = tl.exp(-2.0 * tl.abs(z) / softcap)
+        capped = softcap * (1.0 - e) / (1.0 + e)
+        z = tl.where(z < 0, -capped, capped)
+    return z * inv_temperature
+
+
+# Pass 1 keeps, over the columns so far, m = max z, l = sum exp(z - m) and s = sum exp(z - m) (z - m); a new
+# maximum m' rescales l by exp(m - m') and makes s exp(m - m') (s + l (m - m')). Then
+#   logp = z_y - m - log l,   H = log l - s / l.
+# Pass 2 reads the row again: dz_j = a (1[j = y] - p_j) - e p_j (log p_j + H), with a and e the derivatives of
+# the loss by logp and H, from OBJECTIVE or given, then the chain rule of softcap and temperature. 16-bit
+# gradients are written over the front half of their own fp32 row: block b covers scores that were read in
+# blocks <= b, and the barrier holds the writes of block b until every thread has read it.
+@_jit
+def _row_kernel(
+    z_ptr,
+    stride_z,
+    dz_ptr,
+    stride_dz,
+    labels_ptr,
+    bias_ptr,
+    inv_temperature_ptr,
+    stride_t,
+    logprobs_ptr,
+    entropy_ptr,
+    top_ptr,
+    log_sum_ptr,
+    dlogp_ptr,
+    dentropy_ptr,
+    inputs_ptr,
+    stride_inputs,
+    params,
+    vocab,
+    ignore_index,
+    softcap,
+    OBJECTIVE: tl.constexpr,
+    NUM_INPUTS: tl.constexpr,
+    STATS_KNOWN: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ENTROPY_GRAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HALF_ROW: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    z_row = z_ptr + row * stride_z
+    dz_row = dz_ptr + row * stride_dz
+    label = tl.load(labels_ptr + row)
+    offs_v = tl.arange(0, BLOCK_V)
+
+    if label == ignore_index:
+        if not STATS_KNOWN:
+            tl.store(logprobs_ptr + row, 0.0)
+            tl.store(entropy_ptr + row, 0.0)
+            tl.store(top_ptr + row, 0.0)
+            tl.store(log_sum_ptr + row, 0.0)
+        if GRADIENT:
+            for start in range(0, vocab, BLOCK_V):
+                zeros = tl.zeros([BLOCK_V], dz_ptr.dtype.element_ty)
+                tl.store(dz_row + start + offs_v, zeros, mask=start + offs_v < vocab)
+        return
+
+    inv_temperature = 1.0
+    if HAS_TEMPERATURE:
+        inv_temperature = tl.load(inv_temperature_ptr + row * stride_t)
+
+    if STATS_KNOWN:
+        m_i = tl.load(top_ptr + row)
+        log_sum = tl.load(log_sum_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+        logp = tl.load(logprobs_ptr + row)
+    else:
+        m_i = -float("inf")
+        l_i = 0.0
+        s_i = 0.0
+        for start in range(0, vocab, BLOCK_V):
+            cols = start + offs_v
+            mask = cols < vocab
+            z = _logits(z_row, cols, mask, bias_ptr, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+            z = tl.where(mask, z, -float("inf"))
+            m_new = tl.maximum(m_i, tl.max(z, 0))
+            # while every logit is -inf, shift by 0: -inf - -inf is NaN
+            shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+            dropped = tl.where(m_i == -float("inf"), 0.0, m_i - shift)
+            rescale = tl.exp(m_i - shift)
+            exp = tl.exp(z - shift)
+            s_i = rescale * (s_i + l_i * dropped) + tl.sum(tl.where(exp > 0, exp * (z - shift), 0.0), 0)
+            l_i = rescale * l_i + tl.sum(exp, 0)
+            m_i = m_new
+        z_label = _logits(z_row, label, label >= 0, bias_ptr, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        log_sum = tl.log(l_i)
+        logp = z_label - m_i - log_sum
+        entropy = log_sum - s_i / l_i
+        tl.store(logprobs_ptr + row, logp)
+        tl.store(entropy_ptr + row, entropy)
+        tl.store(top_ptr + row, m_i)
+        tl.store(log_sum_ptr + row, log_sum)
+
+    if GRADIENT:
+        if OBJECTIVE is None:
+            a = tl.load(dlogp_ptr + row)
+            e = tl.load(dentropy_ptr + row) if ENTROPY_GRAD else 0.0
+        else:
+            inputs = ()
+            for k in tl.static_range(NUM_INPUTS):
+                inputs = inputs + (tl.load(inputs_ptr + k * stride_inputs + row),)
+            _, a, e, _, _ = OBJECTIVE(logp, entropy, *inputs, *params)
+        for start in range(0, vocab, BLOCK_V):
+            cols = start + offs_v
+            mask = cols < vocab
+            z = _logits(z_row, cols, mask, bias_ptr, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+            logp_v = z - m_i - log_sum
+            dz = -a * tl.exp(logp_v)
+            if ENTROPY_GRAD:
+                # p log p is 0 where p is
+                dz -= e * tl.exp(logp_v) * (tl.maximum(logp_v, _LOWEST_LOGPROB) + entropy)
+            dz = tl.where(cols == label, dz + a, dz)
+            if HAS_SOFTCAP:
+                tanh = z / (softcap * inv_temperature)
+                dz *= 1.0 - tanh * tanh
+            dz *= inv_temperature
+            if HALF_ROW:
+                tl.debug_barrier()
+            tl.store(dz_row + cols, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(
+    z: Tensor,
+    rows: Rows,
+    known: Stats | None,
+    *,
+    gradient: bool,
+    entropy_grad: bool = False,
+    dlogp: Tensor | None = None,
+    dentropy: Tensor | None = None,
+    formula: Callable | None = None,
+    inputs: Tensor | None = None,
+    params: tuple[float, ...] = (),
+) -> tuple[Stats, Tensor]:
+    """Run the row kernel on scores ``z`` [C, V]; the second result is the view of ``z`` with the gradient."""
+    if triton is None:
+        raise RuntimeError("GPU tensors need triton; install it, or move the tensors to the CPU")
+    count, vocab = z.shape
+    assert z.stride(1) == 1 and rows.labels.is_contiguous()
+    stats = Stats(*(z.new_empty(count) for _ in range(4))) if known is None else known
+    half_row = rows.grad_dtype.itemsize < z.element_size()
+    dz = z.view(rows.grad_dtype)[:, :vocab] if half_row else z
+    bias, inv_temperature = rows.bias, rows.inv_temperature
+    block_v = min(_MAX_BLOCK_V, triton.next_power_of_2(vocab))
+    with torch.cuda.device_of(z):
+        _row_kernel[(count,)](
+            z,
+            z.stride(0),
+            dz,
+            dz.stride(0),
+            rows.labels,
+            z if bias is None else bias,
+            z if inv_temperature is None else inv_temperature,
+            0 if inv_temperature is None else inv_temperature.stride(0),
+            *stats,
+            z if dlogp is None else dlogp,
+            z if dentropy is None else dentropy,
+            z if inputs is None else inputs,
+            0 if inputs is None else inputs.stride(0),
+            params,
+            vocab,
+            rows.ignore_index,
+            1.0 if rows.softcap is None else float(rows.softcap),
+            OBJECTIVE=formula,
+            NUM_INPUTS=0 if inputs is None else inputs.shape[0],
+            STATS_KNOWN=known is not None,
+            GRADIENT=gradient,
+            ENTROPY_GRAD=entropy_grad,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=rows.softcap is not None,
+            HAS_TEMPERATURE=inv_temperature is not None,
+            HALF_ROW=half_row,
+            BLOCK_V=block_v,
+            num_warps=_NUM_WARPS,
+        )
+    return stats, dz
+
+
+def stats(z: Tensor, rows: Rows, overwrite: bool) -> Stats:
+    """Statistics of each row of scores, which are kept.
+
+    Args:
+        z: [C, V] fp32, scores before bias, softcap and temperature.
+        rows: Labels and logit transforms.
+        overwrite: Permission to overwrite ``z``, of which only the CPU twin makes use.
+    """
+    return _launch(z, rows, None, gradient=False)[0]
+
+
+def gradient(
+    z: Tensor, rows: Rows, known: Stats, dlogp: Tensor, dentropy: Tensor | None, overwritten: bool
+) -> Tensor:
+    """Gradient with respect to the scores, in the memory of ``z``.
+
+    Args:
+        z: [C, V] fp32 scores.
+        rows: Labels and logit transforms.
+        known: Statistics of these rows.
+        dlogp: [C] derivative of the loss by the log-probability.
+        dentropy: [C] the same by the entropy, or None for zero.
+        overwritten: As passed to ``stats``.
+    """
+    dlogp = dlogp.contiguous()
+    dentropy = None if dentropy is None else dentropy.contiguous()
+    entropy_grad = dentropy is not None
+    return _launch(z, rows, known, gradient=True, entropy_grad=entropy_grad, dlogp=dlogp, dentropy=dentropy)[
+        1
+    ]
+
+
+def objective_gradient(
+    z: Tensor, rows: Rows, formula: Callable, inputs: Tensor, params: tuple[float, ...], entropy_grad: bool
+) -> tuple[Stats, Tensor]:
+    """Statistics and gradient of a token objective, in one launch.
+
+    Args:
+        z: [C, V] fp32 scores; the gradient takes their memory.
+        rows: Labels and logit transforms.
+        formula: Device form of a token formula of ``objectives``.
+        inputs: [K, C] fp32, per-token arguments of ``formula``.
+        params: Its scalar arguments.
+        entropy_grad: The formula has a derivative by the entropy that is not zero.
+    """
+    return _launch(
+        z, rows, None, gradient=True, entropy_grad=entropy_grad, formula=formula, inputs=inputs, params=params
+    )

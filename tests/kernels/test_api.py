@@ -1,0 +1,77 @@
+"""Each op and its reference have one signature, every argument is documented, and only torch is needed."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import srft_kernels
+from srft_kernels import reference
+
+ROOT = Path(__file__).resolve().parents[2]
+OPS = [name for name in srft_kernels.__all__ if name.startswith("linear_")]
+
+
+def test_every_op_is_exported():
+    """The five ops, their result and the reference."""
+    assert set(OPS) == {
+        "linear_logprobs",
+        "linear_cross_entropy",
+        "linear_grpo_loss",
+        "linear_srft_loss",
+        "linear_policy_loss",
+    }
+    assert {"PolicyLoss", "reference"} <= set(srft_kernels.__all__)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_reference_has_the_same_signature(name):
+    """Names, order, kinds, defaults and annotations."""
+    assert inspect.signature(getattr(srft_kernels, name)) == inspect.signature(getattr(reference, name))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_argument_is_described(name):
+    """Each argument has its line in the Args block."""
+    op = getattr(srft_kernels, name)
+    block = op.__doc__.split("Args:\n")[1].split("Returns:")[0]
+    described = re.findall(r"^        (\w+): ", block, re.MULTILINE)
+    assert described == list(inspect.signature(op).parameters)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_first_line_is_one_sentence(name):
+    """The docstring starts with one sentence on one line."""
+    first = getattr(srft_kernels, name).__doc__.split("\n")[0]
+    assert first.endswith(".") and first.count(". ") == 0
+
+
+def test_policy_loss_fields():
+    """The order in which a PolicyLoss unpacks."""
+    expected = ("loss", "logprobs", "entropy", "ratio", "clipped", "terms")
+    assert srft_kernels.PolicyLoss._fields == expected
+
+
+def test_works_without_triton():
+    """Importing and using the ops needs no triton."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, srft_kernels
+hidden = torch.randn(5, 4, requires_grad=True)
+loss = srft_kernels.linear_grpo_loss(hidden, torch.randn(7, 4), torch.arange(5), torch.ones(5)).loss
+loss.backward()
+assert hidden.grad.any()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_only_torch_and_triton_are_imported():
+    """No module of the package imports anything else that has to be installed."""
+    allowed = {"torch", "triton"} | set(sys.stdlib_module_names)
+    for path in (ROOT / "srft_kernels").glob("*.py"):
+        for name in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE):
+            assert name in allowed, f"{path.name} imports {name}"

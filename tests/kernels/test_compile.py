@@ -1,0 +1,119 @@
+"""Every variant of the row kernel compiles for the GPUs in use, without one: no spills, no float64."""
+
+import os
+import re
+import subprocess
+
+import pytest
+
+from srft_kernels import objectives, row_kernels
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(row_kernels.INTERPRETED, reason="the interpreter does not compile")
+
+# the registers of the H100, and the oldest, newest and AMD targets
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+OPTIONS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_TEMPERATURE": True}
+PLAIN = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "HAS_TEMPERATURE": False}
+
+
+def compile_row_kernel(target, formula=None, num_inputs=0, num_params=0, dtype="bf16", **flags):
+    """Compile the row kernel for ``target`` as ``_launch`` would call it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = row_kernels._row_kernel
+    constants = {
+        "OBJECTIVE": formula,
+        "NUM_INPUTS": num_inputs,
+        "STATS_KNOWN": False,
+        "GRADIENT": True,
+        "ENTROPY_GRAD": True,
+        "HALF_ROW": dtype != "fp32",
+        "BLOCK_V": row_kernels._MAX_BLOCK_V,
+        **flags,
+    }
+    types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    types.update(
+        {"labels_ptr": "*i64", "dz_ptr": f"*{dtype}", "params": ("fp32",) * num_params, "softcap": "fp32"}
+    )
+    types.update(dict.fromkeys(constants, "constexpr"))
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constexprs=places)
+    options = {"num_warps": row_kernels._NUM_WARPS}
+    return triton.compile(source, target=GPUTarget(*target), options=options)
+
+
+def ptxas_report(ptx: str, tmp_path) -> str:
+    """What the assembler bundled with Triton says about registers and spills."""
+    import triton.backends.nvidia
+
+    folder = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
+    arch = re.search(r"\.target (\w+)", ptx)[1]
+    # the newer assembler, where there are two, reads the PTX that Triton writes for sm_90 and later
+    newer = os.path.join(folder, "ptxas-blackwell")
+    ptxas = newer if os.path.exists(newer) else os.path.join(folder, "ptxas")
+    (tmp_path / "kernel.ptx").write_text(ptx)
+    command = [ptxas, "-v", "--gpu-name", arch, "kernel.ptx", "-o", "kernel.cubin"]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+
+
+def assert_clean(kernel, target: str, tmp_path) -> None:
+    """No spill, no float64 arithmetic."""
+    if target == "gfx942":
+        amdgcn = kernel.asm["amdgcn"]
+        assert re.search(r"\.vgpr_spill_count:\s*0\b", amdgcn)
+        assert re.search(r"\.private_segment_fixed_size:\s*0\b", amdgcn)
+        return
+    assert ".f64" not in kernel.asm["ptx"]
+    report = ptxas_report(kernel.asm["ptx"], tmp_path)
+    assert "0 bytes spill stores, 0 bytes spill loads" in report, report
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("options", [OPTIONS, PLAIN], ids=["all-options", "plain"])
+def test_srft_kernel_compiles(target, options, tmp_path):
+    """The one-launch kernel with the largest objective, bf16 gradient in half a row."""
+    kernel = compile_row_kernel(TARGETS[target], objectives.srft_likelihood_token, 7, 7, **options)
+    assert_clean(kernel, target, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("formula", "num_inputs", "num_params"),
+    [
+        (objectives.cross_entropy_token, 1, 0),
+        (objectives.clip_token, 5, 7),
+        (objectives.cispo_token, 5, 7),
+        (objectives.reinforce_token, 5, 7),
+        (objectives.srft_ratio_token, 7, 7),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_every_objective_compiles(formula, num_inputs, num_params, tmp_path):
+    """Every objective inlined for sm_90."""
+    kernel = compile_row_kernel(TARGETS["sm_90"], formula, num_inputs, num_params, **PLAIN)
+    assert_clean(kernel, "sm_90", tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "flags", [{"GRADIENT": False}, {"STATS_KNOWN": True}], ids=["statistics", "known-coefficients"]
+)
+def test_passes_compile(dtype, flags, tmp_path):
+    """The statistics pass and the pass with given coefficients, for sm_90."""
+    assert_clean(compile_row_kernel(TARGETS["sm_90"], dtype=dtype, **OPTIONS, **flags), "sm_90", tmp_path)
+
+
+def test_half_row_writes_wait_for_reads():
+    """In the gradient loop a barrier stands between the reads of a block and the writes over the same row."""
+    ptx = compile_row_kernel(TARGETS["sm_90"], **PLAIN).asm["ptx"]
+    last_loop = ptx[: ptx.rindex("st.global.b16")]
+    order = re.findall(r"ld\.global|bar\.sync|st\.global\.b16", last_loop)
+    first_store = order.index("st.global.b16", len(order) - order[::-1].index("bar.sync") - 1)
+    assert order[first_store - 1] == "bar.sync" and "ld.global" in order[: first_store - 1]
+    assert "ld.global" not in order[first_store:]

@@ -1,0 +1,104 @@
+"""Inputs at the edge of what floating point and shapes allow."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import srft_kernels
+from tests.kernels.cases import assert_matches_reference, cross_entropy, grpo, logprobs, make_case, srft
+
+OPS = [cross_entropy, grpo, srft, logprobs]
+each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+
+
+@each_op
+@pytest.mark.parametrize("low", [-1e4, -200.0], ids=lambda x: f"down-to-{x:g}")
+def test_huge_logits(op, low):
+    """Logits of many thousands, and rows where all of them lie below -88."""
+    case = make_case((19, 97, 24), bias=False)
+    bias = torch.linspace(low, low / 2, 97)
+    assert_matches_reference(op, replace(case, bias=bias, old_logprobs=case.old_logprobs.clamp(min=-3)))
+
+
+def test_one_hot_rows():
+    """One logit far above the others: log-probability 0 and entropy 0, exactly."""
+    weight = torch.eye(33)
+    hidden = 1e4 * torch.eye(33)[[0, 7, 32]]
+    logp, entropy = srft_kernels.linear_logprobs(hidden, weight, torch.tensor([0, 7, 32]))
+    assert logp.tolist() == [0, 0, 0] and entropy.tolist() == [0, 0, 0]
+
+
+def test_equal_rows():
+    """Equal logits: entropy log V and log-probability -log V, at any level."""
+    hidden, weight = torch.tensor([[1.0], [1e4], [-300.0]]), torch.ones(101, 1)
+    logp, entropy = srft_kernels.linear_logprobs(hidden, weight, torch.tensor([0, 50, 100]))
+    expected = torch.full((3,), 101.0).log()
+    torch.testing.assert_close(entropy, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logp, -expected, rtol=1e-6, atol=0)
+
+
+@each_op
+def test_label_on_the_last_column(op):
+    """Every label on the last column, which belongs to the last, partly filled block."""
+    case = make_case((19, 97, 24))
+    assert_matches_reference(op, replace(case, labels=torch.full((19,), 96)))
+
+
+@each_op
+def test_vocabulary_of_one(op):
+    """V = 1: probability 1, no gradient."""
+    assert_matches_reference(op, make_case((7, 1, 5)))
+
+
+@each_op
+def test_masked_words(op):
+    """Words that a bias of -inf removes have probability 0 and no part in entropy or gradient."""
+    case = make_case((19, 97, 24))
+    case.bias[10:60] = -float("inf")
+    case.labels = torch.where((case.labels >= 10) & (case.labels < 60), 3, case.labels)
+    assert_matches_reference(op, case)
+    assert_matches_reference(op, case, temperature=0.5)
+
+
+def test_first_block_of_masked_words():
+    """A run of -inf that fills whole blocks at the start of a row does not spoil the maximum."""
+    v = 9000
+    case = make_case((2, v, 4))
+    case.bias[: v - 3] = -float("inf")
+    case.labels[:] = v - 1
+    assert_matches_reference(grpo, case, entropy_coef=0.1)
+
+
+@each_op
+def test_several_blocks(op):
+    """A vocabulary of several blocks of the row kernel, the last of them partly filled."""
+    assert_matches_reference(op, make_case((3, 9001, 8)))
+
+
+@each_op
+def test_non_contiguous_inputs(op):
+    """Every input strided: transposed hidden and weight, every other element of the vectors."""
+    case = make_case((20, 33, 12), ignored=0.1)
+
+    def spread(x):
+        return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
+
+    names = (
+        "labels",
+        "advantages",
+        "old_logprobs",
+        "ref_logprobs",
+        "weights",
+        "is_demo",
+        "is_correct",
+        "bias",
+    )
+    strided = replace(
+        case,
+        hidden=case.hidden.t().contiguous().t(),
+        weight=case.weight.t().contiguous().t(),
+        **{name: spread(getattr(case, name)) for name in names},
+    )
+    assert not strided.hidden.is_contiguous() and not strided.labels.is_contiguous()
+    assert_matches_reference(op, strided)

@@ -1,0 +1,44 @@
+"""The Triton kernels on CPU, under the interpreter, which must be chosen before triton is imported."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# bf16 is left out: the interpreter truncates where hardware rounds
+SELECTED = (
+    "(test_losses and chunks16 and (fp32 or fp16) and not N130)"
+    " or (test_losses and chunks16 and plain and (token or grpo or gspo))"
+    " or (test_losses and chunks16 and (logit_options or per_token))"
+    " or test_hard_inputs or test_mutations or row_is_independent"
+)
+
+
+def test_kernels_under_the_interpreter():
+    """The tests of ops, hard inputs and mutations pass with the Triton kernels for the CPU twin."""
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "tests/kernels",
+            "-k",
+            SELECTED,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed[1]) > 80, run.stdout[-2000:]

@@ -1,0 +1,189 @@
+"""The accuracy check is sharp: each small fault, planted in a copy of the package, must make it fail.
+
+Under the interpreter the faults go into the Triton kernels; without it, into the CPU twin and the formulas.
+"""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from srft_kernels import row_kernels
+from tests.kernels.cases import assert_matches_reference, cross_entropy, grpo, make_case, srft
+
+PACKAGE = Path(__file__).resolve().parents[2] / "srft_kernels"
+
+# name: (file, text, its replacement, op, options of the op that shows it)
+CPU_FAULTS = {
+    "drop the last column": (
+        "_row_cpu.py",
+        "total = exp.sum(1)",
+        "total = exp[:, :-1].sum(1)",
+        cross_entropy,
+        {},
+    ),
+    "forget the temperature in the scaled gradient": (
+        "_row_cpu.py",
+        "dlogp = dlogp * rows.inv_temperature",
+        "pass",
+        cross_entropy,
+        {"temperature": 0.7},
+    ),
+    "forget the temperature in the full gradient": (
+        "_row_cpu.py",
+        "grad.mul_(rows.inv_temperature[block, None])",
+        "pass",
+        srft,
+        {"temperature": 0.7, "entropy_coef": 0.1},
+    ),
+    "forget the slope of the softcap": (
+        "_row_cpu.py",
+        "grad.mul_(capped.div_(slope).square_().neg_().add_(1.0))",
+        "pass",
+        cross_entropy,
+        {"logit_softcap": 2.0},
+    ),
+    "flip the sign of the entropy": (
+        "_row_cpu.py",
+        "log_sum - weighted / total",
+        "log_sum + weighted / total",
+        srft,
+        {},
+    ),
+    "leave the entropy out of its gradient": (
+        "_row_cpu.py",
+        ".add_(known.entropy[block, None])",
+        "",
+        grpo,
+        {"entropy_coef": 0.5},
+    ),
+    "drop the first chunk of the weight gradient": (
+        "_chunked_head.py",
+        "total.addmm_(left, right)",
+        "torch.mm(left, right, out=total)",
+        cross_entropy,
+        {},
+    ),
+}
+FORMULA_FAULTS = {
+    "swap the clip bounds": (
+        "objectives.py",
+        "low = 1.0 - clip_low",
+        "low = 1.0 - clip_high",
+        grpo,
+        {"clip_low": 0.05},
+    ),
+    "flip the sign of an entropy weight": (
+        "objectives.py",
+        "-rl_coef * tl.exp(weight_entropy)",
+        "-rl_coef * tl.exp(-weight_entropy)",
+        srft,
+        {},
+    ),
+    "lose the chain rule of f": (
+        "objectives.py",
+        "-advantage * p * gamma / (shape * shape)",
+        "-advantage * p / shape",
+        srft,
+        {"preset": "upt"},
+    ),
+    "flip the sign of the entropy bonus": (
+        "objectives.py",
+        "-weight * entropy_coef\n",
+        "weight * entropy_coef\n",
+        grpo,
+        {"entropy_coef": 0.5},
+    ),
+    "lose the constant of the KL gradient": (
+        "objectives.py",
+        "1.0 - ratio",
+        "-ratio",
+        grpo,
+        {"everything": True},
+    ),
+}
+KERNEL_FAULTS = {
+    "drop the last column": (
+        "row_kernels.py",
+        "mask = cols < vocab\n",
+        "mask = cols < vocab - 1\n",
+        cross_entropy,
+        {},
+    ),
+    "forget the temperature in the gradient": (
+        "row_kernels.py",
+        "dz *= inv_temperature",
+        "dz *= 1.0",
+        cross_entropy,
+        {"temperature": 0.7},
+    ),
+    "forget the slope of the softcap": (
+        "row_kernels.py",
+        "dz *= 1.0 - tanh * tanh",
+        "dz *= 1.0",
+        cross_entropy,
+        {"logit_softcap": 2.0},
+    ),
+    "flip the sign of the entropy": (
+        "row_kernels.py",
+        "log_sum - s_i / l_i",
+        "log_sum + s_i / l_i",
+        srft,
+        {},
+    ),
+    "forget to rescale the running sum": (
+        "row_kernels.py",
+        "l_i = rescale * l_i",
+        "l_i = l_i",
+        cross_entropy,
+        {},
+    ),
+    "leave the entropy out of its gradient": (
+        "row_kernels.py",
+        "_LOWEST_LOGPROB) + entropy)",
+        "_LOWEST_LOGPROB))",
+        grpo,
+        {"entropy_coef": 0.5},
+    ),
+    "swap the clip bounds": FORMULA_FAULTS["swap the clip bounds"],
+}
+FAULTS = KERNEL_FAULTS if row_kernels.INTERPRETED else CPU_FAULTS | FORMULA_FAULTS
+
+
+def faulty_package(folder: Path, file: str, text: str, replacement: str):
+    """Import a copy of the package in which ``text`` of ``file`` is replaced."""
+    name = f"srft_kernels_copy_{folder.name}"
+    copy = shutil.copytree(PACKAGE, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (copy / file).read_text()
+    assert text in source, f"{file} no longer holds {text!r}"
+    (copy / file).write_text(source.replace(text, replacement))
+    spec = importlib.util.spec_from_file_location(
+        name, copy / "__init__.py", submodule_search_locations=[str(copy)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    # small chunks and blocks, so that every loop runs more than once
+    sys.modules[f"{name}._chunked_head"].CPU_WORKSPACE_BYTES = 0
+    sys.modules[f"{name}.row_kernels"]._MAX_BLOCK_V = 32
+    return module
+
+
+def check(module, op, options) -> None:
+    """Compare ``op`` of ``module`` with the reference on a case that shows the faults above."""
+    case = make_case((24, 97, 12), torch.float32, seed=6, ignored=0.0, scale=3.0)
+    assert_matches_reference(op, case, module=module, **options)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_found(fault, tmp_path):
+    """The check passes on an unchanged copy of the package and fails on the faulty one."""
+    file, text, replacement, op, options = FAULTS[fault]
+    sound = faulty_package(tmp_path / "sound", file, text, text)
+    check(sound, op, options)
+    faulty = faulty_package(tmp_path / "faulty", file, text, replacement)
+    with pytest.raises(AssertionError, match="error|differs|non-finite"):
+        check(faulty, op, options)

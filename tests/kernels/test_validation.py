@@ -1,0 +1,154 @@
+"""Each wrong argument raises a ValueError that names it, from the op and from the reference alike."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import srft_kernels
+from srft_kernels import reference
+from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, srft
+
+CASE = make_case((8, 11, 4))
+MODULES = pytest.mark.parametrize("module", [srft_kernels, reference], ids=["op", "reference"])
+
+
+class FakeDTensor(torch.Tensor):
+    """A tensor that looks like a DTensor."""
+
+    def full_tensor(self):
+        """Never called."""
+
+
+@MODULES
+@pytest.mark.parametrize("op", [cross_entropy, grpo, srft, policy, logprobs], ids=lambda op: op.__name__)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": CASE.hidden[None]}, r"hidden_states must be \[N, D\], got \[1, 8, 4\]"),
+        ({"hidden": CASE.hidden.long()}, "hidden_states must be bf16, fp16, fp32 or fp64, got torch.int64"),
+        ({"weight": CASE.weight.t()}, r"lm_head_weight must be \[V, D\] .*D=4, got \[4, 11\]"),
+        ({"weight": CASE.weight.double()}, "lm_head_weight must have the dtype of hidden_states"),
+        ({"weight": CASE.weight.to("meta")}, "lm_head_weight must be on the device"),
+        ({"weight": CASE.weight.as_subclass(FakeDTensor)}, "got a DTensor; pass lm_head_weight.full_tensor"),
+        ({"labels": CASE.labels[:-1]}, r"labels must be \[N\]=\[8\], got \[7\]"),
+        ({"labels": CASE.labels.int()}, "labels must be int64, got torch.int32"),
+        ({"labels": CASE.labels.tolist()}, "labels must be a tensor, got list"),
+        ({"bias": CASE.bias[:-1]}, r"bias must be floating point \[V\]=\[11\]"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_head_arguments(module, op, changes, message):
+    """Rank, shape, dtype, device and kind of the tensors that every op shares."""
+    with pytest.raises(ValueError, match=message):
+        op(module, replace(CASE, **changes))
+
+
+@MODULES
+@pytest.mark.parametrize("op", [cross_entropy, grpo, srft, policy, logprobs], ids=lambda op: op.__name__)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be a number > 0, got 0.0"),
+        ({"temperature": float("inf")}, "temperature must be finite"),
+        ({"temperature": torch.zeros(8)}, "temperature must be > 0"),
+        ({"temperature": torch.ones(7)}, r"temperature must be a float or \[N\]=\[8\], got \[7\]"),
+        ({"logit_softcap": -1.0}, "logit_softcap must be a number > 0"),
+    ],
+    ids=str,
+)
+def test_logit_options(module, op, options, message):
+    """Temperature and softcap."""
+    with pytest.raises(ValueError, match=message):
+        op(module, CASE, **options)
+
+
+@MODULES
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "ppo"}, "loss_type must be one of 'grpo', .*'reinforce', got 'ppo'"),
+        ({"clip_low": 0.0}, "clip_low must be a number > 0"),
+        ({"clip_high": -0.1}, "clip_high must be a number > 0"),
+        ({"dual_clip": 1.0}, "dual_clip must be a number > 1"),
+        ({"kl_coef": 0.1}, "ref_logprobs is required by kl_coef=0.1"),
+        ({"kl_coef": -0.1}, "kl_coef must be a finite number >= 0"),
+        ({"entropy_coef": float("nan")}, "entropy_coef must be a finite number"),
+        ({"num_tokens": -1}, "num_tokens must be a number >= 0"),
+        ({"num_tokens": torch.ones(2)}, "num_tokens must be a number or a 0-d tensor"),
+        ({"token_weights": torch.ones(3)}, r"token_weights must be \[N\]=\[8\], got \[3\]"),
+        ({"ref_logprobs": torch.ones(8, 1)}, r"ref_logprobs must be \[N\]=\[8\]"),
+        ({"rollout_weights": 2.0}, r"rollout_weights must be a tensor \[N\]"),
+    ],
+    ids=str,
+)
+def test_grpo_options(module, options, message):
+    """Every argument of linear_grpo_loss."""
+    with pytest.raises(ValueError, match=message):
+        grpo(module, CASE, **options)
+
+
+@MODULES
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        (None, 'cu_seqlens is required by loss_type="gspo"'),
+        (torch.tensor([0, 7]), "cu_seqlens must rise from 0 to N=8"),
+        (torch.tensor([0, 6, 4, 8]), "cu_seqlens must rise from 0 to N=8"),
+        (torch.tensor([0.0, 8.0]), "cu_seqlens must be int32 or int64"),
+        (torch.tensor(8), r"cu_seqlens must be a \[B\+1\] tensor"),
+    ],
+    ids=str,
+)
+def test_cu_seqlens(module, cu_seqlens, message):
+    """Bounds are needed by sequence scopes only, and must fit the tokens."""
+    case = replace(CASE, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match=message):
+        grpo(module, case, loss_type="gspo")
+    with pytest.raises(ValueError, match=message.replace('loss_type="gspo"', 'entropy_scope="sequence"')):
+        srft(module, case)
+    srft(module, case, entropy_scope="token")
+
+
+@MODULES
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "iclr"}, "preset must be one of 'paper', 'official', 'upt', got 'iclr'"),
+        ({"entropy_scope": "group"}, "entropy_scope must be one of 'token', 'sequence', 'batch'"),
+        ({"self_rollout": "clip"}, "self_rollout must be one of 'likelihood', 'ratio'"),
+        ({"sft_entropy_sign": 2}, "sft_entropy_sign must be one of -1, 0, 1"),
+        ({"demo_gamma": 0.0}, "demo_gamma must be a number > 0"),
+        ({"demo_gamma": "paper"}, "demo_gamma must be one of 'preset'"),
+        ({"batch_entropy": 0.5}, 'batch_entropy is read only with entropy_scope="batch"'),
+        ({"sft_coef": -0.5}, "sft_coef must be a finite number >= 0"),
+        ({"rl_coef": float("inf")}, "rl_coef must be a finite number >= 0"),
+        ({"num_demo_tokens": -1}, "num_demo_tokens must be a number >= 0"),
+        ({"num_rollout_tokens": "all"}, "num_rollout_tokens must be a number >= 0"),
+    ],
+    ids=str,
+)
+def test_srft_options(module, options, message):
+    """Every switch of linear_srft_loss."""
+    with pytest.raises(ValueError, match=message):
+        srft(module, CASE, **options)
+
+
+@MODULES
+def test_srft_flags_must_be_bool(module):
+    """Flags as floats are an error, not a guess."""
+    with pytest.raises(ValueError, match=r"is_demo must be bool, got torch.float32; use is_demo.bool\(\)"):
+        srft(module, replace(CASE, is_demo=CASE.is_demo.float()))
+    with pytest.raises(ValueError, match="advantages must be a tensor, got None"):
+        srft(module, replace(CASE, advantages=None))
+
+
+def test_objective_must_return_a_scalar():
+    """A user's loss that is not reduced, or not a tensor, is refused."""
+    arguments = (CASE.hidden, CASE.weight, CASE.labels)
+    with pytest.raises(ValueError, match=r"objective must return a 0-d tensor, got \(8,\)"):
+        srft_kernels.linear_policy_loss(*arguments, lambda logprobs, entropy: logprobs)
+    with pytest.raises(ValueError, match="objective must return a 0-d tensor, got float"):
+        srft_kernels.linear_policy_loss(*arguments, lambda logprobs, entropy: 1.0)
+    with pytest.raises(ValueError, match="objective must be callable"):
+        srft_kernels.linear_policy_loss(*arguments, "grpo")
