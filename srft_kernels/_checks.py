@@ -125,7 +125,7 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_count(name: str, value: int | Tensor | None) -> None:
+def check_count(name: str, value: float | Tensor | None) -> None:
     """Raise ValueError unless ``value`` is None, a number >= 0 or a 0-d tensor."""
     if value is None or (isinstance(value, Tensor) and value.dim() == 0):
         return

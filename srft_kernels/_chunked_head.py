@@ -13,7 +13,7 @@ from . import row_kernels
 from ._row_cpu import Rows
 
 # Scores of one chunk. More rows make the weight gradient, which is read and written once a chunk, cheaper.
-CPU_WORKSPACE_BYTES = 128 * 2**20
+CPU_WORKSPACE_BYTES = 256 * 2**20
 GPU_WORKSPACE_BYTES = 2**30
 # Rows of a 16-bit weight that are upcast at a time on CPU, where a 16-bit product accumulates in no more than
 # its inputs.
@@ -72,8 +72,9 @@ class Tokens:
             return x
         return x.new_full((self.mask.numel(), *x.shape[1:]), fill).index_copy_(0, self.kept, x)
 
-    def offsets(self, cu_seqlens: Tensor) -> Tensor:
+    def offsets(self, cu_seqlens: Tensor | None) -> Tensor:
         """Sequence bounds [B+1] int64 in rows that are computed, on their device."""
+        assert cu_seqlens is not None
         cu_seqlens = cu_seqlens.to(self.mask.device, torch.int64, non_blocking=True)
         if self.kept is None:
             return cu_seqlens
@@ -151,7 +152,7 @@ class Gradients:
     only once.
     """
 
-    def __init__(self, head: Head, wants: tuple[bool, bool, bool]):
+    def __init__(self, head: Head, wants: tuple[bool, ...]):
         """``wants``: whether hidden, weight and bias need a gradient."""
         self._wants = wants
         self._dtypes = (head.hidden.dtype, head.weight.dtype)
@@ -171,18 +172,19 @@ class Gradients:
         first = self._dweight is None
         if self._wants[1] and first:
             self._dweight = torch.empty(self._shape, dtype=dtype, device=hidden.device)
+        dhidden = None if self._dhidden is None else self._dhidden[rows]
         if hidden.dtype == dtype or hidden.is_cuda:
-            if self._wants[0]:
-                _add_product(self._dhidden[rows], dscores, head.weight, True)
-            if self._wants[1]:
+            if dhidden is not None:
+                _add_product(dhidden, dscores, head.weight, True)
+            if self._dweight is not None:
                 _add_product(self._dweight, dscores.t(), hidden, first)
             return
         hidden = hidden.to(dtype)
         for tile in _tiles(head):
             part = dscores[:, tile].to(dtype)
-            if self._wants[0]:
-                self._dhidden[rows].addmm_(part, head.weight[tile].to(dtype))
-            if self._wants[1]:
+            if dhidden is not None:
+                dhidden.addmm_(part, head.weight[tile].to(dtype))
+            if self._dweight is not None:
                 _add_product(self._dweight[tile], part.t(), hidden, first)
 
     def finish(
@@ -194,15 +196,15 @@ class Gradients:
             self._dweight = torch.zeros(self._shape, dtype=dtype, device=self._device)
         if self._dhidden is not None:
             self._dhidden = put(self._dhidden)
-        out = []
-        for name, dtype in zip(("_dhidden", "_dweight", "_dbias"), (*self._dtypes, bias_dtype), strict=True):
-            total = getattr(self, name)
-            # the caller's reference must be the last one: autograd then takes the tensor instead of a copy
-            setattr(self, name, None)
-            if total is not None and scale is not None:
-                total *= scale
-            out.append(None if total is None else total.to(dtype))
-        return tuple(out)
+        totals = self._dhidden, self._dweight, self._dbias
+        # the caller's reference must be the last one: autograd then takes the tensor instead of a copy
+        self._dhidden = self._dweight = self._dbias = None
+        dtypes: tuple[torch.dtype | None, ...] = (*self._dtypes, bias_dtype)
+        if scale is not None:
+            for total in totals:
+                if total is not None:
+                    total *= scale
+        return tuple(None if x is None else x.to(d) for x, d in zip(totals, dtypes, strict=True))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from ._chunked_head import (
     workspace,
 )
 from .linear_logprobs import gradient_sweep, stats_sweep
-from .objectives import CallableObjective, TokenObjective
+from .objectives import TokenObjective
 
 
 class PolicyLoss(NamedTuple):
@@ -64,11 +65,53 @@ class _AttachGradients(torch.autograd.Function):
         return *gradients.finish(ctx.tokens.put, ctx.bias_dtype, scale), None, None, None
 
 
+class CallableObjective:
+    """A user's loss of the vectors logprobs [N] and entropy [N], differentiated by autograd."""
+
+    scope = "batch"
+    entropy_grad = True
+
+    def __init__(self, objective: Callable[[Tensor, Tensor], Tensor], put: Callable, take: Callable):
+        """Wrap ``objective``; ``put`` maps computed rows to [N], ``take`` maps [N] back."""
+        self._objective, self._put, self._take = objective, put, take
+        self._loss: Tensor | None = None
+
+    def coefficients(self, logp: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """See TokenObjective; ``rows`` are all rows."""
+        leaves = [self._put(x).detach().requires_grad_() for x in (logp, entropy)]
+        with torch.enable_grad():
+            loss = self._call(*leaves)
+            grads: tuple[Tensor | None, ...] = (None, None)
+            if loss.requires_grad:
+                grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        self._loss = loss.detach()
+        dlogp, dentropy = (
+            torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)
+        )
+        return self._take(dlogp), self._take(dentropy)
+
+    def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """See TokenObjective; logp and entropy of all rows."""
+        loss = self._loss
+        if loss is None:
+            loss = self._call(self._put(logp), self._put(entropy)).detach()
+        return loss, torch.ones_like(logp), torch.zeros_like(logp, dtype=torch.bool), {}
+
+    def _call(self, logp: Tensor, entropy: Tensor) -> Tensor:
+        loss = self._objective(logp, entropy)
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"objective must return a 0-d tensor, got {got}; reduce it with .sum() or .mean()"
+            )
+        return loss
+
+
 def _fused_sweep(
     head: Head,
     objective: TokenObjective | CallableObjective,
     chunks: list[slice],
-    wants: tuple[bool, bool, bool],
+    wants: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Statistics and gradients from one pass; a chunk must hold all that its gradient depends on."""
     space = workspace(head, chunks)
@@ -78,7 +121,7 @@ def _fused_sweep(
     overwrite = not objective.entropy_grad and head.softcap is None
     for rows in chunks:
         scores, settings = project(head, rows, space), head.rows(rows)
-        if backend is row_kernels and objective.scope == "token":
+        if backend is row_kernels and isinstance(objective, TokenObjective) and objective.scope == "token":
             known, dscores = row_kernels.objective_gradient(
                 scores,
                 settings,
@@ -114,10 +157,10 @@ def policy_loss(
     """
     wants = tuple(x is not None and torch.is_grad_enabled() and x.requires_grad for x in inputs)
     count, limit = head.labels.numel(), max_rows(head)
-    chunks = even_chunks(count, limit)
-    if objective.scope == "sequence" and len(chunks) > 1:
+    chunks: list[slice] | None = even_chunks(count, limit)
+    if count > limit and objective.scope == "sequence":
         chunks = None if bounds is None else sequence_chunks(bounds, limit)
-    elif objective.scope == "batch" and len(chunks) > 1:
+    elif count > limit and objective.scope == "batch":
         chunks = None
     grads = None
     with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):

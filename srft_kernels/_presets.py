@@ -36,11 +36,11 @@ def srft_switches(
     check_choice("preset", preset, SRFT_PRESETS)
     if isinstance(demo_gamma, str):
         check_choice("demo_gamma", demo_gamma, ["preset"])
-    given = {
-        "self_rollout": self_rollout,
-        "sft_entropy_sign": sft_entropy_sign,
-        "entropy_scope": entropy_scope,
-        "entropy_coef": entropy_coef,
-    }
-    switches = SRFT_PRESETS[preset]._replace(**{name: x for name, x in given.items() if x is not None})
-    return switches if demo_gamma == "preset" else switches._replace(demo_gamma=demo_gamma)
+    base = SRFT_PRESETS[preset]
+    return SrftSwitches(
+        base.self_rollout if self_rollout is None else self_rollout,
+        base.sft_entropy_sign if sft_entropy_sign is None else sft_entropy_sign,
+        base.entropy_scope if entropy_scope is None else entropy_scope,
+        base.demo_gamma if isinstance(demo_gamma, str) else demo_gamma,
+        base.entropy_coef if entropy_coef is None else entropy_coef,
+    )

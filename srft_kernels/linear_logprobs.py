@@ -68,7 +68,7 @@ def stats_sweep(head: Head) -> Stats:
 
 
 def gradient_sweep(
-    head: Head, known: Stats, dlogp: Tensor, dentropy: Tensor | None, wants: tuple[bool, bool, bool]
+    head: Head, known: Stats, dlogp: Tensor, dentropy: Tensor | None, wants: tuple[bool, ...]
 ) -> Gradients:
     """Gradients of hidden, weight and bias, given those of logprobs and entropy; 6NDV."""
     chunks = even_chunks(head.labels.numel(), max_rows(head))
@@ -96,9 +96,10 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(ctx, hidden_states, lm_head_weight, bias, head: Head, tokens: Tokens, entropy_grad: bool):
         known = stats_sweep(head)
         logprobs, entropy = tokens.put(known.logprobs), tokens.put(known.entropy)
-        saved = [hidden_states, lm_head_weight, *known]
-        ctx.save_for_backward(*saved, *([] if bias is None else [bias]))
-        ctx.head, ctx.tokens = head._replace(hidden=None, weight=None, bias=None), tokens
+        # hidden and weight are saved for autograd's check that nobody wrote to them meanwhile
+        ctx.save_for_backward(hidden_states, lm_head_weight, *known)
+        ctx.head, ctx.tokens = head, tokens
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
@@ -107,18 +108,11 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogprobs, dentropy):
-        hidden, weight, *known = ctx.saved_tensors
-        bias = known.pop() if len(known) > 4 else None
-        tokens, known = ctx.tokens, Stats(*known)
-        head = ctx.head._replace(
-            hidden=tokens.select(hidden),
-            weight=weight,
-            bias=None if bias is None else bias.to(known.logprobs.dtype),
-        )
+        known, tokens = Stats(*ctx.saved_tensors[2:]), ctx.tokens
         dlogp = torch.zeros_like(known.logprobs) if dlogprobs is None else tokens.take(dlogprobs)
         dentropy = None if dentropy is None else tokens.take(dentropy)
-        grads = gradient_sweep(head, known, dlogp, dentropy, ctx.needs_input_grad[:3])
-        return *grads.finish(tokens.put, None if bias is None else bias.dtype), None, None, None
+        grads = gradient_sweep(ctx.head, known, dlogp, dentropy, ctx.needs_input_grad[:3])
+        return *grads.finish(tokens.put, ctx.bias_dtype), None, None, None
 
 
 def linear_logprobs(

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,18 +25,27 @@ except ImportError:
     triton = None
     tl = None
 
-__all__ = ["CallableObjective", "GrpoObjective", "SrftObjective", "TokenObjective"]
+__all__ = ["GrpoObjective", "SrftObjective", "TokenObjective"]
 
 _EAGER_NAMES: dict[str, object] = {"tl": torch, "__builtins__": __builtins__}
 
 
-def _formula(function: Callable) -> Callable:
+class Formula(Protocol):
+    """A formula in both forms: the object itself is the device form."""
+
+    eager: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        """Device form, inside a kernel."""
+
+
+def _formula(function: Callable[..., Any]) -> Formula:
     """Compile ``function`` for the device and attach its torch form as ``.eager``."""
     eager = types.FunctionType(function.__code__, _EAGER_NAMES, function.__name__)
     _EAGER_NAMES[function.__name__] = eager
-    device = function if triton is None else triton.jit(function)
+    device: Any = function if triton is None else triton.jit(function)
     device.eager = eager
-    return device
+    return cast(Formula, device)
 
 
 # --- policy terms: (loss, dloss/dlogp, ratio, clipped); log_ratio is logp - old_logp, or its sequence mean
@@ -230,7 +240,8 @@ def sequence_mean(values: Tensor, valid: Tensor, offsets: Tensor) -> Tensor:
     return (sums / counts.clamp(min=1))[own].to(values.dtype)
 
 
-def _local_offsets(offsets: Tensor, rows: slice) -> Tensor:
+def _local_offsets(offsets: Tensor | None, rows: slice) -> Tensor:
+    assert offsets is not None
     return (offsets - rows.start).clamp(0, rows.stop - rows.start)
 
 
@@ -244,7 +255,7 @@ class TokenObjective:
     Without ``entropy_grad`` the derivative by the entropy is zero.
     """
 
-    formula: Callable
+    formula: Formula
     inputs: Tensor
     params: tuple[float, ...]
     valid: Tensor
@@ -271,7 +282,7 @@ class TokenObjective:
 class GrpoObjective(TokenObjective):
     """GRPO family, ``policy`` its policy term; GSPO is scope "sequence", with a mean log-ratio."""
 
-    policy: Callable = clip_policy
+    policy: Formula = clip_policy
 
     def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
         if self.scope == "token":
@@ -323,8 +334,8 @@ class GrpoObjective(TokenObjective):
 class SrftObjective(TokenObjective):
     """SRFT, ``rollout`` its rollout term, ``is_demo`` [n]; its weights take the mean entropy of ``scope``."""
 
-    rollout: Callable = srft_likelihood
-    is_demo: Tensor | None = None
+    rollout: Formula = srft_likelihood
+    is_demo: Tensor = field(kw_only=True)
 
     def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
         # the last input, scope_entropy, is known only now
@@ -367,45 +378,3 @@ class SrftObjective(TokenObjective):
         terms["sum_entropy_demo"] = torch.where(is_demo, entropy, 0.0).sum()
         terms["sum_entropy_rollout"] = torch.where(is_rollout, entropy, 0.0).sum()
         return loss, torch.where(is_rollout, ratio, 1.0), torch.zeros_like(is_demo), terms
-
-
-class CallableObjective:
-    """A user's loss of the vectors logprobs [N] and entropy [N], differentiated by autograd."""
-
-    scope = "batch"
-    entropy_grad = True
-
-    def __init__(self, objective: Callable[[Tensor, Tensor], Tensor], put: Callable, take: Callable):
-        """Wrap ``objective``; ``put`` maps computed rows to [N], ``take`` maps [N] back."""
-        self._objective, self._put, self._take = objective, put, take
-        self._loss: Tensor | None = None
-
-    def coefficients(self, logp: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """See TokenObjective; ``rows`` are all rows."""
-        leaves = [self._put(x).detach().requires_grad_() for x in (logp, entropy)]
-        with torch.enable_grad():
-            loss = self._call(*leaves)
-            grads = [None, None]
-            if loss.requires_grad:
-                grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-        self._loss = loss.detach()
-        dlogp, dentropy = (
-            torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)
-        )
-        return self._take(dlogp), self._take(dentropy)
-
-    def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """See TokenObjective; logp and entropy of all rows."""
-        loss = self._loss
-        if loss is None:
-            loss = self._call(self._put(logp), self._put(entropy)).detach()
-        return loss, torch.ones_like(logp), torch.zeros_like(logp, dtype=torch.bool), {}
-
-    def _call(self, logp: Tensor, entropy: Tensor) -> Tensor:
-        loss = self._objective(logp, entropy)
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"objective must return a 0-d tensor, got {got}; reduce it with .sum() or .mean()"
-            )
-        return loss

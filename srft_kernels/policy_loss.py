@@ -9,13 +9,12 @@ from torch import Tensor
 
 from ._checks import check_count, check_grpo, check_srft
 from ._chunked_head import Tokens, compute_dtype
-from ._one_pass import PolicyLoss, policy_loss
+from ._one_pass import CallableObjective, PolicyLoss, policy_loss
 from ._presets import srft_switches
 from .linear_logprobs import make_head
 from .objectives import (
     GRPO_FORMULAS,
     SRFT_FORMULAS,
-    CallableObjective,
     GrpoObjective,
     SrftObjective,
     TokenObjective,
@@ -197,7 +196,7 @@ def linear_grpo_loss(
 
 def _host_bounds(objective: TokenObjective, cu_seqlens: Tensor | None) -> list[int] | None:
     """Sequence bounds in computed rows, where the host knows them."""
-    if objective.offsets is None:
+    if objective.offsets is None or cu_seqlens is None:
         return None
     if objective.offsets.device.type == "cpu":
         return objective.offsets.tolist()

@@ -285,8 +285,9 @@ def _at_least_one(given: int | Tensor | None, counted: Tensor) -> Tensor:
     return torch.where(count > 0, count, 1)
 
 
-def _sequence_mean(values: Tensor, valid: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _sequence_mean(values: Tensor, valid: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Mean over the valid tokens of each sequence, at each of its tokens."""
+    assert cu_seqlens is not None
     means = []
     for start, end in zip(cu_seqlens.tolist()[:-1], cu_seqlens.tolist()[1:], strict=True):
         inside = valid[start:end]

@@ -6,11 +6,13 @@ One program owns one row, so results do not depend on the other rows of the chun
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._row_cpu import LOWEST_LOGPROB, Rows, Stats
+from .objectives import Formula
 
 try:
     import triton
@@ -29,7 +31,7 @@ _NUM_WARPS = 8
 _LOWEST_LOGPROB = LOWEST_LOGPROB if triton is None else tl.constexpr(LOWEST_LOGPROB)
 
 
-def _jit(function: Callable) -> Callable:
+def _jit(function: Callable) -> Any:
     return function if triton is None else triton.jit(function)
 
 
@@ -149,7 +151,7 @@ def _row_kernel(
         else:
             inputs = ()
             for k in tl.static_range(NUM_INPUTS):
-                inputs = inputs + (tl.load(inputs_ptr + k * stride_inputs + row),)
+                inputs = inputs + (tl.load(inputs_ptr + k * stride_inputs + row),)  # type: ignore[assignment]
             _, a, e, _, _ = OBJECTIVE(logp, entropy, *inputs, *params)
         for start in range(0, vocab, BLOCK_V):
             cols = start + offs_v
@@ -179,7 +181,7 @@ def _launch(
     entropy_grad: bool = False,
     dlogp: Tensor | None = None,
     dentropy: Tensor | None = None,
-    formula: Callable | None = None,
+    formula: Formula | None = None,
     inputs: Tensor | None = None,
     params: tuple[float, ...] = (),
 ) -> tuple[Stats, Tensor]:
@@ -260,7 +262,7 @@ def gradient(
 
 
 def objective_gradient(
-    z: Tensor, rows: Rows, formula: Callable, inputs: Tensor, params: tuple[float, ...], entropy_grad: bool
+    z: Tensor, rows: Rows, formula: Formula, inputs: Tensor, params: tuple[float, ...], entropy_grad: bool
 ) -> tuple[Stats, Tensor]:
     """Statistics and gradient of a token objective, in one launch.
 

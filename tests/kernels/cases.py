@@ -202,7 +202,10 @@ def assert_matches_reference(op, case: Case, module=srft_kernels, **options) -> 
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
     gold = run(op, reference, case.to(torch.float64), **{k: wide(x) for k, x in options.items()})
-    rounded = row_kernels.INTERPRETED and case.hidden.dtype in (torch.bfloat16, torch.float16)
+    rounded = (row_kernels.INTERPRETED or case.hidden.is_cuda) and case.hidden.dtype in (
+        torch.bfloat16,
+        torch.float16,
+    )
     with RoundedScoreGradient(case.hidden.dtype) if rounded else nullcontext():
         baseline = run(op, reference, case, **options)
     actual = run(op, module, case, **options)

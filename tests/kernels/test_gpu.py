@@ -1,0 +1,94 @@
+"""On a GPU: every op against float64, no host sync, bounded memory, and offsets beyond 32 bits."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+import srft_kernels
+from srft_kernels import _chunked_head
+from tests.kernels.cases import (
+    Case,
+    assert_matches_reference,
+    case_id,
+    cross_entropy,
+    grpo,
+    logprobs,
+    make_case,
+    policy,
+    srft,
+)
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+each_op = pytest.mark.parametrize(
+    "op", [cross_entropy, grpo, srft, policy, logprobs], ids=lambda op: op.__name__
+)
+
+
+def on_gpu(case: Case) -> Case:
+    """The case on the GPU; sequence bounds stay where the op reads them without waiting, on the CPU."""
+    values = {field.name: getattr(case, field.name) for field in fields(case)}
+    return replace(case, **{n: x.cuda() for n, x in values.items() if x is not None and n != "cu_seqlens"})
+
+
+@each_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("workspace", [0, 2**30], ids=["chunks16", "one-chunk"])
+def test_ops_match_the_reference(op, dtype, workspace, monkeypatch):
+    """Values and gradients with shapes that fill no block."""
+    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", workspace)
+    assert_matches_reference(op, on_gpu(make_case((257, 1031, 96), dtype)))
+
+
+@pytest.mark.parametrize("op", [grpo, srft], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_real_vocabulary(op, dtype):
+    """A vocabulary of 151936 words, with softcap, temperature and an entropy gradient."""
+    case = on_gpu(make_case((96, 151936, 64), dtype))
+    assert_matches_reference(op, case, temperature=0.8, logit_softcap=20.0, entropy_coef=0.01)
+
+
+@pytest.mark.parametrize("op", [cross_entropy, grpo, srft], ids=lambda op: op.__name__)
+def test_no_host_sync(op):
+    """Forward and backward never wait for the GPU."""
+    case = on_gpu(make_case((257, 1031, 96), torch.bfloat16))
+    case.hidden.requires_grad_()
+    case.weight.requires_grad_()
+    op(srft_kernels, case)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = op(srft_kernels, case)
+        (result if isinstance(result, torch.Tensor) else result.loss).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_does_not_grow_with_tokens_by_vocabulary():
+    """Beyond the gradients, twice the tokens take no more than their own vectors and hidden gradient."""
+
+    def extra(n: int) -> int:
+        hidden = torch.randn(n, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(100_000, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.randint(0, 100_000, (n,), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        srft_kernels.linear_cross_entropy(hidden, weight, labels).backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    extra(8192)
+    assert extra(16384) - extra(8192) < 8192 * (6 * 256 + 256)
+
+
+def test_offsets_beyond_32_bits(monkeypatch):
+    """A chunk of more than 2^31 logits: its last rows agree with a chunk of their own."""
+    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 2**34)
+    n, v = 17_000, 131_072
+    hidden = torch.randn(n, 16, device="cuda")
+    weight = torch.randn(v, 16, device="cuda")
+    labels = torch.randint(0, v, (n,), device="cuda")
+    logp, entropy = srft_kernels.linear_logprobs(hidden, weight, labels)
+    tail_logp, tail_entropy = srft_kernels.linear_logprobs(hidden[-64:], weight, labels[-64:])
+    torch.testing.assert_close(logp[-64:], tail_logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy[-64:], tail_entropy, rtol=1e-5, atol=1e-5)
