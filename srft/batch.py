@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -54,7 +55,7 @@ class Sequence:
 
 @dataclass
 class Group:
-    """A prompt with everything that answers it."""
+    """A prompt with everything that answers it: its ``rollouts`` and its ``demos``."""
 
     prompt: Prompt
     rollouts: list[Sequence] = field(default_factory=list)
@@ -63,7 +64,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts over one optimizer update, all micro-batches together: the denominators of its loss terms."""
+    """Counts over one optimizer update, all micro-batches together: the denominators of its loss terms.
+
+    Args:
+        rollout_tokens: Response tokens of rollouts.
+        demo_tokens: Response tokens of demonstrations.
+        rollout_sequences: Rollouts.
+        demo_sequences: Demonstrations.
+    """
 
     rollout_tokens: int
     demo_tokens: int
@@ -108,6 +116,11 @@ class Batch:
     sequences: list[Sequence]
 
 
+def unweighted(_sequence: Sequence) -> float:
+    """Weight every token by 1."""
+    return 1.0
+
+
 def count(sequences: Seq[Sequence]) -> Totals:
     """Count tokens and sequences of each kind.
 
@@ -127,7 +140,7 @@ def count(sequences: Seq[Sequence]) -> Totals:
 def pack(
     sequences: Seq[Sequence],
     tokens_per_microbatch: int,
-    token_weight: dict[bool, float | None],
+    token_weight: Callable[[Sequence], float],
     device: torch.device,
 ) -> list[Batch]:
     """Pack sequences into micro-batches of bounded size, the longest first.
@@ -135,7 +148,7 @@ def pack(
     Args:
         sequences: What to pack; a sequence is never split.
         tokens_per_microbatch: Most tokens in one micro-batch; a longer single sequence still gets one to itself.
-        token_weight: Weight of each response token by ``is_demo``; None weighs by 1 / response length.
+        token_weight: Weight of each response token of a sequence.
         device: Where the batch is used; bounds stay on the CPU.
 
     Returns:
@@ -155,7 +168,7 @@ def pack(
 
 
 def _to_batch(
-    sequences: list[Sequence], token_weight: dict[bool, float | None], device: torch.device
+    sequences: list[Sequence], token_weight: Callable[[Sequence], float], device: torch.device
 ) -> Batch:
     lengths = torch.tensor([len(s) for s in sequences])
     responses = torch.tensor([len(s.response_ids) for s in sequences])
@@ -168,7 +181,7 @@ def _to_batch(
             for start, s in zip(starts.tolist(), sequences, strict=True)
         ]
     )
-    weights = [1.0 / len(s.response_ids) if (w := token_weight[s.is_demo]) is None else w for s in sequences]
+    weights = [token_weight(s) for s in sequences]
 
     def per_token(values: list[float] | list[bool], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).repeat_interleave(responses).to(device)

@@ -28,7 +28,8 @@ class DataConfig(Section):
     train: str = "chain"
     """Built-in task, "reasoning_gym:<task>", a .jsonl/.json/.parquet file, or a Hugging Face hub id."""
     eval: str | None = None
-    """Held-out source of the same kinds; unset: the held-out part of a built-in task, otherwise `eval_split` of `train`."""
+    """Held-out source of the same kinds; unset: the held-out part of a built-in task, the last tenth
+    of a file (at most eval_limit rows, kept out of training), `eval_split` of a hub data set."""
     split: str = "train"
     """Split read from a hub data set."""
     eval_split: str = "test"
@@ -39,7 +40,7 @@ class DataConfig(Section):
     """Use only the first rows of the training source."""
     eval_limit: int = Field(512, gt=0)
     """Rows evaluated each time."""
-    task: dict[str, int] = {}
+    task: dict[str, bool | int | float | str | list[int] | list[str]] = {}
     """Options of a built-in or reasoning-gym task, such as task.max_ops=5."""
     system: str | None = None
     """System prompt put before the user's turn."""
@@ -49,6 +50,8 @@ class DataConfig(Section):
     """Longest prompt taken, in tokens."""
     overlong: Literal["error", "skip"] = "error"
     """What to do with a row whose prompt or demonstration is too long; skipped rows are counted."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with a row that lacks its prompt, answer or demonstration; skipped rows are reported."""
     bad_demos: Literal["error", "skip", "keep"] = "error"
     """What to do with a demonstration that its own verifier does not accept."""
 
@@ -82,7 +85,7 @@ class TinyConfig(Section):
 
 
 class ModelConfig(Section):
-    """The policy."""
+    """The policy; ``tiny`` and ``warm_start`` matter only when it is built from scratch."""
 
     name: str = "tiny"
     """"tiny" builds one from scratch; otherwise a folder or hub id of a Hugging Face causal LM."""
@@ -102,7 +105,8 @@ class EngineConfig(Section):
     """What samples the rollouts."""
 
     kind: Literal["auto", "hf", "vllm"] = "auto"
-    """"hf" samples in this process, "vllm" in a process of its own; "auto" is vllm on a GPU where it is installed, else hf."""
+    """"hf" samples in this process, "vllm" in a process of its own; "auto" is vllm on a GPU where
+    it is installed, else hf."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the engine's weights; "auto" follows model.compute_dtype."""
     max_batch: int = Field(512, gt=0)
@@ -126,7 +130,8 @@ class RewardConfig(Section):
     """How completions are judged."""
 
     kind: str = "auto"
-    """"exact", "numeric", "countdown", "math", "reasoning_gym:<task>" or path/to/file.py:function; "auto" follows the source."""
+    """"exact", "numeric", "countdown", "math", "reasoning_gym:<task>" or path/to/file.py:function;
+    "auto" follows the source."""
     workers: int = Field(2, gt=0)
     """Verifier processes."""
     deadline_s: float = Field(5.0, gt=0)
@@ -157,7 +162,8 @@ class MethodConfig(Section):
     advantage_std: bool | None = None
     """Divide advantages by the group's standard deviation; unset: on for SRFT "paper" and GRPO."""
     aggregation: Literal["token-mean", "sequence-mean", "constant"] = "token-mean"
-    """Mean over all tokens, mean over sequences of token means, or sum over tokens / rollout.max_new_tokens per sequence."""
+    """Mean over all tokens, mean over sequences of token means, or mean over sequences of token sums divided by
+    rollout.max_new_tokens."""
     loss_type: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"
     """GRPO: the token term; bnpo, dr_grpo and dapo are this one with another aggregation, std and clip range."""
     clip_low: float = Field(0.2, gt=0)
@@ -215,7 +221,7 @@ class TrainConfig(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """A run; its sections are ``data``, ``model``, ``engine``, ``rollout``, ``reward``, ``method`` and ``train``."""
 
     name: str = Field("demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its folder is <runs_dir>/<name>."""
@@ -238,7 +244,7 @@ class Config(Section):
             raise ValueError(
                 f"train.prompts_per_step={train.prompts_per_step} does not divide into "
                 f"train.updates_per_step={train.updates_per_step} equal updates; "
-                f"take {_nearest_multiple(train.prompts_per_step, train.updates_per_step)} prompts or another number of updates"
+                f"take {_nearest_multiple(train.prompts_per_step, train.updates_per_step)} prompts or other updates"
             )
         longest = self.longest_sequence
         if longest > train.tokens_per_microbatch:
@@ -366,7 +372,7 @@ def help_text() -> str:
                 continue
             default = "unset" if field.default is None else _toml_value(_jsonable(field.default))
             lines.append(f"  {dotted}={default}  ({_type_name(field.annotation)})")
-            lines.append(f"      {field.description}")
+            lines.append(f"      {' '.join((field.description or '').split())}")
         for annotation, dotted in subsections:
             lines.extend(["", f"[{dotted}] {(annotation.__doc__ or '').strip()}"])
             describe(annotation, dotted + ".")

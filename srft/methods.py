@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from srft.batch import Batch, Group, Sequence, Totals
 from srft.config import Config, MethodConfig
+from srft.model import Head
 from srft_kernels import PolicyLoss, linear_grpo_loss, linear_srft_loss
 
 # what the paper's text and the two public codes do where the paper's equations leave it open
@@ -80,40 +81,37 @@ def assign_advantages(groups: Seq[Group], method: MethodConfig) -> list[Sequence
     return chosen
 
 
-@dataclass(frozen=True)
-class Aggregation:
-    """How token terms become one number: each token's weight and the divisor of each kind's sum.
+def token_weight(config: Config, totals: Totals) -> Callable[[Sequence], float]:
+    """Turn the aggregation option into the weight of each token of a sequence.
 
-    Args:
-        token_weight: By ``is_demo``; None means 1 / response length.
-        num_rollout: Divisor of the rollout terms.
-        num_demo: Divisor of the demonstration terms.
-    """
-
-    token_weight: dict[bool, float | None]
-    num_rollout: int
-    num_demo: int
-
-
-def aggregation(config: Config, totals: Totals) -> Aggregation:
-    """Turn the aggregation option into weights and global divisors, so that no split of the batch changes the loss.
+    Every term is divided by its global token count, so a weight of 1 gives the mean over tokens. The other aggregations
+    divide by the number of sequences instead, which their weights make up for; no split of the batch changes the loss.
 
     Args:
         config: The whole configuration.
         totals: Counts over the optimizer update.
     """
-    if config.method.aggregation == "token-mean":
-        return Aggregation({False: 1.0, True: 1.0}, totals.rollout_tokens, totals.demo_tokens)
-    weight = None if config.method.aggregation == "sequence-mean" else 1.0 / config.rollout.max_new_tokens
-    return Aggregation({False: weight, True: weight}, totals.rollout_sequences, totals.demo_sequences)
+    how = config.method.aggregation
+    per_sequence = {
+        False: totals.rollout_tokens / max(1, totals.rollout_sequences),
+        True: totals.demo_tokens / max(1, totals.demo_sequences),
+    }
+
+    def weight(sequence: Sequence) -> float:
+        if how == "token-mean":
+            return 1.0
+        length = len(sequence.response_ids) if how == "sequence-mean" else config.rollout.max_new_tokens
+        return per_sequence[sequence.is_demo] / length
+
+    return weight
 
 
 def method_loss(
     config: Config,
     hidden_states: Tensor,
-    head: dict[str, Any],
+    head: Head,
     batch: Batch,
-    totals: Aggregation,
+    totals: Totals,
     batch_entropy: Tensor | None,
 ) -> PolicyLoss:
     """Call the fused loss of the configured method on one micro-batch.
@@ -123,37 +121,33 @@ def method_loss(
         hidden_states: [N, D] from ``model.final_hidden_states``.
         head: From ``model.head_arguments``.
         batch: The micro-batch.
-        totals: Weights and divisors of the whole update.
+        totals: Counts over the whole update, the divisors.
         batch_entropy: 0-d fp32 mean entropy of the whole update; needed by SRFT with the "batch" scope.
 
     Returns:
         The loss with its gradient, and detached per-token and summed diagnostics.
     """
     method = config.method
-    common = {**head, "temperature": config.rollout.temperature, "token_weights": batch.token_weights}
+    common: dict[str, Any] = {**head, "temperature": config.rollout.temperature, "token_weights": batch.token_weights}
     if method.name == "grpo":
         return linear_grpo_loss(
             hidden_states, labels=batch.labels, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
             loss_type=method.loss_type, clip_low=method.clip_low, clip_high=method.clip_high,
             entropy_coef=method.entropy_coef or 0.0, cu_seqlens=batch.loss_cu_seqlens,
-            num_tokens=totals.num_rollout, **common,
+            num_tokens=totals.rollout_tokens, **common,
         )  # fmt: skip
     if method.name == "sft":
         # cross-entropy is REINFORCE with advantage 1; this form also returns log-probabilities and entropy
         return linear_grpo_loss(
             hidden_states, labels=batch.labels, advantages=torch.ones_like(batch.advantages),
-            loss_type="reinforce", entropy_coef=method.entropy_coef or 0.0, num_tokens=totals.num_demo, **common,
+            loss_type="reinforce", entropy_coef=method.entropy_coef or 0.0, num_tokens=totals.demo_tokens, **common,
         )  # fmt: skip
-    switches = {
-        name: value
-        for name in ("sft_entropy_sign", "entropy_scope", "self_rollout", "entropy_coef")
-        if (value := getattr(method, name)) is not None
-    }
-    if method.demo_gamma != "preset":
-        switches["demo_gamma"] = None if method.demo_gamma == "none" else method.demo_gamma
     return linear_srft_loss(
         hidden_states, labels=batch.labels, advantages=batch.advantages, is_demo=batch.is_demo,
         is_correct=batch.is_correct, cu_seqlens=batch.loss_cu_seqlens, old_logprobs=batch.old_logprobs,
-        preset=method.preset, sft_coef=method.sft_coef, rl_coef=method.rl_coef, batch_entropy=batch_entropy,
-        num_rollout_tokens=totals.num_rollout, num_demo_tokens=totals.num_demo, **switches, **common,
+        preset=method.preset, sft_coef=method.sft_coef, rl_coef=method.rl_coef,
+        sft_entropy_sign=method.sft_entropy_sign, entropy_scope=method.entropy_scope, batch_entropy=batch_entropy,
+        self_rollout=method.self_rollout, demo_gamma=None if method.demo_gamma == "none" else method.demo_gamma,
+        entropy_coef=method.entropy_coef, num_rollout_tokens=totals.rollout_tokens,
+        num_demo_tokens=totals.demo_tokens, **common,
     )  # fmt: skip

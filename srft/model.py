@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +144,7 @@ def prepare_policy(
         unsupported.append(f"sliding_window={window} below the longest sequence of {max_tokens} tokens")
     if unsupported:
         raise ValueError(
-            f"{text.model_type} sets {', '.join(unsupported)}, which the packed forward does not apply; use another model"
+            f"{text.model_type} sets {', '.join(unsupported)}, which the packed forward does not apply"
         )
     register_packed_attention()
     model.set_attn_implementation(PACKED_ATTENTION)
@@ -176,10 +177,18 @@ def final_hidden_states(model: PreTrainedModel, batch: Batch, compute_dtype: tor
             max_length_q=batch.max_seqlen,
             max_length_k=batch.max_seqlen,
         )
-    return output.last_hidden_state[0, batch.loss_rows].to(compute_dtype)
+    return output.last_hidden_state[0][batch.loss_rows].to(compute_dtype)
 
 
-def head_arguments(model: PreTrainedModel, compute_dtype: torch.dtype) -> dict[str, Tensor | float | None]:
+class Head(TypedDict):
+    """What the fused ops need of a head: ``lm_head_weight`` [V, D], ``bias`` [V], ``logit_softcap`` > 0."""
+
+    lm_head_weight: Tensor
+    bias: Tensor | None
+    logit_softcap: float | None
+
+
+def head_arguments(model: PreTrainedModel, compute_dtype: torch.dtype) -> Head:
     """Return what the fused ops need of the head: weight [V, D], bias [V] or None, and the final softcap.
 
     Args:
@@ -225,9 +234,11 @@ def _packed_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         bounds = cu_seq_lens_q.to(query.device, non_blocking=True)
-        packed = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         out = varlen_attn(
-            *packed,
+            q,
+            k,
+            v,
             bounds,
             bounds,
             max_length_q,
@@ -236,8 +247,8 @@ def _packed_attention(
             window_size=(-1, 0),
             enable_gqa=key.shape[1] != query.shape[1],
         )
+        assert isinstance(out, Tensor)  # it returns more only when asked for auxiliary outputs
         return out[None], None
-    out = torch.empty_like(query[0].transpose(0, 1))
     pieces, places = [], []
     for rows, real in _padded_groups(cu_seq_lens_q):
         q, k, v = (x[0].transpose(0, 1)[rows].transpose(1, 2) for x in (query, key, value))
@@ -247,15 +258,13 @@ def _packed_attention(
         )
         pieces.append(y.transpose(1, 2)[real])
         places.append(rows[real])
-    order = torch.cat(places)
-    out = torch.cat(pieces).index_select(0, torch.argsort(order))
-    return out[None], None
+    return torch.cat(pieces).index_select(0, torch.argsort(torch.cat(places)))[None], None
 
 
 def _padded_groups(cu_seqlens: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Group sequences of similar length; give each group's token indices [b, t] and the mask of real ones.
 
-    Within a group at most a fifth of the slots of the longest sequence is padding, so short and long sequences share no group.
+    In a group the shortest sequence has at least four fifths of the longest one's tokens, which bounds the padding.
     """
     starts = cu_seqlens[:-1].long()
     lengths = cu_seqlens[1:].long() - starts

@@ -177,7 +177,8 @@ def _draw_accuracy(ax: Axes, rows: Rows) -> None:
         if bounds and few:
             ax.vlines(*zip(*bounds, strict=True), color=INK, alpha=0.5, linewidth=1.6, clip_on=False)
         elif bounds:
-            ax.fill_between(*zip(*bounds, strict=True), color=INK, alpha=0.15, linewidth=0)
+            at, low, high = zip(*bounds, strict=True)
+            ax.fill_between(at, low, high, color=INK, alpha=0.15, linewidth=0)
         ax.plot(
             steps, accuracy, marker="o" if few else "", color=INK, markersize=5, linewidth=1.6, clip_on=False
         )

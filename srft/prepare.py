@@ -133,6 +133,7 @@ def read_problems(config: Config) -> Problems:
         held_out = load_examples(
             data.eval or data.train, split=data.eval_split, columns=data.columns, limit=data.eval_limit, seed=0,
             task=data.task,
+            bad_rows=data.bad_rows,
         )  # fmt: skip
     distinct = drop_shared(held_out, examples)
     if not distinct:
@@ -145,7 +146,8 @@ def read_problems(config: Config) -> Problems:
     schema = data.train if generated else detect_schema(examples[0].row)
     if schema is None:
         raise ValueError(
-            f"no known verifier fits the columns of {data.train}; set reward.kind to exact, numeric, countdown, math or "
+            f"no known verifier fits the columns of {data.train}; set reward.kind to exact, numeric, countdown, "
+            "math or "
             "path/to/file.py:function"
         )
     return Problems(examples, distinct, default_reward(schema))
@@ -177,8 +179,10 @@ def make_prompts(
         if bad and data.bad_demos == "error":
             first = next(e for e in examples if e.id in bad)
             raise ValueError(
-                f"{len(bad)} of {len(examples)} demonstrations do not end in an answer that {pool.kind!r} accepts, the first is "
-                f"{first.id} (answer {first.answer!r}); fix them, or set data.bad_demos=skip (or keep), or another reward.kind"
+                f"{len(bad)} of {len(examples)} demonstrations do not end in an answer that "
+                f"{pool.kind!r} accepts, the first is "
+                f"{first.id} (answer {first.answer!r}); "
+                "fix them, or set data.bad_demos=skip (or keep), or another reward.kind"
             )
         examples = [e for e in examples if e.id not in bad]
         if bad:
@@ -195,7 +199,8 @@ def make_prompts(
         notes.append(f"{held_out_counts['overlong_prompts']} held-out rows skipped as too long")
     if len(prompts) < train.prompts_per_step:
         raise ValueError(
-            f"train.prompts_per_step={train.prompts_per_step}, but {data.train} gives only {len(prompts)} usable prompts; "
+            f"train.prompts_per_step={train.prompts_per_step}, but {data.train} gives only "
+            f"{len(prompts)} usable prompts; "
             f"set train.prompts_per_step={len(prompts)} or fewer"
         )
     if (
@@ -339,7 +344,8 @@ def describe_step(config: Config, model: PreTrainedModel, data_note: str) -> str
     updates = f"{train.updates_per_step} update{'s' if train.updates_per_step > 1 else ''}"
     return (
         f"Each of {train.steps} steps: {train.prompts_per_step} prompts x ({' + '.join(parts)}) -> {updates} of a "
-        f"{size:.1f}M-parameter policy by {config.method.name}, at most {train.tokens_per_microbatch} tokens per forward pass; "
+        f"{size:.1f}M-parameter policy by {config.method.name}, "
+        f"at most {train.tokens_per_microbatch} tokens per forward pass; "
         f"{data_note}."
     )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srft.batch import Sequence, pack
+from srft.batch import Sequence, pack, unweighted
 from srft.engine.base import Engine
 from srft.model import final_hidden_states, head_arguments
 from srft_kernels import linear_logprobs
@@ -41,7 +41,7 @@ class WeightSync:
             for s in probe
         ]
         self._probe = probe
-        self._batches = pack(sequences, 8192, {False: 1.0, True: 1.0}, model.device)
+        self._batches = pack(sequences, 8192, unweighted, model.device)
         self._order = {id(s): i for i, s in enumerate(sequences)}
         self._before: dict[str, Tensor] = {}
 
@@ -105,10 +105,10 @@ class WeightSync:
         elif self._before:
             cause = "a head that is a stale copy of tied embeddings, " if tied else ""
             lines.append(
-                f"the engine changed but is not the new policy: suspect {cause}a part of the weights missing, or a cache"
+                f"the engine changed but is not the new policy: suspect {cause}missing weights, or a cache"
             )
         else:
             lines.append(
-                "they differ from the first update on: suspect another precision (engine.dtype) or another model definition"
+                "they differ from the first update on: suspect its precision (engine.dtype) or model definition"
             )
         return "; ".join(lines)

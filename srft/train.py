@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
-from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srft.batch import Group, Sequence, count, pack
+from srft.batch import Batch, Group, Sequence, count, pack, unweighted
 from srft.checkpoint import export_model, load_optimizer, read_state, save_checkpoint
 from srft.config import Config, exit_on_help, load_config, to_toml
 from srft.data import Prompt, PromptSampler, sample_seed
-from srft.engine.base import Engine, Sampling
+from srft.engine.base import Engine, EngineError, Sampling
 from srft.evaluate import evaluate
 from srft.log import RunLog
-from srft.methods import aggregation, assign_advantages, method_loss, needs_demos, needs_rollouts
+from srft.methods import assign_advantages, method_loss, needs_demos, needs_rollouts, token_weight
 from srft.metrics import Clock, group_metrics, loss_metrics, sample_rows
 from srft.model import final_hidden_states, head_arguments, load_tokenizer
 from srft.prepare import (
@@ -32,7 +32,7 @@ from srft.prepare import (
 )
 from srft.rewards import RewardPool
 from srft.sync import CanaryError, WeightSync
-from srft_kernels import linear_logprobs
+from srft_kernels import PolicyLoss, linear_logprobs
 
 
 def fit(config: Config) -> None:
@@ -62,7 +62,8 @@ def fit(config: Config) -> None:
             done = state["step"]
         with (
             closing(start_engine(config, model, tokenizer, run_dir, device)) as engine,
-            RunLog(run_dir, total_steps=train.steps, config_text=to_toml(config), title=f"{config.method.name} · {config.data.train}",
+            RunLog(run_dir, total_steps=train.steps, config_text=to_toml(config),
+                   title=f"{config.method.name} · {config.data.train}",
                    resume_step=done if train.resume else None) as log,
         ):  # fmt: skip
             log.say(describe_step(config, model, data_note))
@@ -130,7 +131,9 @@ def roll_out(
     groups = [Group(p) for p in prompts]
     if needs_rollouts(config.method):
         samples = range(config.train.rollouts_per_prompt)
-        seeds = [[sample_seed(config.train.seed, step, p.example.id, k) for k in samples] for p in prompts]
+        # the place in the batch tells two copies of a prompt apart where a batch crosses into the next epoch
+        uids = [f"{p.example.id}@{place}" for place, p in enumerate(prompts)]
+        seeds = [[sample_seed(config.train.seed, step, uid, k) for k in samples] for uid in uids]
         for group, drawn in zip(
             groups, engine.generate([p.prompt_ids for p in prompts], sampling, seeds), strict=True
         ):
@@ -185,15 +188,14 @@ def update(
         FloatingPointError: When the gradient is not finite; the weights are left as they were.
     """
     totals = count(sequences)
-    how = aggregation(config, totals)
-    batches = pack(sequences, config.train.tokens_per_microbatch, how.token_weight, model.device)
+    batches = pack(sequences, config.train.tokens_per_microbatch, token_weight(config, totals), model.device)
     entropy = mean_entropy(config, model, batches) if config.method.scope == "batch" else None
     optimizer.zero_grad(set_to_none=True)
-    outputs: list[Any] = []
+    outputs: list[PolicyLoss] = []
     for batch in batches:
         hidden_states = final_hidden_states(model, batch, config.compute_dtype)
         out = method_loss(
-            config, hidden_states, head_arguments(model, config.compute_dtype), batch, how, entropy
+            config, hidden_states, head_arguments(model, config.compute_dtype), batch, totals, entropy
         )
         out.loss.backward()
         outputs.append(out)
@@ -218,7 +220,7 @@ def remember_old_logprobs(config: Config, model: PreTrainedModel, sequences: lis
         model: The policy.
         sequences: Everything this step learns from; modified in place.
     """
-    for batch in pack(sequences, config.train.tokens_per_microbatch, {False: 1.0, True: 1.0}, model.device):
+    for batch in pack(sequences, config.train.tokens_per_microbatch, unweighted, model.device):
         logprobs, _ = _score(config, model, batch)
         bounds = batch.loss_cu_seqlens.tolist()
         for sequence, first, last in zip(batch.sequences, bounds[:-1], bounds[1:], strict=True):
@@ -226,7 +228,7 @@ def remember_old_logprobs(config: Config, model: PreTrainedModel, sequences: lis
 
 
 @torch.no_grad()
-def mean_entropy(config: Config, model: PreTrainedModel, batches: list[Any]) -> torch.Tensor:
+def mean_entropy(config: Config, model: PreTrainedModel, batches: list[Batch]) -> torch.Tensor:
     """Mean entropy over every token of an update, which the "batch" scope needs before the first backward pass.
 
     Args:
@@ -240,7 +242,7 @@ def mean_entropy(config: Config, model: PreTrainedModel, batches: list[Any]) -> 
     return torch.cat([_score(config, model, batch)[1] for batch in batches]).mean()
 
 
-def _score(config: Config, model: PreTrainedModel, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(config: Config, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     hidden_states = final_hidden_states(model, batch, config.compute_dtype)
     head = head_arguments(model, config.compute_dtype)
     return linear_logprobs(hidden_states, labels=batch.labels, temperature=config.rollout.temperature, **head)
@@ -261,9 +263,10 @@ def main() -> None:
     """Read the command line, run ``fit``, and turn what a user can get wrong into one line."""
     arguments = sys.argv[1:]
     exit_on_help(arguments)
+    transformers.utils.logging.disable_progress_bar()
     try:
         fit(load_config(arguments))
-    except (ValueError, CanaryError, FloatingPointError) as error:
+    except (ValueError, CanaryError, EngineError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ import sys
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srft.batch import Sequence, pack
+from srft.batch import Sequence, pack, unweighted
 from srft.config import Config
 from srft.data import Prompt, PromptSampler
 from srft.engine.base import Sampling
@@ -64,7 +64,7 @@ def warm_start(
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for batch in pack(
-            sequences, config.train.tokens_per_microbatch, {True: 1.0, False: 1.0}, model.device
+            sequences, config.train.tokens_per_microbatch, unweighted, model.device
         ):
             hidden_states = final_hidden_states(model, batch, config.compute_dtype)
             head = head_arguments(model, config.compute_dtype)

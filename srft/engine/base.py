@@ -42,21 +42,40 @@ class Completion:
     version: int
 
 
+class EngineError(RuntimeError):
+    """The engine's process failed; the message quotes the end of its log."""
+
+
 class Engine(Protocol):
-    """A source of completions that can be given new weights."""
+    """A source of completions that can be given new weights; ``version`` counts them."""
 
     version: int
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
     ) -> list[list[Completion]]:
-        """Draw ``len(seeds[p])`` completions of prompt ``p``, sample ``k`` from ``seeds[p][k]`` alone."""
+        """Draw completions, ``len(seeds[p])`` of prompt ``p``, sample ``k`` from ``seeds[p][k]`` alone.
+
+        Args:
+            prompts: Token ids, at least one each.
+            sampling: How to draw.
+            seeds: In [0, 2**63).
+        """
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace the weights by these, named as in the checkpoint, and drop every cache made with the old ones."""
+        """Replace the weights and drop every cache made with the old ones.
+
+        Args:
+            named_tensors: Every weight, named as in the checkpoint.
+            version: Carried by every later completion.
+        """
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Return log p(token t | tokens before t) for t = 1 .. len-1 of each sequence, at temperature 1."""
+        """Return log p(token t | tokens before t) for t = 1 .. len-1, at temperature 1.
+
+        Args:
+            sequences: At least two tokens each.
+        """
 
     def close(self) -> None:
         """Release the engine; safe to call twice."""

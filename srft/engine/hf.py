@@ -1,4 +1,4 @@
-"""The in-process engine: batched sampling with a KV cache on any transformers causal LM, no server and no GPU needed."""
+"""The in-process engine: batched sampling with a KV cache on any transformers causal LM, without a GPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,16 @@ class HfEngine:
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
     ) -> list[list[Completion]]:
-        """See ``Engine.generate``; a completion depends on its seed and prompt, on its batch mates only by rounding."""
+        """Draw completions; each depends on its seed and prompt, and on its batch mates only by rounding.
+
+        Args:
+            prompts: Token ids, at least one each.
+            sampling: How to draw.
+            seeds: ``seeds[p][k]`` is the seed of sample ``k`` of prompt ``p``, in [0, 2**63).
+
+        Raises:
+            ValueError: For an empty prompt.
+        """
         if any(not prompt for prompt in prompts):
             raise ValueError("every prompt needs at least one token")
         rows = [(p, seed) for p, prompt_seeds in enumerate(seeds) for seed in prompt_seeds]
@@ -95,7 +104,12 @@ class HfEngine:
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See ``Engine.update_weights``; there is no cache to drop."""
+        """Copy these weights in; nothing is cached between calls.
+
+        Args:
+            named_tensors: Named as in the checkpoint.
+            version: Carried by every later completion.
+        """
         own = dict(self._model.named_parameters(remove_duplicate=False)) | dict(self._model.named_buffers())
         for name, tensor in named_tensors:
             own[name].copy_(tensor)
@@ -103,7 +117,11 @@ class HfEngine:
 
     @torch.no_grad()
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
-        """See ``Engine.score``."""
+        """Return log p(token t | tokens before t) for t = 1 .. len-1, at temperature 1.
+
+        Args:
+            sequences: At least two tokens each.
+        """
         ids, mask, positions = _left_pad(sequences, self._pad_token_id, self._model.device)
         logits = (
             self._model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1].float()
@@ -112,7 +130,7 @@ class HfEngine:
         return [row[-(len(s) - 1) :].tolist() for row, s in zip(logprobs, sequences, strict=True)]
 
     def close(self) -> None:
-        """See ``Engine.close``; the memory goes with the object."""
+        """Nothing to release: the memory goes with the object."""
 
 
 def _uniforms(seeds: list[int], count: int) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from srft.engine.base import Completion, Sampling
+from srft.engine.base import Completion, EngineError, Sampling
 from srft.engine.vllm_worker import read_message, write_message
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -78,7 +78,7 @@ class VllmEngine:
         Raises:
             ValueError: On an argument out of its range, a folder without config.json or safetensors, or a
                 Python without vLLM.
-            RuntimeError: When vLLM fails, or is not ready in time.
+            EngineError: When vLLM fails, or is not ready in time.
         """
         self.model_dir = Path(model_dir).resolve()
         self.log_path = Path(log_path).resolve()
@@ -128,7 +128,7 @@ class VllmEngine:
 
         Raises:
             ValueError: On an argument out of its range, or a prompt that leaves no room for the completion.
-            RuntimeError: When vLLM fails.
+            EngineError: When vLLM fails.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"seeds must have one list per prompt, got {len(seeds)} for {len(prompts)}")
@@ -167,7 +167,7 @@ class VllmEngine:
             version: Goes into every ``Completion`` from here on.
 
         Raises:
-            RuntimeError: When vLLM fails, or a weight is unknown or missing.
+            EngineError: When vLLM fails, or a weight is unknown or missing.
         """
         try:
             self._call("update")
@@ -187,7 +187,7 @@ class VllmEngine:
 
         Raises:
             ValueError: On an empty or too long sequence, or a token outside the vocabulary.
-            RuntimeError: When vLLM fails.
+            EngineError: When vLLM fails.
         """
         self._check_tokens("sequence", sequences, self.max_model_len - 1)
         scores = iter(self._call("score", sequences=[s for s in sequences if len(s) > 1])["scores"])
@@ -253,9 +253,9 @@ class VllmEngine:
 
     def _call(self, op: str, timeout_s: float | None = None, **fields: Any) -> dict[str, Any]:
         if self._closed:
-            raise RuntimeError("this engine is closed; start another")
+            raise EngineError("this engine is closed; start another")
         if self._busy:
-            raise RuntimeError("this engine is in a call, or one was interrupted; start another")
+            raise EngineError("this engine is in a call, or one was interrupted; start another")
         # stays set when an interrupt breaks out, as the reply would then answer the next call
         self._busy = True
         try:
@@ -272,12 +272,12 @@ class VllmEngine:
         except TimeoutError:
             self.close()
             reason = f"not ready after start_timeout_s={timeout_s:g} s"
-            raise RuntimeError(self._explain(op, reason)) from None
+            raise EngineError(self._explain(op, reason)) from None
         self._busy = False
         if "error" in reply:
             if op == "start":
                 self.close()
-            raise RuntimeError(self._explain(op, reply["error"]))
+            raise EngineError(self._explain(op, reply["error"]))
         return reply
 
     def _fail_dead(self, op: str) -> NoReturn:
@@ -286,7 +286,7 @@ class VllmEngine:
         self.close()
         code = self._process.returncode
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        raise RuntimeError(self._explain(op, f"its process died ({how})"))
+        raise EngineError(self._explain(op, f"its process died ({how})"))
 
     def _explain(self, op: str, reason: str) -> str:
         with self.log_path.open("rb") as log:
@@ -305,7 +305,7 @@ class VllmEngine:
         # vLLM may still map the previous file while it collects the tensors of one layer
         folder = next((f for f in self._folders if shutil.disk_usage(f).free > 2 * need), None)
         if folder is None:
-            raise RuntimeError(
+            raise EngineError(
                 f"no room for {2 * need / 2**20:.0f} MiB of weights in any of "
                 f"{', '.join(str(f.parent) for f in self._folders)}; free some, or set TMPDIR"
             )
