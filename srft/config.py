@@ -182,11 +182,11 @@ class MethodConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    steps: int = Field(60, gt=0)
+    steps: int = Field(300, gt=0)
     """Rollout-and-update rounds in all."""
-    prompts_per_step: int = Field(32, gt=0)
+    prompts_per_step: int = Field(64, gt=0)
     """Prompts drawn each step."""
-    rollouts_per_prompt: int = Field(7, gt=0)
+    rollouts_per_prompt: int = Field(3, gt=0)
     """Completions sampled for each prompt."""
     demos_per_prompt: int = Field(1, ge=0)
     """Demonstrations joined to each prompt's group."""
@@ -204,9 +204,9 @@ class TrainConfig(Section):
     """AdamW moment decay rates."""
     grad_clip: float = Field(1.0, gt=0)
     """Largest global gradient norm."""
-    eval_every: int = Field(10, gt=0)
+    eval_every: int = Field(25, gt=0)
     """Steps between evaluations; step 0 and the last are always evaluated."""
-    save_every: int = Field(20, gt=0)
+    save_every: int = Field(50, gt=0)
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(2, gt=0)
     """Newest checkpoints kept."""
