@@ -37,9 +37,6 @@ setup(
         ],
         "vllm": ["vllm>=0.32,<0.34"],
         "gym": ["reasoning-gym>=0.1.25"],
-        "lora": ["peft>=0.19"],
-        "log": ["tensorboard", "wandb"],
-        "flash": ["flash-attn>=2.8"],
         "dev": [
             "hypothesis",
             "mypy",

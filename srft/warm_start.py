@@ -17,7 +17,7 @@ from srft.model import final_hidden_states, head_arguments
 from srft.rewards import RewardPool
 from srft_kernels import linear_cross_entropy
 
-_EVAL_EVERY = 20
+_EVAL_EVERY = 10
 _EVAL_PROBLEMS = 256
 
 
