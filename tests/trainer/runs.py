@@ -1,0 +1,88 @@
+"""What the end-to-end tests share: very small runs, in this process or in one of their own, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from srft.config import Config, load_config
+from srft.train import fit
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+
+SMALL = {
+    "train.device": "cpu",
+    "train.steps": 2,
+    "train.prompts_per_step": 4,
+    "train.rollouts_per_prompt": 3,
+    "train.eval_every": 1,
+    "train.save_every": 1,
+    "train.tokens_per_microbatch": 256,
+    "data.limit": 64,
+    "data.eval_limit": 8,
+    "data.max_prompt_tokens": 32,
+    "rollout.max_new_tokens": 32,
+    "engine.kind": "hf",
+    "model.tiny.hidden_size": 32,
+    "model.tiny.num_layers": 1,
+    "model.tiny.num_heads": 2,
+    "model.tiny.intermediate_size": 64,
+    "model.warm_start.max_steps": 0,
+    "reward.workers": 1,
+}
+
+
+def arguments(folder: Path, **changes: object) -> list[str]:
+    """Command-line words of a small run under ``folder``; in ``changes`` two underscores stand for a dot."""
+    settings = {"name": "run", "runs_dir": folder / "runs", "cache_dir": folder / "cache", **SMALL}
+    if changes.get("data__train", "chain") == "chain":
+        settings["data.task.max_ops"] = 3
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()
+    ]
+
+
+def small_config(folder: Path, **changes: object) -> Config:
+    return load_config(arguments(folder, **changes))
+
+
+def train(folder: Path, **changes: object) -> Path:
+    """Train in this process; return the folder of the run, the first of its name unless another existed."""
+    config = small_config(folder, **changes)
+    fit(config)
+    return config.run_dir
+
+
+def command(words: list[str]) -> list[str]:
+    return [sys.executable, "-m", "srft.train", *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def train_process(words: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m srft.train`` as a user does."""
+    return subprocess.run(
+        command(words), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def comparable_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without what a clock said."""
+    rows = read_lines(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def weights(run_dir: Path) -> bytes:
+    return (run_dir / "model" / "model.safetensors").read_bytes()

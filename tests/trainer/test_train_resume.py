@@ -1,0 +1,194 @@
+"""A run that was stopped, politely or by SIGKILL at any moment, goes on to the very bytes it would have ended with."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from srft.checkpoint import latest_checkpoint
+from tests.trainer.runs import (
+    ROOT,
+    arguments,
+    command,
+    comparable_rows,
+    environment,
+    read_lines,
+    small_config,
+    train,
+    train_process,
+    weights,
+)
+
+STEPS = 4
+# warm start so that it can be killed, a checkpoint every second step so that a kill can lose one
+RUN = {
+    "train__steps": STEPS, "train__save_every": 2, "train__eval_every": 2, "train__keep_checkpoints": 1,
+    "train__lr_warmup_steps": 3, "model__warm_start__max_steps": 3, "model__warm_start__batch_size": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The order of sums depends on the number of threads; the runs in their own process have one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one piece."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    done = train_process(arguments(folder, **RUN))
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "run"
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == list(range(STEPS + 1))
+    assert comparable_rows(run) == comparable_rows(expected)
+    assert read_lines(run / "samples.jsonl") == read_lines(expected / "samples.jsonl")
+    assert weights(run) == weights(expected)
+    last = f"checkpoints/step_{STEPS:06d}"
+    for name in ("optimizer.safetensors", "model.safetensors"):
+        assert (run / last / name).read_bytes() == (expected / last / name).read_bytes(), name
+    assert (run / "report.html").is_file()
+
+
+def test_two_halves_are_the_whole(uninterrupted: Path, tmp_path: Path) -> None:
+    """Two steps, then a resume to four, end in the same bytes and metrics as four steps at once."""
+    run = train(tmp_path, **RUN | {"train__steps": 2})
+    assert weights(run) != weights(uninterrupted)
+    assert train(tmp_path, **RUN, train__resume=True) == run
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method__name": "grpo", "train__updates_per_step": 2},
+        {"method__preset": "upt", "method__entropy_scope": "batch", "model__tiny__tie_embeddings": "false"},
+    ],
+    ids=["grpo-2updates", "srft-upt-batch-untied"],
+)
+def test_two_halves_of_other_methods(changes: dict[str, object], tmp_path: Path) -> None:
+    """The same holds with several updates a step, with a batch-wide entropy, and with an untied head."""
+    reward = tmp_path / "odd.py"
+    reward.write_text("def odd(completion, answer, row):\n    return float(len(completion) % 2)\n")
+    run = RUN | {"reward__kind": f"{reward}:odd", "data__bad_demos": "keep", "model__warm_start__max_steps": 0}
+    whole = train(tmp_path / "whole", **run, **changes)
+    train(tmp_path / "halves", **run | {"train__steps": 2}, **changes)
+    assert_same_run(train(tmp_path / "halves", **run, **changes, train__resume=True), whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(uninterrupted: Path, tmp_path: Path) -> None:
+    """A resume of a complete run trains no step and exports the same model."""
+    run = train(tmp_path, **RUN)
+    train(tmp_path, **RUN, train__resume=True)
+    assert_same_run(run, uninterrupted)
+
+
+def test_resume_without_a_checkpoint_starts_at_step_0(uninterrupted: Path, tmp_path: Path) -> None:
+    """train.resume=true on a name that has no run yet is a run from the start."""
+    assert_same_run(train(tmp_path, **RUN, train__resume=True), uninterrupted)
+
+
+# the trainer, told where to end itself: the n-th call of a function, before or after it does its work
+KILLED_AT = """
+import importlib, os, signal, sys
+from srft import train
+
+where, call, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+module, _, name = where.rpartition(".")
+owner = importlib.import_module(module)
+original, calls = getattr(owner, name), 0
+
+def deadly(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(owner, name, deadly)
+sys.argv[1:] = words
+train.main()
+"""
+MOMENTS = {
+    "in-warm-start": ("srft.warm_start.linear_cross_entropy", 2),
+    "warm-start-half-written": ("srft.checkpoint._replace_folder", 1),
+    "before-first-checkpoint": ("srft.train.judge", 2),
+    "between-samples-and-metrics": ("srft.log.write_json_line", 7),
+    # three of the warm start, then one a step: the gradient of step 3 is there and the weights are not moved yet
+    "in-mid-step": ("torch.nn.utils.clip_grad_norm_", 6),
+    "checkpoint-without-moments": ("srft.checkpoint.save_file", 2),
+    "checkpoint-before-rename": ("os.rename", 5),
+    "old-checkpoint-emptied": ("os.rmdir", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_run_resumes_to_the_same_bytes(moment: str, uninterrupted: Path, tmp_path: Path) -> None:
+    """SIGKILL at a chosen moment, resume: the model, the metrics and the samples are those of the run in one piece."""
+    where, call = MOMENTS[moment]
+    words = arguments(tmp_path, **RUN)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT, where, str(call), *words],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert_same_run(train(tmp_path, **RUN, train__resume=True), uninterrupted)
+
+
+def test_run_killed_at_random_moments_resumes_to_the_same_bytes(uninterrupted: Path, tmp_path: Path) -> None:
+    """SIGKILL from outside, a random while after the first row and again after resuming, changes nothing either."""
+    draw = random.Random(0)
+    run = tmp_path / "runs" / "run"
+    for resume in (False, True):
+        with subprocess.Popen(
+            command(arguments(tmp_path, **RUN, train__resume=resume)),
+            cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ) as trainer:  # fmt: skip
+            while trainer.poll() is None and not (run / "run.json").exists():
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0, 0.3))
+            os.kill(trainer.pid, signal.SIGKILL)
+    assert_same_run(train(tmp_path, **RUN, train__resume=True), uninterrupted)
+
+
+def test_changed_options_are_named(tmp_path: Path) -> None:
+    """Resuming with options that make it another run is refused, with each of them and both values."""
+    run = train(tmp_path, **RUN | {"train__steps": 2})
+    before = weights(run), (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="other options") as caught:
+        train(tmp_path, **RUN, train__resume=True, train__lr=0.5, method__preset="upt")
+    assert "train.lr was 0.001, now 0.5" in str(caught.value)
+    assert "method.preset was 'paper', now 'upt'" in str(caught.value)
+    assert "train.steps" not in str(caught.value)
+    assert (weights(run), (run / "metrics.jsonl").read_bytes()) == before
+
+
+def test_fewer_steps_than_done_are_refused(tmp_path: Path) -> None:
+    """Resuming to a step that is past already says so."""
+    train(tmp_path, **RUN | {"train__steps": 2})
+    with pytest.raises(ValueError, match="is at step 2, past train.steps=1"):
+        train(tmp_path, **RUN | {"train__steps": 1}, train__resume=True)
+
+
+def test_memory_options_may_change_on_resume(tmp_path: Path) -> None:
+    """Options that only say how fast or where, such as the micro-batch size, are free when a run goes on."""
+    run = train(tmp_path, **RUN | {"train__steps": 2})
+    train(tmp_path, **RUN, train__resume=True, train__tokens_per_microbatch=128, engine__max_batch=8)
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == list(range(STEPS + 1))
+    newest = latest_checkpoint(small_config(tmp_path).run_dir)
+    assert newest is not None and newest.name == f"step_{STEPS:06d}"
