@@ -116,7 +116,7 @@ def flat_gradient(model: torch.nn.Module) -> Tensor:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
-    return float((actual - expected).norm() / expected.norm())
+    return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
 class FakeEngine:

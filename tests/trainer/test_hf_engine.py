@@ -1,0 +1,143 @@
+"""The in-process engine: probabilities, sampling, stopping, independence of batch mates, new weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from srft.engine.base import Sampling
+from srft.engine.hf import HfEngine
+from tests.trainer.tiny import VOCAB, plain_model, policy
+
+PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10], [11, 12]]
+STOPS = (1, 2, 3)
+
+
+def engine_of(model: transformers.PreTrainedModel, max_batch: int = 64) -> HfEngine:
+    return HfEngine(model, dtype=torch.float32, pad_token_id=0, max_batch=max_batch)
+
+
+def plain_logprobs(
+    model: transformers.PreTrainedModel, ids: list[int], temperature: float = 1.0
+) -> torch.Tensor:
+    """[T-1, V] log-probabilities from one plain forward pass."""
+    with torch.no_grad():
+        return (model(torch.tensor([ids])).logits[0, :-1] / temperature).log_softmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_logprobs_are_those_of_a_plain_forward_pass(temperature: float) -> None:
+    """Each token's log-probability is that of the distribution it was drawn from; greedy reports temperature 1."""
+    model = plain_model()
+    drawn = engine_of(policy(model)).generate(
+        PROMPTS, Sampling(temperature, 12, STOPS), [[10 * p + k for k in range(3)] for p in range(4)]
+    )
+    for prompt, completions in zip(PROMPTS, drawn, strict=True):
+        assert len(completions) == 3
+        for c in completions:
+            every = plain_logprobs(model, prompt + c.token_ids, temperature or 1.0)[len(prompt) - 1 :]
+            expected = every[torch.arange(len(c.token_ids)), c.token_ids]
+            torch.testing.assert_close(torch.tensor(c.logprobs), expected, rtol=0, atol=1e-5)
+            if temperature == 0:
+                assert c.token_ids == every.argmax(-1).tolist()
+
+
+def test_stop_token_ends_a_completion_and_stays() -> None:
+    """The stop token is the last and only one; without it the completion has the full length."""
+    drawn = engine_of(plain_model()).generate(PROMPTS, Sampling(1.0, 9, STOPS), [list(range(20))] * 4)
+    finishes = set()
+    for c in (c for row in drawn for c in row):
+        finishes.add(c.finish)
+        assert len(c.token_ids) == len(c.logprobs)
+        assert not set(c.token_ids[:-1]) & set(STOPS)
+        assert (c.token_ids[-1] in STOPS) == (c.finish == "stop")
+        assert c.finish == "stop" or len(c.token_ids) == 9
+    assert finishes == {"stop", "length"}
+
+
+@pytest.mark.parametrize("max_batch", [64, 3, 1])
+def test_a_sample_depends_on_its_prompt_and_seed_alone(max_batch: int) -> None:
+    """Batch mates, batch size and order change nothing; another seed does."""
+    model, sampling = plain_model(), Sampling(1.0, 12, STOPS)
+    seeds = [[100 * p + k for k in range(5)] for p in range(4)]
+    together = engine_of(model).generate(PROMPTS, sampling, seeds)
+    other = engine_of(model, max_batch)
+    backwards = other.generate(PROMPTS[::-1], sampling, seeds[::-1])[::-1]
+    assert [[c.token_ids for c in row] for row in backwards] == [
+        [c.token_ids for c in row] for row in together
+    ]
+    alone = other.generate([PROMPTS[2]], sampling, [[203]])
+    assert alone[0][0].token_ids == together[2][3].token_ids
+    assert len({tuple(c.token_ids) for c in together[0]}) > 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_frequencies_match_probabilities(temperature: float) -> None:
+    """Pearson's statistic of 4,000 draws over 7 tokens, first and second position."""
+    model = plain_model(vocab=7)
+    draws = 4000
+    (drawn,) = engine_of(model, max_batch=draws).generate(
+        [[2, 3]], Sampling(temperature, 2, ()), [list(range(draws))]
+    )
+    common = max(range(7), key=[c.token_ids[0] for c in drawn].count)
+    for prefix, tokens in (
+        ([2, 3], [c.token_ids[0] for c in drawn]),
+        ([2, 3, common], [c.token_ids[1] for c in drawn if c.token_ids[0] == common]),
+    ):
+        expected = plain_logprobs(model, [*prefix, 0], temperature)[-1].exp() * len(tokens)
+        found = torch.bincount(torch.tensor(tokens), minlength=7)
+        # tokens expected less than 5 times are counted together
+        rare = expected < 5
+        observed = torch.cat([found[~rare].float(), found[rare].sum()[None].float()])
+        wanted = torch.cat([expected[~rare], expected[rare].sum()[None].clamp(min=1e-9)])
+        statistic = ((observed - wanted).square() / wanted.clamp(min=1.0)).sum().item()
+        # the 99.99 % quantile for 6 degrees of freedom
+        assert statistic < 27.9
+        assert int((~rare).sum()) >= 3
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_new_weights_reach_every_layer_and_the_head(tied: bool) -> None:
+    """After an update the engine scores and samples as the new policy, and its own copy leaves the policy alone."""
+    old, new = plain_model(tied=tied, seed=0), plain_model(tied=tied, seed=1)
+    engine = engine_of(policy(old))
+    before = engine.score(PROMPTS[2:3])
+    engine.update_weights(policy(new).state_dict().items(), 4)
+    assert engine.version == 4
+    expected = plain_logprobs(new, PROMPTS[2])[torch.arange(7), PROMPTS[2][1:]]
+    torch.testing.assert_close(torch.tensor(engine.score(PROMPTS[2:3])[0]), expected, rtol=0, atol=1e-5)
+    assert before != engine.score(PROMPTS[2:3])
+    ((greedy,),) = engine.generate(PROMPTS[:1], Sampling(0.0, 5, ()), [[0]])
+    ((fresh,),) = engine_of(new).generate(PROMPTS[:1], Sampling(0.0, 5, ()), [[0]])
+    assert greedy.token_ids == fresh.token_ids
+    assert greedy.version == 4
+
+
+def test_engine_keeps_its_weights_until_told() -> None:
+    """Training the policy does not change what the engine samples from."""
+    trained = policy(plain_model())
+    engine = engine_of(trained)
+    before = engine.score(PROMPTS[:1])
+    with torch.no_grad():
+        for p in trained.parameters():
+            p.mul_(1.5)
+    assert engine.score(PROMPTS[:1]) == before
+
+
+def test_score() -> None:
+    """One number a token after the first, for sequences of unlike lengths."""
+    model, sequences = plain_model(), [[5, 6], [3, 4, 5, 6, 7, 8], [9, 8, 7]]
+    for ids, row in zip(sequences, engine_of(model).score(sequences), strict=True):
+        expected = plain_logprobs(model, ids)[torch.arange(len(ids) - 1), ids[1:]]
+        torch.testing.assert_close(torch.tensor(row), expected, rtol=0, atol=1e-5)
+
+
+def test_unknown_weight_and_empty_prompt_are_errors() -> None:
+    """A tensor the model lacks, or a prompt with nothing to condition on."""
+    engine = engine_of(plain_model())
+    with pytest.raises(KeyError):
+        engine.update_weights([("model.nothing.weight", torch.zeros(1))], 1)
+    with pytest.raises(ValueError, match="at least one token"):
+        engine.generate([[]], Sampling(1.0, 4, ()), [[0]])
+    assert VOCAB > max(STOPS)

@@ -1,0 +1,367 @@
+"""What each method learns: advantages by hand, and a whole step's loss and gradient against plain float64."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from srft.batch import Group, Sequence, Totals
+from srft.config import Config
+from srft.methods import assign_advantages, group_advantages, token_weight
+from srft.train import remember_old_logprobs, update
+from tests.trainer.tiny import (
+    budget_for,
+    flat_gradient,
+    members,
+    plain_model,
+    policy,
+    random_groups,
+    relative_error,
+    sequence,
+    tiny_config,
+)
+
+METHODS = {
+    "paper": ["method.preset=paper"],
+    "official": ["method.preset=official"],
+    "upt": ["method.preset=upt"],
+    "grpo": ["method.name=grpo"],
+    "sft": ["method.name=sft"],
+}
+TERMS = ("demo_sft", "demo_rl", "rollout_positive", "rollout_negative")
+
+
+def expected_members(config: Config, groups: list[Group]) -> list[tuple[Sequence, float]]:
+    """The sequences a method learns from, with their advantages, from the definition."""
+    method = config.method
+    divide = {"srft": method.preset == "paper", "grpo": True, "sft": False}[method.name]
+    chosen = []
+    for group in groups:
+        kept = {"srft": group.rollouts + group.demos, "grpo": group.rollouts, "sft": group.demos}[method.name]
+        rewards = [s.reward for s in kept]
+        mean = statistics.fmean(rewards)
+        spread = statistics.stdev(rewards) + 1e-6 if divide else 1.0
+        chosen += [(s, (s.reward - mean) / spread) for s in kept]
+    return chosen
+
+
+def statistics_of(
+    plain: transformers.PreTrainedModel, s: Sequence, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of a response from the logits of its sequence alone."""
+    ids = torch.tensor([s.prompt_ids + s.response_ids])
+    logits = plain(ids).logits[0, len(s.prompt_ids) - 1 : -1] / temperature
+    every = logits.log_softmax(-1)
+    return every[torch.arange(len(logits)), s.response_ids], -(every.exp() * every).sum(-1)
+
+
+def token_losses(
+    config: Config,
+    s: Sequence,
+    advantage: float,
+    logp: Tensor,
+    old: Tensor | None,
+    h: Tensor,
+) -> Tensor:
+    """The terms of one sequence, without the entropy bonus; ``h`` is the entropy in the weights."""
+    method = config.method
+    if method.name == "sft":
+        return -logp
+    ratio = (logp - (logp.detach() if old is None else old)).exp()
+    if method.name == "grpo":
+        if method.loss_type == "gspo":
+            ratio = ratio.log().mean().exp().expand(len(logp))
+        clipped = ratio.clamp(1 - method.clip_low, 1 + method.clip_high)
+        if method.loss_type == "cispo":
+            return -clipped.detach() * advantage * logp
+        return -torch.minimum(ratio * advantage, clipped * advantage)
+    official = method.preset == "official"
+    if s.is_demo:
+        weight = 0.5 * torch.exp(h if official else -h)
+        p = logp.exp()
+        return -weight * logp - advantage * (p if method.preset == "paper" else p / (p + 0.1))
+    weight = 0.1 * torch.exp(h)
+    if official:
+        return -advantage * ratio * (weight if advantage > 0 else 1)
+    return -weight * logp if s.reward == 1 else logp
+
+
+def expected_step(
+    config: Config,
+    plain: transformers.PreTrainedModel,
+    groups: list[Group],
+    old: dict[int, Tensor] | None = None,
+) -> tuple[float, Tensor, dict[str, float]]:
+    """Loss, gradient and mean entropies of one update in float64, one unpadded forward pass a sequence."""
+    plain.zero_grad()
+    method, temperature = config.method, config.rollout.temperature
+    chosen = expected_members(config, groups)
+    scored = [statistics_of(plain, s, temperature) for s, _ in chosen]
+    bonus = 0.001 if method.name == "srft" and method.preset != "paper" else 0.0
+    everything = torch.cat([entropy for _, entropy in scored])
+    if method.entropy_scope == "batch":
+        means = [everything.mean()] * len(chosen)
+    elif method.preset == "official":
+        means = [entropy for _, entropy in scored]
+    else:
+        means = [entropy.mean() for _, entropy in scored]
+    sums: dict[bool, Any] = {False: 0.0, True: 0.0}
+    divisors = {False: 0, True: 0}
+    for (s, advantage), (logp, _), h in zip(chosen, scored, means, strict=True):
+        before = None if old is None else old[id(s)]
+        terms = token_losses(config, s, advantage, logp, before, h.detach())
+        if method.aggregation == "token-mean":
+            sums[s.is_demo] += terms.sum()
+            divisors[s.is_demo] += len(terms)
+        else:
+            length = len(terms) if method.aggregation == "sequence-mean" else config.rollout.max_new_tokens
+            sums[s.is_demo] += terms.sum() / length
+            divisors[s.is_demo] += 1
+    loss = sum(sums[kind] / divisors[kind] for kind in sums if divisors[kind]) - bonus * everything.mean()
+    loss.backward()
+    entropies = {}
+    for kind, name in ((False, "rollout"), (True, "demo")):
+        kept = [e for (s, _), (_, e) in zip(chosen, scored, strict=True) if s.is_demo is kind]
+        if kept:
+            entropies[f"entropy/{name}"] = torch.cat(kept).mean().item()
+    return loss.item(), flat_gradient(plain), entropies
+
+
+def step(
+    config: Config, model: transformers.PreTrainedModel, groups: list[Group]
+) -> tuple[dict[str, float], Tensor]:
+    """The trainer's own update on a fresh copy of ``model``: metrics and gradient."""
+    trained = policy(model)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
+    metrics = update(config, trained, optimizer, assign_advantages(groups, config.method), 1)
+    return metrics, flat_gradient(trained)
+
+
+@pytest.mark.parametrize(
+    ("divide", "right", "wrong"), [(True, 2.4749, -0.3536), (False, 0.875, -0.125)], ids=["std", "mean"]
+)
+def test_advantages_of_a_group_rescued_by_its_demo(divide: bool, right: float, wrong: float) -> None:
+    """Seven wrong rollouts and a right demonstration, by hand."""
+    found = group_advantages([0.0] * 7 + [1.0], divide)
+    assert found == pytest.approx([wrong] * 7 + [right], abs=5e-5)
+
+
+@pytest.mark.parametrize("divide", [True, False], ids=["std", "mean"])
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3])
+def test_no_spread_means_exactly_no_advantage(reward: float, divide: bool) -> None:
+    """Equal rewards teach nothing, also where their floating-point spread is not 0."""
+    assert group_advantages([reward] * 7, divide) == [0.0] * 7
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_who_is_compared_and_who_teaches(name: str) -> None:
+    """SRFT compares rollouts with demonstrations, GRPO sees no demonstration, SFT no rollout."""
+    config, groups = tiny_config(*METHODS[name]), random_groups()
+    expected = expected_members(config, groups)
+    chosen = assign_advantages(groups, config.method)
+    assert [id(s) for s in chosen] == [id(s) for s, _ in expected]
+    kinds = {"grpo": {False}, "sft": {True}}.get(name, {False, True})
+    assert {s.is_demo for s in chosen} == kinds
+    if name != "sft":
+        assert [s.advantage for s in chosen] == pytest.approx([a for _, a in expected], rel=1e-12)
+
+
+@pytest.mark.parametrize("divide", [True, False], ids=["std", "mean"])
+@pytest.mark.parametrize("name", ["paper", "official", "upt", "grpo"])
+def test_advantage_std_overrides_the_preset(name: str, divide: bool) -> None:
+    """One right of two rollouts and a right demonstration."""
+    config = tiny_config(*METHODS[name], f"method.advantage_std={str(divide).lower()}")
+    (group,) = random_groups(1, rollouts=2)
+    group.rollouts[0].reward, group.rollouts[1].reward = 0.0, 1.0
+    assign_advantages([group], config.method)
+    spread = statistics.stdev([0, 1] if name == "grpo" else [0, 1, 1]) + 1e-6 if divide else 1.0
+    centre = 1 / 2 if name == "grpo" else 2 / 3
+    assert group.rollouts[0].advantage == pytest.approx(-centre / spread, rel=1e-12)
+    assert group.rollouts[1].advantage == pytest.approx((1 - centre) / spread, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("option", "rollout", "demo"),
+    [
+        ("token-mean", 1.0, 1.0),
+        # divided by 40 and 10 tokens, these give 1 / (4 sequences x 5 tokens) and 1 / (2 x 8)
+        ("sequence-mean", 40 / 4 / 5, 10 / 2 / 8),
+        ("constant", 40 / 4 / 12, 10 / 2 / 12),
+    ],
+)
+def test_token_weight(option: str, rollout: float, demo: float) -> None:
+    """Weights of a rollout of 5 tokens and a demonstration of 8, at rollout.max_new_tokens=12."""
+    totals = Totals(rollout_tokens=40, demo_tokens=10, rollout_sequences=4, demo_sequences=2)
+    weight = token_weight(tiny_config(f"method.aggregation={option}"), totals)
+    assert weight(sequence([1], [2] * 5)) == pytest.approx(rollout, rel=1e-12)
+    assert weight(sequence([1, 2], [2] * 8, is_demo=True)) == pytest.approx(demo, rel=1e-12)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 7])
+@pytest.mark.parametrize("name", METHODS)
+def test_step_equals_plain_float64(name: str, batches: int) -> None:
+    """Loss, gradient and entropies of a step, packed into any number of micro-batches, at temperature 0.8."""
+    model, groups = plain_model(), random_groups(demos=2)
+    overrides = [*METHODS[name], "rollout.temperature=0.8"]
+    taught = [s for s, _ in expected_members(tiny_config(*overrides), groups)]
+    config = tiny_config(*overrides, f"train.tokens_per_microbatch={budget_for(batches, taught)}")
+    loss, gradient, entropies = expected_step(config, copy.deepcopy(model).double(), groups)
+    metrics, found = step(config, model, groups)
+    assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5)
+    assert relative_error(found, gradient) <= 1e-5
+    assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    for key, value in entropies.items():
+        assert metrics[key] == pytest.approx(value, rel=1e-5)
+    assert {k for k in metrics if k.startswith("entropy/")} == entropies.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [*((name, "preset") for name in METHODS), *((name, "batch") for name in list(METHODS)[:3])],
+)
+def test_micro_batches_do_not_change_a_step(name: str, scope: str) -> None:
+    """One, two or seven micro-batches give the same metrics and gradient up to summation order."""
+    extra = [] if scope == "preset" else ["method.entropy_scope=batch"]
+    model, groups = plain_model(), random_groups(demos=2, seed=1)
+    taught = [s for s, _ in expected_members(tiny_config(*METHODS[name]), groups)]
+    results = []
+    for batches in (1, 2, 7):
+        budget = f"train.tokens_per_microbatch={budget_for(batches, taught)}"
+        results.append(step(tiny_config(*METHODS[name], *extra, budget), model, groups))
+    (metrics, gradient), *others = results
+    for other_metrics, other_gradient in others:
+        assert relative_error(other_gradient, gradient) <= 1e-6
+        assert other_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("name", ["paper", "official", "upt"])
+def test_batch_entropy_is_that_of_the_whole_update(name: str, batches: int) -> None:
+    """With the "batch" scope the weights use the mean over all micro-batches."""
+    model, groups = plain_model(), random_groups(seed=2)
+    budget = f"train.tokens_per_microbatch={budget_for(batches, members(groups))}"
+    config = tiny_config(*METHODS[name], "method.entropy_scope=batch", budget)
+    loss, gradient, _ = expected_step(config, copy.deepcopy(model).double(), groups)
+    metrics, found = step(config, model, groups)
+    assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5)
+    assert relative_error(found, gradient) <= 1e-5
+
+
+@pytest.mark.parametrize("option", ["sequence-mean", "constant"])
+@pytest.mark.parametrize("name", METHODS)
+def test_aggregated_step_equals_plain_float64(name: str, option: str) -> None:
+    """The other aggregations, over three micro-batches."""
+    model, groups = plain_model(tied=True), random_groups(seed=3)
+    overrides = [*METHODS[name], f"method.aggregation={option}"]
+    taught = [s for s, _ in expected_members(tiny_config(*overrides), groups)]
+    config = tiny_config(*overrides, f"train.tokens_per_microbatch={budget_for(3, taught)}")
+    loss, gradient, _ = expected_step(config, copy.deepcopy(model).double(), groups)
+    metrics, found = step(config, model, groups)
+    # on-policy GRPO under sequence-mean has the value 0: advantages of a group add up to nothing
+    assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5, abs=1e-7)
+    assert relative_error(found, gradient) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["paper", "official", "upt"])
+def test_the_terms_add_up_to_the_loss(name: str) -> None:
+    """The four logged components and the entropy bonus are the whole loss."""
+    config = tiny_config(*METHODS[name], "train.tokens_per_microbatch=60")
+    metrics, _ = step(config, plain_model(), random_groups())
+    terms = [metrics[f"loss/{term}"] for term in TERMS]
+    assert all(terms)
+    assert sum(terms) + metrics["loss/entropy_bonus"] == pytest.approx(metrics["loss/total"], rel=1e-5)
+    assert {f"loss/{term}_unweighted" for term in TERMS} <= metrics.keys()
+    # the bonus is coefficient times the mean over all tokens
+    totals = {kind: sum(len(s.response_ids) for s in members(random_groups()) if s.is_demo is kind)
+              for kind in (False, True)}  # fmt: skip
+    mean = (metrics["entropy/rollout"] * totals[False] + metrics["entropy/demo"] * totals[True]) / sum(
+        totals.values()
+    )
+    bonus = 0.0 if name == "paper" else -0.001 * mean
+    assert metrics["loss/entropy_bonus"] == pytest.approx(bonus, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo", "cispo", "official"])
+def test_second_update_uses_the_sampling_policy(loss_type: str) -> None:
+    """Of two updates from one step's rollouts, the second compares with the policy before the first."""
+    overrides = METHODS["official"] if loss_type == "official" else [
+        "method.name=grpo", f"method.loss_type={loss_type}", "method.clip_low=0.02", "method.clip_high=0.01"
+    ]  # fmt: skip
+    model, groups = plain_model(), random_groups(seed=4)
+    before = copy.deepcopy(model).double()
+    with torch.no_grad():
+        old = {id(s): statistics_of(before, s, 1.0)[0] for s in members(groups)}
+    trained = policy(model)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1.0)
+    config = tiny_config(*overrides, "train.lr=0.05", "train.tokens_per_microbatch=60")
+    parts = [assign_advantages(part, config.method) for part in (groups[:5], groups[5:])]
+    remember_old_logprobs(config, trained, parts[0] + parts[1])
+    for part in (groups[:5], groups[5:]):
+        now = copy.deepcopy(model).double()
+        now.load_state_dict({k: v.double() for k, v in trained.state_dict().items()})
+        loss, gradient, _ = expected_step(config, now, part, old)
+        metrics = update(config, trained, optimizer, assign_advantages(part, config.method), 1)
+        assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5, abs=1e-7)
+        assert relative_error(flat_gradient(trained), gradient) <= 1e-5
+    if loss_type != "official":
+        # the steps are large enough that the clip matters
+        assert metrics["clip/share"] > 0
+
+
+def test_a_step_moves_the_weights_and_warms_the_rate_up() -> None:
+    """Plain gradient descent at half the rate in the first of two warm-up steps, with the gradient clipped."""
+    config = tiny_config("train.lr=0.1", "train.lr_warmup_steps=2", "train.grad_clip=0.5")
+    trained = policy(plain_model())
+    before = torch.cat([p.detach().flatten().clone() for p in trained.parameters()])
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1.0)
+    metrics = update(config, trained, optimizer, assign_advantages(random_groups(), config.method), 1)
+    after = torch.cat([p.detach().flatten() for p in trained.parameters()])
+    assert metrics["lr"] == 0.05
+    assert metrics["grad_norm"] > 0.5
+    assert (after - before).norm().item() == pytest.approx(0.05 * 0.5, rel=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_step() -> None:
+    """The weights stay as they were, and the error names the step."""
+    trained = policy(plain_model())
+    with torch.no_grad():
+        trained.get_output_embeddings().weight[3] = float("nan")
+    before = copy.deepcopy(trained.state_dict())
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1.0)
+    sequences = assign_advantages(random_groups(), tiny_config().method)
+    with pytest.raises(FloatingPointError, match="step 5"):
+        update(tiny_config(), trained, optimizer, sequences, 5)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0))
+
+
+def test_equal_rewards_give_grpo_no_gradient() -> None:
+    """A batch whose groups all agree leaves every gradient exactly 0."""
+    groups = [g for g in random_groups() if len({s.reward for s in g.rollouts}) == 1]
+    assert len(groups) >= 2
+    _, gradient = step(tiny_config("method.name=grpo"), plain_model(), groups)
+    assert not gradient.any()
+
+
+def test_sequence_entropy_is_noted() -> None:
+    """Each sequence learns its mean entropy for the sample table."""
+    model, groups = plain_model(), random_groups()
+    step(tiny_config(), model, groups)
+    plain = copy.deepcopy(model).double()
+    for s in members(groups):
+        assert s.entropy == pytest.approx(statistics_of(plain, s, 1.0)[1].mean().item(), rel=1e-5)
+
+
+def test_refused_demo_gets_a_negative_advantage() -> None:
+    """A demonstration that its verifier refuses counts as wrong beside a right rollout."""
+    group = Group(
+        random_groups(1)[0].prompt, [sequence([1], [2], reward=1.0)], [sequence([1], [3], is_demo=True)]
+    )
+    assign_advantages([group], tiny_config().method)
+    assert group.demos[0].advantage < 0 < group.rollouts[0].advantage

@@ -1,0 +1,169 @@
+"""The packed forward pass equals separate ones; the byte tokenizer reads any text; what cannot be right is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from srft.batch import Batch, pack
+from srft.config import load_config
+from srft.model import build_tiny, byte_tokenizer, final_hidden_states, head_arguments, load_tokenizer
+from tests.trainer.tiny import (
+    CPU,
+    flat_gradient,
+    members,
+    plain_model,
+    policy,
+    random_groups,
+    relative_error,
+    tiny_config,
+)
+
+
+def packed_batch() -> Batch:
+    """Forty sequences of 2 to 17 tokens in one batch."""
+    (batch,) = pack(members(random_groups()), 10_000, lambda _: 1.0, CPU)
+    return batch
+
+
+def separate_hidden_states(model: transformers.PreTrainedModel, batch: Batch) -> Tensor:
+    """The same rows from one plain forward pass a sequence."""
+    rows = [
+        model.model(torch.tensor([s.prompt_ids + s.response_ids])).last_hidden_state[
+            0, len(s.prompt_ids) - 1 : -1
+        ]
+        for s in batch.sequences
+    ]
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["store", "recompute"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_packed_equals_separate(kv_heads: int, checkpointing: bool) -> None:
+    """Hidden states and gradient, with shared key-value heads and recomputed activations too."""
+    plain, batch = plain_model(kv_heads=kv_heads), packed_batch()
+    packed = policy(plain, f"model.gradient_checkpointing={str(checkpointing).lower()}")
+    assert packed.is_gradient_checkpointing is checkpointing
+    expected = separate_hidden_states(plain, batch)
+    actual = final_hidden_states(packed, batch, torch.float32)
+    assert actual.shape == (len(batch.labels), plain.config.hidden_size)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (expected * direction).sum().backward()
+    (actual * direction).sum().backward()
+    assert relative_error(flat_gradient(packed), flat_gradient(plain)) <= 1e-5
+
+
+def test_neighbours_do_not_leak() -> None:
+    """Changing one packed sequence changes no row of another."""
+    packed, batch = policy(plain_model()), packed_batch()
+    before = final_hidden_states(packed, batch, torch.float32)
+    first, last = batch.cu_seqlens[3:5].tolist()
+    batch.input_ids[first:last] = (batch.input_ids[first:last] + 5) % 30
+    after = final_hidden_states(packed, batch, torch.float32)
+    inside = torch.zeros(len(before), dtype=torch.bool)
+    inside[batch.loss_cu_seqlens[3] : batch.loss_cu_seqlens[4]] = True
+    assert torch.equal(before[~inside], after[~inside])
+    assert not torch.equal(before[inside], after[inside])
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_head_arguments(tied: bool) -> None:
+    """Hidden states times the head's weight are the model's logits."""
+    plain, batch = plain_model(tied=tied), packed_batch()
+    packed = policy(plain)
+    head = head_arguments(packed, torch.float32)
+    logits = final_hidden_states(packed, batch, torch.float32) @ head["lm_head_weight"].T
+    first = batch.sequences[0]
+    expected = plain(torch.tensor([first.prompt_ids + first.response_ids])).logits[
+        0, len(first.prompt_ids) - 1 : -1
+    ]
+    torch.testing.assert_close(logits[: len(expected)], expected, rtol=0, atol=1e-5)
+    assert head["bias"] is None and head["logit_softcap"] is None
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights() -> None:
+    """The compute precision is that of the output, and close to the fp32 one."""
+    packed, batch = policy(plain_model()), packed_batch()
+    low = final_hidden_states(packed, batch, torch.bfloat16)
+    assert low.dtype == torch.bfloat16
+    assert head_arguments(packed, torch.bfloat16)["lm_head_weight"].dtype == torch.bfloat16
+    assert {p.dtype for p in packed.parameters()} == {torch.float32}
+    assert relative_error(low.float(), final_hidden_states(packed, batch, torch.float32)) < 0.05
+
+
+@given(st.text())
+def test_byte_tokenizer_round_trip(text: str) -> None:
+    """Any text comes back, one token a byte, with no special token slipped in."""
+    tokenizer = BYTES
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert all(i < 256 for i in ids)
+    assert tokenizer.decode(ids) == text
+
+
+BYTES = byte_tokenizer()
+
+
+def test_byte_tokenizer_special_tokens() -> None:
+    """End and padding are two tokens of their own, dropped from decoded text."""
+    assert len(BYTES) == 258
+    assert len({BYTES.eos_token_id, BYTES.pad_token_id} - set(range(256))) == 2
+    ids = [*BYTES("12", add_special_tokens=False)["input_ids"], BYTES.eos_token_id]
+    assert BYTES.decode(ids, skip_special_tokens=True) == "12"
+
+
+def test_build_tiny_follows_its_seed() -> None:
+    """Same seed, same weights, whatever the global generator; its state is left alone."""
+    config = load_config(["model.tiny.hidden_size=16", "model.tiny.num_heads=2"]).model
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    one, two = build_tiny(config, BYTES, 64, seed=3), build_tiny(config, BYTES, 64, seed=3)
+    other = build_tiny(config, BYTES, 64, seed=4)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.model.embed_tokens.weight, other.model.embed_tokens.weight)
+    assert one.lm_head.weight is one.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "named"),
+    [
+        ("attn_logit_softcapping", 50.0, "attn_logit_softcapping"),
+        ("logit_scale", 0.5, "logit_scale"),
+        ("logits_scaling", 8.0, "logits_scaling"),
+    ],
+)
+def test_unsupported_architectures_are_refused(setting: str, value: float, named: str) -> None:
+    """A setting that the packed forward pass would ignore is an error that names it."""
+    plain = plain_model()
+    setattr(plain.config, setting, value)
+    with pytest.raises(ValueError, match=named):
+        policy(plain)
+
+
+def test_short_sliding_window_is_refused() -> None:
+    """A window shorter than the longest sequence is refused, a longer one is not."""
+    plain = plain_model()
+    plain.config.sliding_window, plain.config.use_sliding_window = 16, True
+    with pytest.raises(ValueError, match="sliding_window=16 below the longest sequence of 17"):
+        policy(plain, max_tokens=17)
+    policy(plain, max_tokens=16)
+
+
+def test_attention_sinks_are_refused() -> None:
+    """A model with sink parameters is refused."""
+    plain = plain_model()
+    plain.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match="sinks"):
+        policy(plain)
+
+
+def test_missing_tokenizer_is_one_line() -> None:
+    """A folder that does not exist is an error that names it."""
+    with pytest.raises(ValueError, match="no/such/folder"):
+        load_tokenizer(tiny_config("model.name=no/such/folder").model)
