@@ -1,0 +1,126 @@
+"""Checkpoints: bit exact, complete or invisible, few; exports that plain transformers reads."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from srft.checkpoint import export_model, latest_checkpoint, load_optimizer, read_state, save_checkpoint
+from srft.model import byte_tokenizer, load_model
+from srft.prepare import make_optimizer
+from tests.trainer.tiny import plain_model, policy, tiny_config
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+CONFIG = tiny_config("train.weight_decay=0.1")
+
+
+def trained(
+    seed: int = 0, *, tied: bool = False
+) -> tuple[transformers.PreTrainedModel, torch.optim.Optimizer]:
+    """A policy after three AdamW steps."""
+    model = policy(plain_model(tied=tied, seed=seed))
+    optimizer = make_optimizer(model, CONFIG)
+    for _ in range(3):
+        move(model, optimizer)
+    return model, optimizer
+
+
+def move(model: transformers.PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """One optimizer step with a gradient that depends on the weights."""
+    for p in model.parameters():
+        p.grad = p.detach().sin()
+    optimizer.step()
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model: transformers.PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    keep: int = 2,
+) -> Path:
+    return save_checkpoint(
+        run_dir, step, model, byte_tokenizer(), optimizer, {"sampler": {"drawn": step}}, keep
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_save_and_load_are_bit_exact(tmp_path: Path, tied: bool) -> None:
+    """Weights, moments and the loop's state; the next step from the copy equals that of the original."""
+    model, optimizer = trained(tied=tied)
+    folder = save(tmp_path, 3, model, optimizer)
+    assert latest_checkpoint(tmp_path) == folder
+    assert read_state(folder) == {"step": 3, "sampler": {"drawn": 3}}
+    copied = policy(load_model(folder, trust_remote_code=False))
+    copied_optimizer = make_optimizer(copied, CONFIG)
+    load_optimizer(folder, copied, copied_optimizer)
+    for _ in range(2):
+        move(model, optimizer)
+        move(copied, copied_optimizer)
+    expected, found = dict(model.named_parameters()), dict(copied.named_parameters())
+    assert expected.keys() == found.keys()
+    for name, p in expected.items():
+        assert torch.equal(p, found[name]), name
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, copied_optimizer.state[found[name]][key]), f"{name}:{key}"
+
+
+def test_half_written_folder_is_ignored(tmp_path: Path) -> None:
+    """What a kill leaves behind is neither found nor in the way of the next save."""
+    model, optimizer = trained()
+    first = save(tmp_path, 3, model, optimizer)
+    partial = tmp_path / "checkpoints" / ".step_000004.partial"
+    partial.mkdir()
+    (partial / "optimizer.safetensors").write_bytes(b"torn")
+    assert latest_checkpoint(tmp_path) == first
+    second = save(tmp_path, 4, model, optimizer)
+    assert latest_checkpoint(tmp_path) == second
+    assert sorted(p.name for p in second.parent.iterdir()) == ["step_000003", "step_000004"]
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    """A run folder without a checkpoint."""
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_newest_are_kept(tmp_path: Path) -> None:
+    """Order is by number, not by text or time."""
+    model, optimizer = trained()
+    for step in (8, 9, 10, 100):
+        save(tmp_path, step, model, optimizer, keep=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000010", "step_000100"]
+    assert read_state(latest_checkpoint(tmp_path) or tmp_path)["step"] == 100
+
+
+def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
+    """A parameter that this model lacks is named."""
+    model, optimizer = trained(tied=False)
+    folder = save(tmp_path, 1, model, optimizer)
+    other = policy(plain_model(tied=True))
+    with pytest.raises(ValueError, match="lm_head.weight, which this model lacks"):
+        load_optimizer(folder, other, make_optimizer(other, CONFIG))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_export_is_a_plain_hugging_face_folder(tmp_path: Path, tied: bool) -> None:
+    """Plain transformers gives the logits of the policy, and nothing of the trainer is in its config."""
+    model, _ = trained(tied=tied)
+    plain = copy.deepcopy(model).eval()
+    plain.set_attn_implementation("sdpa")
+    for _ in range(2):
+        export_model(tmp_path / "model", model, byte_tokenizer())
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, plain(IDS).logits)
+    text = (tmp_path / "model" / "config.json").read_text()
+    assert "srft" not in text
+    assert json.loads(text).get("_attn_implementation") is None
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model").decode(
+        [16, 17]
+    ) == byte_tokenizer().decode([16, 17])
