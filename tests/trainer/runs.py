@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from srft.config import Config, load_config
 from srft.train import fit
 
@@ -53,9 +55,18 @@ def small_config(folder: Path, **changes: object) -> Config:
 
 
 def train(folder: Path, **changes: object) -> Path:
-    """Train in this process; return the folder of the run, the first of its name unless another existed."""
+    """Train in this process with one thread, as such small runs want and as ``train_process`` does.
+
+    Returns the folder of the run, the first of its name unless another existed.
+    """
     config = small_config(folder, **changes)
-    fit(config)
+    threads = torch.get_num_threads()
+    # the order of sums depends on it, so equal runs need an equal number
+    torch.set_num_threads(1)
+    try:
+        fit(config)
+    finally:
+        torch.set_num_threads(threads)
     return config.run_dir
 
 

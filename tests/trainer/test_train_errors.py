@@ -37,7 +37,8 @@ def good(path: Path) -> Path:
 
 # what the data file holds, further words of the command line, and what the line must say
 CASES: dict[str, tuple[Callable[[Path], Path], list[str], list[str]]] = {
-    "unknown-key": (good, ["train.prompt_per_step=4"], ["unknown option train.prompt_per_step", "train.prompts_per_step?"]),
+    "unknown-key": (good, ["train.prompt_per_step=4"], ["unknown option train.prompt_per_step;",
+                                                        "did you mean train.prompts_per_step?"]),
     "key-of-another-section": (good, ["steps=4"], ["unknown option steps", "did you mean train.steps?"]),
     "wrong-type": (good, ["train.lr=fast"], ["train.lr", "'fast'"]),
     "out-of-range": (good, ["rollout.temperature=-1"], ["rollout.temperature", "greater than 0", "-1"]),
@@ -54,7 +55,8 @@ CASES: dict[str, tuple[Callable[[Path], Path], list[str], list[str]]] = {
     "line-not-json": (lambda path: write(path, ROWS[:40], "oops\n{}\n"), [], ["line 41: not valid JSON"]),
     "row-without-demo": (bad_row(5, demo=None), [], ["line 6", "no demonstration in column 'demo'"]),
     "row-without-answer": (bad_row(5, answer=""), [], ["line 6", "no answer in column 'answer'"]),
-    "demo-without-answer": (bad_row(5, demo="no idea"), [], ["1 of 58 demonstrations", "rows.jsonl:5", "data.bad_demos=skip"]),
+    "demo-without-answer": (bad_row(5, demo="no idea"), [], ["1 of 58 demonstrations", "rows.jsonl:5",
+                                                             "data.bad_demos=skip"]),
     "prompt-too-long": (bad_row(5, prompt="9" * 33), [], ["1 of 58 examples have a prompt over 32 tokens (longest 33)",
                                                           "data.overlong=skip"]),
     "demo-too-long": (bad_row(5, demo="5" * 32, answer="5" * 32), [], ["demonstration over 32 (longest 33)"]),

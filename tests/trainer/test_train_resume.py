@@ -8,11 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from srft.checkpoint import latest_checkpoint
 from tests.trainer.runs import (
@@ -34,15 +32,6 @@ RUN = {
     "train__steps": STEPS, "train__save_every": 2, "train__eval_every": 2, "train__keep_checkpoints": 1,
     "train__lr_warmup_steps": 3, "model__warm_start__max_steps": 3, "model__warm_start__batch_size": 8,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The order of sums depends on the number of threads; the runs in their own process have one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,264 @@
+"""Whole runs on the data sets a user brings: files, reasoning-gym, chat messages, and a vocabulary of 100,000."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from srft import train as trainer
+from srft.batch import Group, Sequence
+from srft.data import Example, Prompt
+from srft.engine.hf import HfEngine
+from srft.metrics import group_metrics
+from srft.model import byte_tokenizer
+from srft.prepare import read_problems
+from srft.rewards import RewardPool
+from srft_kernels import _chunked_head
+from tests.trainer.runs import DATA, read_lines, small_config, train
+
+POISON = r"so it is \boxed{9^{9^{9^{9}}}}"
+
+
+def data_file(name: str) -> Path:
+    path = DATA / name
+    if not path.is_file():
+        pytest.skip(f"needs {path.name} in {DATA.parent.name}/{DATA.name} beside the repository")
+    return path
+
+
+def test_reasoning_gym(tmp_path: Path) -> None:
+    """A reasoning-gym task trains GRPO with its own verifier and is evaluated on problems it does not train on."""
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym, the extra srft[gym]")
+    run = train(
+        tmp_path, data__train="reasoning_gym:chain_sum", method__name="grpo", data__max_prompt_tokens=160,
+        **{"data.task.max_terms": 3, "data.task.max_digits": 2},
+    )  # fmt: skip
+    rows = read_lines(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert not any(row.get("reward/errors") for row in rows)
+    assert {s["id"].rpartition(":")[0] for s in read_lines(run / "samples.jsonl")} == {"reasoning_gym:chain_sum"}
+
+
+def test_countdown(tmp_path: Path) -> None:
+    """Countdown trains on its worked solutions, all of them right, and is evaluated on its own test file."""
+    run = train(
+        tmp_path, data__train=data_file("train/countdown_train.jsonl"),
+        data__eval=data_file("eval/countdown_test.jsonl"), data__max_prompt_tokens=320,
+        rollout__max_new_tokens=160, train__tokens_per_microbatch=1024,
+    )  # fmt: skip
+    rows = read_lines(run / "metrics.jsonl")
+    assert [row["reward/demo"] for row in rows[1:]] == [1.0, 1.0]
+    assert all("eval/accuracy" in row for row in rows)
+    demos = [s for s in read_lines(run / "samples.jsonl") if s["demo"]]
+    assert demos and all(s["completion"].endswith("</answer>") for s in demos)
+
+
+def test_countdown_test_problems_seen_in_training_are_dropped(tmp_path: Path) -> None:
+    """Five problems of Countdown's test file stand in its training file; none of them is evaluated."""
+    config = small_config(
+        tmp_path, data__train=data_file("train/countdown_train.jsonl"),
+        data__eval=data_file("eval/countdown_test.jsonl"), data__limit=20000, data__eval_limit=5000,
+    )  # fmt: skip
+    problems = read_problems(config)
+    assert (len(problems.train), len(problems.held_out)) == (10240, 1024 - 5)
+    seen = {(tuple(sorted(e.row["nums"])), e.row["target"]) for e in problems.train}
+    assert not [e for e in problems.held_out if (tuple(sorted(e.row["nums"])), e.row["target"]) in seen]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that the memory behind the result of any operation holds; an expanded view has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.elements = max(self.elements, stored)
+        return out
+
+
+def test_recorder_sees_the_backward_pass() -> None:
+    """What the next test relies on: a tensor that exists in backward alone is seen."""
+
+    class Wasteful(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return torch.zeros(1000, 10).sum(0) + grad
+
+    x = torch.ones(10, requires_grad=True)
+    with LargestTensor() as seen:
+        loss = Wasteful.apply(x)
+        assert seen.elements < 100
+        loss.backward()
+    assert seen.elements == 10_000
+
+
+@pytest.fixture(scope="module")
+def cl100k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer folder with the 100,256 ranks of cl100k_base and an end token."""
+    pytest.importorskip("tiktoken", reason="needs tiktoken to read the ranks")
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    ranks = data_file("tokenizers/cl100k_base.tiktoken")
+    folder = tmp_path_factory.mktemp("cl100k")
+    converter = TikTokenConverter(vocab_file=str(ranks), extra_special_tokens=["<|endoftext|>"])
+    PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_large_vocabulary_without_logits_of_all_tokens(
+    cl100k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SRFT on GSM8K: neither update nor sampling ever holds as many elements as [tokens, vocabulary] has."""
+    vocab = len(AutoTokenizer.from_pretrained(cl100k))
+    assert vocab > 100_000
+    updating, sampling = LargestTensor(), LargestTensor()
+    counted: list[int] = []
+    prompt_tokens: list[int] = []
+
+    def watched(function: Callable[..., Any], mode: LargestTensor, *args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return function(*args, **kwargs)
+
+    def counting_pack(*args: Any, **kwargs: Any) -> Any:
+        batches = original_pack(*args, **kwargs)
+        counted.extend(len(batch.labels) for batch in batches)
+        return batches
+
+    def counting_generate(self: HfEngine, prompts: list[list[int]], *args: Any) -> Any:
+        prompt_tokens.append(sum(map(len, prompts)))
+        return watched(original_generate, sampling, self, prompts, *args)
+
+    original_pack, original_generate = trainer.pack, HfEngine.generate
+    monkeypatch.setattr(trainer, "pack", counting_pack)
+    monkeypatch.setattr(trainer, "update", partial(watched, trainer.update, updating))
+    monkeypatch.setattr(HfEngine, "generate", counting_generate)
+    run = train(
+        tmp_path, data__train=data_file("train/gsm8k_train.jsonl"), data__eval=data_file("eval/gsm8k_test.jsonl"),
+        data__eval_limit=4, data__max_prompt_tokens=256, data__overlong="skip", model__tokenizer=cl100k,
+        rollout__max_new_tokens=160, train__steps=3, train__eval_every=3, train__save_every=3,
+        train__rollouts_per_prompt=2, train__tokens_per_microbatch=16384,
+    )  # fmt: skip
+
+    rows = read_lines(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["reward/demo"] for row in rows[1:]] == [1.0, 1.0, 1.0]
+    # one micro-batch a step, of so many tokens that its logits would fill the workspace more than twice
+    assert len(counted) == 3
+    assert min(counted) * vocab * 4 > 2 * _chunked_head.CPU_WORKSPACE_BYTES
+    assert 0 < updating.elements * 4 <= _chunked_head.CPU_WORKSPACE_BYTES
+    # sampling takes one position of each sequence, and there are more prompt tokens than the model is wide
+    sequences = 4 * 2
+    assert 0 < sampling.elements <= max(sequences, 32) * vocab < min(prompt_tokens) * vocab
+
+
+def openr1_rows() -> list[dict[str, Any]]:
+    """Rows as OpenR1-Math-46k has them: prompt messages, target messages, and the ground truth nested."""
+    rows = []
+    for a in range(8):
+        rows.append({
+            "data_source": "openr1",
+            "prompt": [{"role": "system", "content": "Reason."}, {"role": "user", "content": f"What is {a}/4?"}],
+            "target": [{"role": "assistant", "content": f"<think>\n{a}/4</think> \\boxed{{\\frac{{{a}}}{{4}}}}"}],
+            "reward_model": {"ground_truth": str(a / 4), "style": "rule"},
+        })  # fmt: skip
+    return rows
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> Path:
+    if path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def chat_tokenizer(tmp_path: Path) -> Path:
+    """Bytes as tokens with a chat template that opens the reasoning itself."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+MATH = {
+    "data__max_prompt_tokens": 96, "rollout__max_new_tokens": 64, "train__tokens_per_microbatch": 512,
+    "train__prompts_per_step": 7, "train__rollouts_per_prompt": 2, "reward__deadline_s": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_openr1_schema(suffix: str, chat_tokenizer: Path, tmp_path: Path) -> None:
+    """OpenR1's columns train through the chat template, judged by the mathematical verifier."""
+    pytest.importorskip("math_verify", reason="needs math-verify, the extra srft[train]")
+    data = write_rows(openr1_rows(), tmp_path / f"openr1{suffix}")
+    run = train(tmp_path, data__train=data, model__tokenizer=chat_tokenizer, **MATH)
+    rows = read_lines(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row["reward/demo"] for row in rows[1:]] == [1.0, 1.0]
+    assert [row["reward/timeouts"] + row["reward/errors"] for row in rows[1:]] == [0, 0]
+    assert (run / "model" / "chat_template.jinja").is_file()
+
+
+def test_poisoned_demonstration_is_a_timeout_and_training_goes_on(chat_tokenizer: Path, tmp_path: Path) -> None:
+    """An answer that no verifier can evaluate costs its deadline, earns nothing and is counted."""
+    pytest.importorskip("math_verify", reason="needs math-verify, the extra srft[train]")
+    rows = openr1_rows()
+    rows[2]["target"][0]["content"] = POISON
+    data = write_rows(rows, tmp_path / "openr1.jsonl")
+    run = train(tmp_path, data__train=data, model__tokenizer=chat_tokenizer, data__bad_demos="keep", **MATH)
+    metrics = read_lines(run / "metrics.jsonl")
+    assert [row["reward/timeouts"] for row in metrics[1:]] == [1, 1]
+    assert [row["reward/demo"] for row in metrics[1:]] == [pytest.approx(6 / 7)] * 2
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_poisoned_demonstration_is_refused_by_default(chat_tokenizer: Path, tmp_path: Path) -> None:
+    """Without data.bad_demos the same row ends the run before it begins, by its name."""
+    pytest.importorskip("math_verify", reason="needs math-verify, the extra srft[train]")
+    rows = openr1_rows()
+    rows[2]["target"][0]["content"] = POISON
+    data = write_rows(rows, tmp_path / "openr1.jsonl")
+    with pytest.raises(ValueError, match=r"1 of 7 demonstrations .*openr1.jsonl:2"):
+        train(tmp_path, data__train=data, model__tokenizer=chat_tokenizer, **MATH)
+
+
+def test_poisoned_rollouts_are_timeouts(tmp_path: Path) -> None:
+    """Rollouts are judged the same way, and a good one after the poison still gets its reward."""
+    pytest.importorskip("math_verify", reason="needs math-verify, the extra srft[train]")
+    example = Example("poison:0", "What is 1+1?", "2", None, {})
+    texts = [POISON, r"\boxed{2}", POISON, r"\boxed{3}"]
+    rollouts = [Sequence([1], [2], False, False, [0.0], text) for text in texts]
+    group = Group(Prompt(example, [1], []), rollouts=rollouts)
+    with RewardPool("math", 1, 1.0) as pool:
+        trainer.judge([group], pool)
+    assert [s.status for s in rollouts] == ["timeout", "ok", "timeout", "ok"]
+    assert [s.reward for s in rollouts] == [0.0, 1.0, 0.0, 0.0]
+    metrics = group_metrics([group])
+    assert (metrics["reward/timeouts"], metrics["reward/mean"]) == (2, 0.25)
