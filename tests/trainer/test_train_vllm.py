@@ -21,19 +21,36 @@ RUN = {
 }  # fmt: skip
 
 
-def processes_in(folder: Path) -> list[int]:
-    """Processes, zombies aside, whose command line, environment or open files name the folder of a run."""
-    found = []
+def state_and_parent(pid: int) -> tuple[str, int] | None:
+    """Of a process that is alive; a zombie is not."""
+    try:
+        # the name may hold spaces; after it: state, parent
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state == "Z" else (state, int(parent))
+
+
+def descendants(root: int) -> set[int]:
+    """Live processes that a process started, and those that these did."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    parents = {pid: found[1] for pid in pids if (found := state_and_parent(pid))}
+    family = {root}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return family - {root}
+
+
+def marked_processes(mark: str) -> set[int]:
+    """Live processes with the mark in their environment, however they were started."""
+    found = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                continue
-            words = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
+            if mark.encode() in (process / "environ").read_bytes() and state_and_parent(int(process.name)):
+                found.add(int(process.name))
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        if str(folder).encode() in words and int(process.name) != os.getpid():
-            found.append(int(process.name))
-    return sorted(found)
+    return found
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -52,21 +69,22 @@ def test_every_step_samples_from_its_own_weights(tied: bool, tmp_path: Path) -> 
 def test_killed_trainer_leaves_no_process(tmp_path: Path) -> None:
     """SIGKILL in mid-run ends the engine, whatever it started, and the reward workers within 10 seconds."""
     words = arguments(tmp_path, **RUN | {"train__steps": 10000}, reward__workers=2)
-    # every process of the run inherits the mark, the engine's own children included
-    marked = environment() | {"SRFT_TEST_RUN": str(tmp_path)}
+    mark = f"SRFT_TEST_RUN={tmp_path}"
     with subprocess.Popen(
-        command(words), cwd=ROOT, env=marked, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as trainer:
+        command(words), cwd=ROOT, env=environment() | dict([mark.split("=")]), stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    ) as trainer:  # fmt: skip
         try:
             metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
-            while trainer.poll() is None and not (metrics.exists() and len(read_lines(metrics)) >= 3):
+            while trainer.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
                 time.sleep(0.02)
             assert trainer.poll() is None, trainer.stderr.read()
-            # the trainer, two workers, the engine and at least its guard
-            assert len(processes_in(tmp_path)) >= 5
+            family = descendants(trainer.pid) | marked_processes(mark) - {trainer.pid}
+            # two reward workers, the engine and at least its guard
+            assert len(family) >= 4
         finally:
             os.kill(trainer.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while (left := processes_in(tmp_path)) and time.monotonic() < deadline:
+    while (left := {p for p in family | marked_processes(mark) if state_and_parent(p)}) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left
