@@ -12,13 +12,16 @@ HOME_ID := $(shell { pwd; "$(PYTHON)" -c 'import sys; print(sys.version, sys.bas
 TRAIN := $(VENV)/train-$(HOME_ID).stamp
 TEST := $(VENV)/test-$(HOME_ID).stamp
 
-.PHONY: train test lint clean
+.PHONY: train test bench lint clean
 
 train: $(TRAIN)
 	$(RUN) -m srft.train $(ARGS)
 
 test: $(TEST)
 	$(RUN) -m pytest $(ARGS)
+
+bench: $(TRAIN)
+	$(RUN) -m pytest benchmarks/ --benchmark-only $(ARGS)
 
 lint: $(TRAIN)
 	$(RUN) -m ruff check .
