@@ -43,7 +43,8 @@ def save_checkpoint(
     """
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     partial = folder.with_name("." + folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left_over in folder.parent.glob(".step_*"):  # of a killed run
+        shutil.rmtree(left_over)
     export_model(partial, model, tokenizer)
     names = {id(p): n for n, p in model.named_parameters()}
     moments = {
@@ -54,7 +55,7 @@ def save_checkpoint(
     save_file(moments, partial / _OPTIMIZER)
     (partial / _STATE).write_text(json.dumps({"step": step, **state}))
     _replace_folder(partial, folder)
-    complete = sorted(p for p in folder.parent.glob("step_*") if p.is_dir())
+    complete = sorted(folder.parent.glob("step_*"), key=_step_of)
     for old in complete[:-keep]:
         shutil.rmtree(old)
     return folder
@@ -66,7 +67,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     Args:
         run_dir: Folder of the run.
     """
-    return max((run_dir / "checkpoints").glob("step_*"), default=None, key=lambda p: p.name)
+    return max((run_dir / "checkpoints").glob("step_*"), default=None, key=_step_of)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -110,11 +111,15 @@ def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
         model: The policy.
         tokenizer: Saved beside it.
     """
-    partial = folder.with_name(folder.name + ".writing")
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.writing")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     _replace_folder(partial, folder)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def _replace_folder(partial: Path, final: Path) -> None:
@@ -123,9 +128,11 @@ def _replace_folder(partial: Path, final: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+    old = final.with_name(f".{final.name}.{os.getpid()}.old")
     if final.exists():
-        shutil.rmtree(final)
+        os.rename(final, old)
     os.rename(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
     handle = os.open(final.parent, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

@@ -8,7 +8,7 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,7 +18,7 @@ class Section(BaseModel):
     """A group of options: unknown names are errors, the text under each field is its help."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True
+        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False
     )
 
 
@@ -90,7 +90,7 @@ class ModelConfig(Section):
     name: str = "tiny"
     """"tiny" builds one from scratch; otherwise a folder or hub id of a Hugging Face causal LM."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer; unset: the model's own, or the task's characters for "tiny"."""
+    """Folder or hub id of the tokenizer; unset: the model's own, or bytes as tokens for "tiny"."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward passes; weights and optimizer stay in fp32."""
     gradient_checkpointing: bool = False
@@ -155,7 +155,7 @@ class MethodConfig(Section):
     """SRFT: what the entropy in the weights is a mean over."""
     self_rollout: Literal["likelihood", "ratio"] | None = None
     """SRFT: form of the term on the policy's own rollouts."""
-    demo_gamma: float | Literal["preset", "none"] = "preset"
+    demo_gamma: Annotated[float, Field(gt=0)] | Literal["preset", "none"] = "preset"
     """SRFT: γ of the shaping p/(p+γ) on demonstrations; "none" uses p itself."""
     entropy_coef: float | None = Field(None, ge=0)
     """Coefficient of the entropy bonus; unset: the preset's for SRFT, 0 for GRPO."""
@@ -182,7 +182,7 @@ class MethodConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    steps: int = Field(300, gt=0)
+    steps: int = Field(250, gt=0)
     """Rollout-and-update rounds in all."""
     prompts_per_step: int = Field(64, gt=0)
     """Prompts drawn each step."""
@@ -200,7 +200,7 @@ class TrainConfig(Section):
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW weight decay on matrices."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     """AdamW moment decay rates."""
     grad_clip: float = Field(1.0, gt=0)
     """Largest global gradient norm."""
@@ -212,7 +212,7 @@ class TrainConfig(Section):
     """Newest checkpoints kept."""
     canary_tolerance: float | None = Field(None, gt=0)
     """Largest |log p| difference between trainer and engine on the probe; unset: 1e-4 in fp32, 0.3 in bf16."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random: weights, order of prompts, sampling."""
     resume: bool = False
     """Continue the run of this name from its newest checkpoint."""
@@ -252,6 +252,10 @@ class Config(Section):
                 f"train.tokens_per_microbatch={train.tokens_per_microbatch} cannot hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens; raise it to at least that"
             )
+        if self.engine.kind == "vllm" and not 0.01 <= self.rollout.temperature <= 2:
+            raise ValueError(
+                f"vLLM samples at temperatures between 0.01 and 2, got rollout.temperature={self.rollout.temperature}"
+            )
         if self.method.name != "grpo" and train.demos_per_prompt == 0:
             raise ValueError(
                 f'method.name="{self.method.name}" learns from demonstrations but train.demos_per_prompt=0; set it to 1'
@@ -260,11 +264,16 @@ class Config(Section):
             raise ValueError(
                 'method.name="grpo" compares the rollouts of one prompt; train.rollouts_per_prompt must be at least 2'
             )
-        if self.model.name == "tiny" and tiny.hidden_size % tiny.num_heads:
+        if self.model.name == "tiny" and tiny.hidden_size % (2 * tiny.num_heads):
             raise ValueError(
-                f"model.tiny.num_heads={tiny.num_heads} must divide model.tiny.hidden_size={tiny.hidden_size}"
+                f"model.tiny.num_heads={tiny.num_heads} must divide model.tiny.hidden_size={tiny.hidden_size} "
+                "into heads of even width"
             )
         return self
+
+    def without_resume(self) -> Config:
+        """Return the same run as if started anew: what its record shows, however often it was resumed."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"resume": False})})
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -310,7 +319,9 @@ def load_config(arguments: list[str]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(e) for e in error.errors())) from None
+        # every member of a union reports its own failure: one line an option is enough
+        by_option = {error["loc"][:2]: error for error in reversed(error.errors())}
+        raise ValueError("\n".join(_explain(e) for e in by_option.values())) from None
 
 
 def load_config_text(text: str) -> Config:
@@ -390,7 +401,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"no such configuration file: {path}")
     try:
         return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
 
 
@@ -435,6 +446,7 @@ def _reject_unknown_keys(section: type[BaseModel], tree: dict[str, Any], path: s
         dotted = path + key
         field = section.model_fields.get(key)
         if field is None:
+            dotted = next(iter(_flatten({dotted: value} if value != {} else {dotted: None})))
             every = _all_keys(Config)
             by_last_name = [k for k in every if k.split(".")[-1] == key.split(".")[-1]]
             near = by_last_name or difflib.get_close_matches(dotted, every, n=1, cutoff=0.4)

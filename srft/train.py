@@ -24,6 +24,7 @@ from srft.prepare import (
     choose_device,
     choose_run_dir,
     describe_step,
+    given_back_if_empty,
     load_policy,
     make_optimizer,
     make_prompts,
@@ -46,11 +47,14 @@ def fit(config: Config) -> None:
         CanaryError: When the engine does not sample from the trainer's weights.
     """
     train, device = config.train, choose_device(config)
-    run_dir, checkpoint = choose_run_dir(config)
     tokenizer = load_tokenizer(config.model)
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens, (tokenizer.eos_token_id,))
     problems = read_problems(config)
-    with RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool:
+    run_dir, checkpoint = choose_run_dir(config)
+    with (
+        given_back_if_empty(run_dir),
+        RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool,
+    ):
         prompts, held_out, data_note = make_prompts(config, problems, tokenizer, pool)
         model = load_policy(config, tokenizer, prompts, held_out, pool, checkpoint, device)
         optimizer = make_optimizer(model, config)
@@ -62,7 +66,7 @@ def fit(config: Config) -> None:
             done = state["step"]
         with (
             closing(start_engine(config, model, tokenizer, run_dir, device)) as engine,
-            RunLog(run_dir, total_steps=train.steps, config_text=to_toml(config),
+            RunLog(run_dir, total_steps=train.steps, config_text=to_toml(config.without_resume()),
                    title=f"{config.method.name} · {config.data.train}",
                    resume_step=done if train.resume else None) as log,
         ):  # fmt: skip
@@ -95,7 +99,7 @@ def fit(config: Config) -> None:
                 metrics = {
                     "step": step,
                     "canary/max_abs_diff": difference,
-                    **updates[-1],
+                    **{key: sum(u[key] for u in updates) / len(updates) for key in updates[0]},
                     **group_metrics(groups),
                 }
                 if step % train.eval_every == 0 or step == train.steps:
@@ -104,7 +108,7 @@ def fit(config: Config) -> None:
                 log.samples(step, sample_rows(groups))
                 log.metrics(metrics | clock.seconds())
                 if step % train.save_every == 0 or step == train.steps:
-                    state = {"sampler": sampler.state_dict(), "config": to_toml(config)}
+                    state = {"sampler": sampler.state_dict(), "config": to_toml(config.without_resume())}
                     save_checkpoint(run_dir, step, model, tokenizer, optimizer, state, train.keep_checkpoints)
             export_model(run_dir / "model", model, tokenizer)
             log.finish({"model": str(run_dir / "model")})
@@ -256,7 +260,8 @@ def _parts(groups: list[Group], parts: int) -> list[list[Group]]:
 def _probe(prompts: list[Prompt], config: Config) -> list[list[int]]:
     """A few prompts, with their demonstrations where they have some, cut to what an engine can score."""
     most = min(256, config.longest_sequence - 1)
-    return [(p.prompt_ids + (p.demo_ids[0] if p.demo_ids else []))[:most] for p in prompts[:4]]
+    whole = [p.prompt_ids + (p.demo_ids[0] if p.demo_ids else []) for p in prompts[:4]]
+    return [(ids if len(ids) > 1 else ids * 2)[:most] for ids in whole]
 
 
 def main() -> None:
@@ -266,11 +271,11 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         fit(load_config(arguments))
-    except (ValueError, CanaryError, EngineError, FloatingPointError) as error:
+    except (ValueError, CanaryError, EngineError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; train.resume=true goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; name=<its folder> train.resume=true goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

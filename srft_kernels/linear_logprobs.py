@@ -39,7 +39,6 @@ def make_head(
     inv_temperature = None
     if isinstance(temperature, Tensor) or temperature != 1.0:
         temperature = torch.as_tensor(temperature, dtype=dtype, device=hidden_states.device).detach()
-        inv_temperature = temperature.reciprocal().expand(labels.shape)
         inv_temperature = tokens.select(temperature.reciprocal().expand(labels.shape))
     head = Head(
         tokens.select(hidden_states.detach()),

@@ -127,7 +127,7 @@ class HfEngine:
             self._model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1].float()
         )
         logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        return [row[-(len(s) - 1) :].tolist() for row, s in zip(logprobs, sequences, strict=True)]
+        return [row[len(row) - len(s) + 1 :].tolist() for row, s in zip(logprobs, sequences, strict=True)]
 
     def close(self) -> None:
         """Nothing to release: the memory goes with the object."""

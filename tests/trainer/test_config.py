@@ -32,6 +32,7 @@ def all_options(section: type[BaseModel], path: str = "") -> list[str]:
         ("method.entropy_cof=1", "did you mean method.entropy_coef?"),
         ("model.tiny.hidden=8", "did you mean model.tiny.hidden_size?"),
         ("temperature=1", "did you mean rollout.temperature?"),
+        ("trian.steps=1", "did you mean train.steps?"),
         ("zzzzqqq=1", "--help"),
     ],
 )
