@@ -122,12 +122,12 @@ class HfEngine:
         Args:
             sequences: At least two tokens each.
         """
-        ids, mask, positions = _left_pad(sequences, self._pad_token_id, self._model.device)
-        logits = (
-            self._model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1].float()
-        )
-        logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        return [row[len(row) - len(s) + 1 :].tolist() for row, s in zip(logprobs, sequences, strict=True)]
+        rows = []
+        for sequence in sequences:  # one at a time bounds the logits
+            ids = torch.tensor([sequence], device=self._model.device)
+            logits = self._model(input_ids=ids).logits[0, :-1].float()
+            rows.append(logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist())
+        return rows
 
     def close(self) -> None:
         """Nothing to release: the memory goes with the object."""
