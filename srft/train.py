@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.batch import Batch, Group, Sequence, count, pack, unweighted
 from srft.checkpoint import export_model, load_optimizer, read_state, save_checkpoint
-from srft.config import Config, exit_on_help, load_config, to_toml
+from srft.config import Config
 from srft.data import Prompt, PromptSampler, sample_seed
 from srft.engine.base import Engine, EngineError, Sampling
 from srft.evaluate import evaluate
@@ -19,12 +19,11 @@ from srft.log import RunLog
 from srft.methods import assign_advantages, method_loss, needs_demos, needs_rollouts, token_weight
 from srft.metrics import Clock, group_metrics, loss_metrics, sample_rows
 from srft.model import final_hidden_states, head_arguments, load_tokenizer
+from srft.options import exit_on_help, load_config, to_toml
 from srft.prepare import (
     canary_tolerance,
     choose_device,
-    choose_run_dir,
     describe_step,
-    given_back_if_empty,
     load_policy,
     make_optimizer,
     make_prompts,
@@ -32,6 +31,7 @@ from srft.prepare import (
     start_engine,
 )
 from srft.rewards import RewardPool
+from srft.run_folder import choose_run_dir, given_back_if_empty
 from srft.sync import CanaryError, WeightSync
 from srft_kernels import PolicyLoss, linear_logprobs
 

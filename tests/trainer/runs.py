@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from srft.config import Config, load_config
+from srft.config import Config
+from srft.options import load_config
 from srft.train import fit
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from srft.config import load_config
+from srft.options import load_config
 from srft.verifiers import check_kind
 from tests.trainer.runs import ROOT
 

@@ -11,10 +11,11 @@ import transformers
 from torch import Tensor
 
 from srft.batch import Group, Sequence, pack
-from srft.config import Config, load_config
+from srft.config import Config
 from srft.data import Example, Prompt
 from srft.engine.base import Completion, Sampling
 from srft.model import prepare_policy
+from srft.options import load_config
 from srft.rewards import RewardResult
 
 VOCAB = 37

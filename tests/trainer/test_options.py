@@ -9,7 +9,8 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from srft.config import Config, changed_keys, help_text, load_config, load_config_text, to_toml
+from srft.config import Config
+from srft.options import changed_keys, help_text, load_config, load_config_text, to_toml
 
 
 def all_options(section: type[BaseModel], path: str = "") -> list[str]:
