@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from srft.checkpoint import latest_checkpoint, read_state
 from srft.config import Config
 from srft.options import changed_keys, load_config_text
 
+_LOCK = ".lock"
 # options that may change when a run is resumed without making it another run
 _FREE_ON_RESUME = (
     "train.steps", "train.resume", "train.eval_every", "train.save_every", "train.keep_checkpoints",
@@ -18,36 +21,65 @@ _FREE_ON_RESUME = (
 )  # fmt: skip
 
 
-def choose_run_dir(config: Config) -> tuple[Path, Path | None]:
-    """Pick the run's folder and the checkpoint to go on from.
+@contextmanager
+def run_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
+    """Take the run's folder for as long as the body runs, and find the checkpoint to go on from.
+
+    The folder is locked, so that no other process writes to it; the lock goes with the process, however it ends.
+    Without resume a folder that holds a run is left alone and a numbered one beside it is taken. A folder in which
+    nothing was written is removed again.
 
     Args:
         config: The whole configuration.
 
-    Returns:
-        The folder, and the newest complete checkpoint when resuming, else None. Without resume a folder that
-        holds a run is left alone and a numbered one beside it is taken.
+    Yields:
+        The folder, and the newest complete checkpoint when resuming, else None.
 
     Raises:
-        ValueError: When the checkpoint was made with options that make it another run, or is past train.steps.
+        ValueError: When another process has the folder, or its checkpoint is another run's or past train.steps.
     """
-    folder = config.run_dir
-    if not config.train.resume:
-        number = 2
-        while True:
-            try:
-                folder.mkdir(parents=True)  # taken at once, so that two runs started together do not share it
-                return folder, None
-            except FileExistsError:
-                folder = config.runs_dir / f"{config.name}-{number}"
-                number += 1
+    folder, number = config.run_dir, 2
+    lock = _lock(folder)
+    if config.train.resume and lock is None:
+        raise ValueError(f"another process is writing to {folder}; wait for it to end, or set another name")
+    while not config.train.resume and (lock is None or (folder / "metrics.jsonl").exists()):
+        if lock is not None:
+            lock.close()
+        folder = config.runs_dir / f"{config.name}-{number}"
+        lock = _lock(folder)
+        number += 1
+    assert lock is not None
+    try:
+        yield folder, _checkpoint(config, folder) if config.train.resume else None
+    finally:
+        if [path.name for path in folder.iterdir()] == [_LOCK]:
+            (folder / _LOCK).unlink()
+            folder.rmdir()
+            with suppress(OSError):  # refused where other runs are
+                folder.parent.rmdir()
+        lock.close()
+
+
+def _lock(folder: Path) -> TextIO | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / _LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _checkpoint(config: Config, folder: Path) -> Path | None:
+    """Newest checkpoint, after checking that it and the options belong to one run."""
     checkpoint = latest_checkpoint(folder)
     if checkpoint is not None:
         made_with = read_state(checkpoint)["config"]
     elif (folder / "config.toml").exists():
         made_with = (folder / "config.toml").read_text()
     else:
-        return folder, None
+        return None
     changed = {
         key: values
         for key, values in changed_keys(load_config_text(made_with), config).items()
@@ -60,19 +92,4 @@ def choose_run_dir(config: Config) -> tuple[Path, Path | None]:
         )
     if checkpoint is not None and (step := read_state(checkpoint)["step"]) > config.train.steps:
         raise ValueError(f"{checkpoint} is at step {step}, past train.steps={config.train.steps}; raise train.steps")
-    return folder, checkpoint
-
-
-@contextmanager
-def given_back_if_empty(run_dir: Path) -> Iterator[None]:
-    """Remove the run's folder when the body fails before anything is written to it.
-
-    Args:
-        run_dir: From ``choose_run_dir``.
-    """
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # rmdir refuses a folder that holds something
-            run_dir.rmdir()
-            run_dir.parent.rmdir()
+    return checkpoint

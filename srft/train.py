@@ -31,7 +31,7 @@ from srft.prepare import (
     start_engine,
 )
 from srft.rewards import RewardPool
-from srft.run_folder import choose_run_dir, given_back_if_empty
+from srft.run_folder import run_folder
 from srft.sync import CanaryError, WeightSync
 from srft_kernels import PolicyLoss, linear_logprobs
 
@@ -50,9 +50,8 @@ def fit(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens, (tokenizer.eos_token_id,))
     problems = read_problems(config)
-    run_dir, checkpoint = choose_run_dir(config)
     with (
-        given_back_if_empty(run_dir),
+        run_folder(config) as (run_dir, checkpoint),
         RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool,
     ):
         prompts, held_out, data_note = make_prompts(config, problems, tokenizer, pool)
