@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -114,6 +114,12 @@ class Batch:
     rollout_logprobs: Tensor
     old_logprobs: Tensor | None
     sequences: list[Sequence]
+
+    def responses(self) -> Iterator[tuple[Sequence, slice]]:
+        """Give each sequence with the place of its counted tokens in the [N] vectors."""
+        bounds = self.loss_cu_seqlens.tolist()
+        for sequence, first, last in zip(self.sequences, bounds[:-1], bounds[1:], strict=True):
+            yield sequence, slice(first, last)
 
 
 def unweighted(_sequence: Sequence) -> float:

@@ -93,9 +93,8 @@ def loss_metrics(
     for batch, out in zip(batches, outputs, strict=True):
         for name, value in out.terms.items():
             terms[name] = terms.get(name, 0.0) + value.item()
-        bounds = batch.loss_cu_seqlens.tolist()
-        for sequence, first, last in zip(batch.sequences, bounds[:-1], bounds[1:], strict=True):
-            sequence.entropy = out.entropy[first:last].mean().item()
+        for sequence, place in batch.responses():
+            sequence.entropy = out.entropy[place].mean().item()
         sampled_by = out.logprobs if batch.old_logprobs is None else batch.old_logprobs
         mismatch.append((sampled_by - batch.rollout_logprobs)[~batch.is_demo].abs())
     entropy = torch.cat([out.entropy for out in outputs])

@@ -36,13 +36,12 @@ class WeightSync:
         compute_dtype: torch.dtype,
     ) -> None:
         self._model, self._engine, self._tolerance, self._dtype = model, engine, tolerance, compute_dtype
-        sequences = [
+        self._sequences = [
             Sequence(s[:1], s[1:], is_demo=False, truncated=False, rollout_logprobs=[], text="")
             for s in probe
         ]
         self._probe = probe
-        self._batches = pack(sequences, 8192, unweighted, model.device)
-        self._order = {id(s): i for i, s in enumerate(sequences)}
+        self._batches = pack(self._sequences, 8192, unweighted, model.device)
         self._before: dict[str, Tensor] = {}
 
     def push(self, version: int) -> float:
@@ -75,11 +74,9 @@ class WeightSync:
                 labels=batch.labels,
                 **head_arguments(self._model, self._dtype),
             )
-            bounds = batch.loss_cu_seqlens.tolist()
-            for sequence, first, last in zip(batch.sequences, bounds[:-1], bounds[1:], strict=True):
-                by_sequence[id(sequence)] = logprobs[first:last].cpu()
-        ordered = sorted((s for b in self._batches for s in b.sequences), key=lambda s: self._order[id(s)])
-        return torch.cat([by_sequence[id(s)] for s in ordered])
+            for sequence, place in batch.responses():
+                by_sequence[id(sequence)] = logprobs[place].cpu()
+        return torch.cat([by_sequence[id(s)] for s in self._sequences])
 
     def _diagnose(self, version: int, trainer: Tensor, engine: Tensor, difference: float) -> str:
         mean = float((trainer - engine).abs().mean())

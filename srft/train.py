@@ -225,9 +225,8 @@ def remember_old_logprobs(config: Config, model: PreTrainedModel, sequences: lis
     """
     for batch in pack(sequences, config.train.tokens_per_microbatch, unweighted, model.device):
         logprobs, _ = _score(config, model, batch)
-        bounds = batch.loss_cu_seqlens.tolist()
-        for sequence, first, last in zip(batch.sequences, bounds[:-1], bounds[1:], strict=True):
-            sequence.old_logprobs = logprobs[first:last]
+        for sequence, place in batch.responses():
+            sequence.old_logprobs = logprobs[place]
 
 
 @torch.no_grad()
