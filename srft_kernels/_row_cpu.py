@@ -1,8 +1,8 @@
 """CPU twin of the row kernel: statistics and gradient of one chunk of logits, in place, a few rows at a time.
 
 A block of rows stays in cache between the steps. Where neither an entropy gradient nor a softcap is wanted,
-the statistics leave exp(z - max) in place of the logits, and the gradient is then one row scale and one
-scatter.
+the statistics of fp32 and fp64 scores leave exp(z - max) in place of the logits, and the gradient is then one
+row scale and one scatter. 16-bit scores are converted block by block, and kept.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ LOWEST_LOGPROB = -1e30
 class Rows(NamedTuple):
     """What a chunk of C rows of scores needs besides the scores."""
 
-    labels: Tensor  # [C] int64, or ignore_index (Triton only: the CPU path drops ignored rows)
+    # [C] int64. ignore_index: statistics and gradient are 0. Any other negative label is not among the columns
+    # of these scores (they are a part of the vocabulary): its logit counts as 0 in logprobs, whoever merges the
+    # parts replaces that entry, and no column of the gradient gets the derivative by logprobs.
+    labels: Tensor
     inv_temperature: Tensor | None  # [C], None is 1
     bias: Tensor | None  # [V]
     softcap: float | None
     ignore_index: int
     grad_dtype: torch.dtype  # of the gradient of the scores; the CPU path keeps that of the scores
+    grad_scale: float = 1.0  # multiplies the gradient: what a 16-bit gradient could not hold, the caller adds later
 
 
 class Stats(NamedTuple):
@@ -38,14 +42,23 @@ class Stats(NamedTuple):
     log_sum: Tensor  # [C] log sum exp(logit - top)
 
 
-def _blocks(z: Tensor) -> list[slice]:
-    step = max(1, BLOCK_BYTES // (z.shape[1] * z.element_size()))
-    return [slice(start, min(start + step, z.shape[0])) for start in range(0, z.shape[0], step)]
+def _blocks(z: Tensor, rows: Rows) -> list[slice]:
+    """Slices that cover the rows with a label, each small enough for the cache."""
+    count, vocab = z.shape
+    step = max(1, BLOCK_BYTES // (vocab * torch.promote_types(z.dtype, torch.float32).itemsize))
+    kept = rows.labels != rows.ignore_index
+    runs = [[0, count]]
+    if not kept.all():
+        outside = kept.new_zeros(1)
+        runs = torch.cat([outside, kept, outside]).int().diff().nonzero().view(-1, 2).tolist()
+    return [slice(first, min(first + step, end)) for start, end in runs for first in range(start, end, step)]
 
 
 def _logits(z: Tensor, rows: Rows, block: slice, out: Tensor) -> Tensor:
     """Logits of a block of scores, in ``out``; the scores themselves where nothing is to be done."""
     source = z[block]
+    if source.dtype != out.dtype:
+        source = out.copy_(source)
     if rows.bias is not None:
         source = torch.add(source, rows.bias, out=out)
     if rows.softcap is not None:
@@ -55,18 +68,28 @@ def _logits(z: Tensor, rows: Rows, block: slice, out: Tensor) -> Tensor:
     return source
 
 
+def _overwrites(z: Tensor, allowed: bool) -> bool:
+    """Whether exp(logit - top) takes the place of the scores: 16 bits would not hold it."""
+    return allowed and z.element_size() >= 4
+
+
 def stats(z: Tensor, rows: Rows, overwrite: bool) -> Stats:
     """Statistics of each row of scores.
 
     Args:
-        z: [C, V] fp32 or fp64, scores before bias, softcap and temperature. Kept unless ``overwrite``.
+        z: [C, V] bf16, fp16, fp32 or fp64, scores before bias, softcap and temperature. Kept unless
+            ``overwrite``.
         rows: Labels and logit transforms.
-        overwrite: Leave exp(logit - top) in ``z``.
+        overwrite: Leave exp(logit - top) in ``z``, unless it has 16 bits.
     """
     count, vocab = z.shape
-    out = Stats(*(z.new_empty(count) for _ in range(4)))
-    scratch = z.new_empty(2, min(count, _blocks(z)[0].stop), vocab)
-    for block in _blocks(z):
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    out = Stats(*(z.new_zeros(count, dtype=dtype) for _ in range(4)))
+    blocks = _blocks(z, rows)
+    overwrite = _overwrites(z, overwrite)
+    height = max((block.stop - block.start for block in blocks), default=0)
+    scratch = z.new_empty(1 if overwrite else 2, height, vocab, dtype=dtype)
+    for block in blocks:
         shifted = scratch[0, : block.stop - block.start]
         exp = z[block] if overwrite else scratch[1, : block.stop - block.start]
         logits = _logits(z, rows, block, out=shifted)
@@ -79,17 +102,25 @@ def stats(z: Tensor, rows: Rows, overwrite: bool) -> Stats:
             # a logit of -inf has probability 0 and adds nothing to the entropy
             weighted = torch.where(exp > 0, exp * shifted, 0.0).sum(1)
         log_sum = total.log()
-        out.logprobs[block] = shifted.gather(1, rows.labels[block, None])[:, 0] - log_sum
+        labels, top = rows.labels[block], top[:, 0]
+        label_logit = shifted.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        out.logprobs[block] = torch.where(labels < 0, -top, label_logit) - log_sum
         out.entropy[block] = log_sum - weighted / total
-        out.top[block] = top[:, 0]
+        out.top[block] = top
         out.log_sum[block] = log_sum
     return out
 
 
 def gradient(
-    z: Tensor, rows: Rows, known: Stats, dlogp: Tensor, dentropy: Tensor | None, overwritten: bool
+    z: Tensor,
+    rows: Rows,
+    known: Stats,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    overwritten: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient with respect to the scores, in place of ``z``.
+    """Gradient with respect to the scores, in place of ``z`` or in ``out``.
 
     Args:
         z: [C, V] scores, or what ``stats(..., overwrite=True)`` left.
@@ -97,36 +128,48 @@ def gradient(
         known: Statistics of these rows.
         dlogp: [C] derivative of the loss with respect to the log-probability.
         dentropy: [C] the same for the entropy, or None for zero.
-        overwritten: ``z`` holds exp(logit - top); not with a softcap or ``dentropy``.
+        overwritten: As passed to ``stats``; not with a softcap or ``dentropy``.
+        out: [C, V] in the dtype of ``z`` or ``rows.grad_dtype``, apart from ``z``, which is then kept.
     """
     assert not (overwritten and (dentropy is not None or rows.softcap is not None))
-    if overwritten:
-        if rows.inv_temperature is not None:
-            dlogp = dlogp * rows.inv_temperature
-        z.mul_((-dlogp * torch.exp(-known.log_sum))[:, None])
-        return z.scatter_add_(1, rows.labels[:, None], dlogp[:, None])
-    scratch = z.new_empty(2, min(z.shape[0], _blocks(z)[0].stop), z.shape[1])
-    for block in _blocks(z):
-        logp, capped = scratch[:, : block.stop - block.start]
-        logits = _logits(z, rows, block, out=logp)
-        if rows.softcap is not None:
-            capped.copy_(logits)
-        torch.sub(logits, known.top[block, None], out=logp).sub_(known.log_sum[block, None])
-        grad = torch.exp(logp, out=z[block])
-        if dentropy is None:
-            grad.mul_(-dlogp[block, None])
+    dz = z if out is None else out
+    blocks = _blocks(z, rows)
+    height = max((block.stop - block.start for block in blocks), default=0)
+    scratch = [z.new_empty(height, z.shape[1], dtype=known.top.dtype) for _ in range(3)]
+    # dz = exp(shifted) (base + slope shifted), but for the label and the softcap
+    scale = known.log_sum.new_full((), rows.grad_scale)
+    if rows.inv_temperature is not None:
+        scale = scale * rows.inv_temperature
+    label_column = rows.labels.clamp(min=0)[:, None]
+    label_grad = torch.where(rows.labels < 0, 0.0, dlogp * scale)[:, None]
+    scale = scale * torch.exp(-known.log_sum)
+    base, slope = -dlogp * scale, None
+    if dentropy is not None:
+        base -= dentropy * (known.entropy - known.log_sum) * scale
+        slope = (-dentropy * scale)[:, None]
+    base = base[:, None]
+    for block in blocks:
+        shifted, exp, spare = (x[: block.stop - block.start] for x in scratch)
+        grad = dz[block] if dz.dtype == known.top.dtype else spare
+        if _overwrites(z, overwritten):
+            torch.mul(z[block], base[block], out=grad)
         else:
-            # -p (dlogp + dentropy (log p + H))
-            logp.clamp_(min=LOWEST_LOGPROB).add_(known.entropy[block, None])
-            grad.mul_(logp.mul_(dentropy[block, None]).add_(dlogp[block, None])).neg_()
-        grad.scatter_add_(1, rows.labels[block, None], dlogp[block, None])
+            torch.sub(_logits(z, rows, block, out=shifted), known.top[block, None], out=shifted)
+            if slope is None:
+                torch.exp(shifted, out=grad).mul_(base[block])
+            else:
+                torch.exp(shifted, out=exp)
+                shifted.clamp_(min=LOWEST_LOGPROB)
+                torch.addcmul(base[block], shifted, slope[block], out=grad).mul_(exp)
+        grad.scatter_add_(1, label_column[block], label_grad[block])
         if rows.softcap is not None:
-            slope = (
-                rows.softcap
-                if rows.inv_temperature is None
-                else rows.softcap * rows.inv_temperature[block, None]
-            )
-            grad.mul_(capped.div_(slope).square_().neg_().add_(1.0))
-        if rows.inv_temperature is not None:
-            grad.mul_(rows.inv_temperature[block, None])
-    return z
+            # tanh of the score, from its logit
+            inv_temperature = 1.0 if rows.inv_temperature is None else rows.inv_temperature[block, None]
+            tanh = shifted.add_(known.top[block, None]).div_(rows.softcap * inv_temperature)
+            grad.mul_(tanh.square_().neg_().add_(1.0))
+        if grad is spare:
+            dz[block] = grad
+    ignored = rows.labels == rows.ignore_index
+    if ignored.any():
+        dz.index_fill_(0, ignored.nonzero()[:, 0], 0)
+    return dz

@@ -40,6 +40,8 @@ def _logits(
     z_row, cols, mask, bias_ptr, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
     z = tl.load(z_row + cols, mask=mask, other=0.0)
+    if z.dtype.primitive_bitwidth < 32:
+        z = z.to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias_ptr + cols, mask=mask, other=0.0)
     if HAS_SOFTCAP:
@@ -54,9 +56,10 @@ def _logits(
 # maximum m' rescales l by exp(m - m') and makes s exp(m - m') (s + l (m - m')). Then
 #   logp = z_y - m - log l,   H = log l - s / l.
 # Pass 2 reads the row again: dz_j = a (1[j = y] - p_j) - e p_j (log p_j + H), with a and e the derivatives of
-# the loss by logp and H, from OBJECTIVE or given, then the chain rule of softcap and temperature. 16-bit
-# gradients are written over the front half of their own fp32 row: block b covers scores that were read in
-# blocks <= b, and the barrier holds the writes of block b until every thread has read it.
+# the loss by logp and H, from OBJECTIVE or given and times grad_scale, then the chain rule of softcap and
+# temperature. In place, a barrier holds the first write until every thread has the score of its label.
+# 16-bit gradients are written over the front half of their own fp32 row: block b covers scores that were read
+# in blocks <= b, and the barrier holds the writes of block b until every thread has read it.
 @_jit
 def _row_kernel(
     z_ptr,
@@ -79,6 +82,7 @@ def _row_kernel(
     vocab,
     ignore_index,
     softcap,
+    grad_scale,
     OBJECTIVE: tl.constexpr,
     NUM_INPUTS: tl.constexpr,
     STATS_KNOWN: tl.constexpr,
@@ -153,6 +157,10 @@ def _row_kernel(
             for k in tl.static_range(NUM_INPUTS):
                 inputs = inputs + (tl.load(inputs_ptr + k * stride_inputs + row),)  # type: ignore[assignment]
             _, a, e, _, _ = OBJECTIVE(logp, entropy, *inputs, *params)
+        a *= grad_scale
+        e *= grad_scale
+        if not STATS_KNOWN:
+            tl.debug_barrier()
         for start in range(0, vocab, BLOCK_V):
             cols = start + offs_v
             mask = cols < vocab
@@ -184,15 +192,22 @@ def _launch(
     formula: Formula | None = None,
     inputs: Tensor | None = None,
     params: tuple[float, ...] = (),
+    out: Tensor | None = None,
 ) -> tuple[Stats, Tensor]:
-    """Run the row kernel on scores ``z`` [C, V]; the second result is the view of ``z`` with the gradient."""
+    """Run the row kernel on scores ``z`` [C, V].
+
+    The second result is the gradient: ``out``, or without it a view of the memory of ``z``.
+    """
     if triton is None:
         raise RuntimeError("GPU tensors need triton; install it, or move the tensors to the CPU")
     count, vocab = z.shape
     assert z.stride(1) == 1 and rows.labels.is_contiguous()
-    stats = Stats(*(z.new_empty(count) for _ in range(4))) if known is None else known
-    half_row = rows.grad_dtype.itemsize < z.element_size()
-    dz = z.view(rows.grad_dtype)[:, :vocab] if half_row else z
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    stats = Stats(*(z.new_empty(count, dtype=dtype) for _ in range(4))) if known is None else known
+    half_row = out is None and rows.grad_dtype.itemsize < z.element_size()
+    assert rows.grad_dtype.itemsize <= z.element_size() or not gradient or out is not None
+    dz = z.view(rows.grad_dtype)[:, :vocab] if out is None and gradient else z if out is None else out
+    assert dz.shape == z.shape and dz.stride(1) == 1
     bias, inv_temperature = rows.bias, rows.inv_temperature
     block_v = min(_MAX_BLOCK_V, triton.next_power_of_2(vocab))
     with torch.cuda.device_of(z):
@@ -214,6 +229,7 @@ def _launch(
             vocab,
             rows.ignore_index,
             1.0 if rows.softcap is None else float(rows.softcap),
+            rows.grad_scale,
             OBJECTIVE=formula,
             NUM_INPUTS=0 if inputs is None else inputs.shape[0],
             STATS_KNOWN=known is not None,
@@ -233,7 +249,7 @@ def stats(z: Tensor, rows: Rows, overwrite: bool) -> Stats:
     """Statistics of each row of scores, which are kept.
 
     Args:
-        z: [C, V] fp32, scores before bias, softcap and temperature.
+        z: [C, V] fp32, bf16 or fp16, scores before bias, softcap and temperature.
         rows: Labels and logit transforms.
         overwrite: Permission to overwrite ``z``, of which only the CPU twin makes use.
     """
@@ -241,24 +257,38 @@ def stats(z: Tensor, rows: Rows, overwrite: bool) -> Stats:
 
 
 def gradient(
-    z: Tensor, rows: Rows, known: Stats, dlogp: Tensor, dentropy: Tensor | None, overwritten: bool
+    z: Tensor,
+    rows: Rows,
+    known: Stats,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    overwritten: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient with respect to the scores, in the memory of ``z``.
+    """Gradient with respect to the scores, in the memory of ``z`` or in ``out``.
 
     Args:
-        z: [C, V] fp32 scores.
+        z: [C, V] fp32, bf16 or fp16 scores.
         rows: Labels and logit transforms.
         known: Statistics of these rows.
         dlogp: [C] derivative of the loss by the log-probability.
         dentropy: [C] the same by the entropy, or None for zero.
         overwritten: As passed to ``stats``.
+        out: [C, V] in the dtype of ``z`` or ``rows.grad_dtype``, apart from ``z``, which is then kept. None:
+            in ``rows.grad_dtype`` over ``z``.
     """
     dlogp = dlogp.contiguous()
     dentropy = None if dentropy is None else dentropy.contiguous()
-    entropy_grad = dentropy is not None
-    return _launch(z, rows, known, gradient=True, entropy_grad=entropy_grad, dlogp=dlogp, dentropy=dentropy)[
-        1
-    ]
+    return _launch(
+        z,
+        rows,
+        known,
+        gradient=True,
+        entropy_grad=dentropy is not None,
+        dlogp=dlogp,
+        dentropy=dentropy,
+        out=out,
+    )[1]
 
 
 def objective_gradient(
@@ -267,7 +297,7 @@ def objective_gradient(
     """Statistics and gradient of a token objective, in one launch.
 
     Args:
-        z: [C, V] fp32 scores; the gradient takes their memory.
+        z: [C, V] fp32, bf16 or fp16 scores; the gradient takes their memory, in ``rows.grad_dtype``.
         rows: Labels and logit transforms.
         formula: Device form of a token formula of ``objectives``.
         inputs: [K, C] fp32, per-token arguments of ``formula``.

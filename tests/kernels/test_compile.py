@@ -22,8 +22,14 @@ OPTIONS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_TEMPERATURE": True}
 PLAIN = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "HAS_TEMPERATURE": False}
 
 
-def compile_row_kernel(target, formula=None, num_inputs=0, num_params=0, dtype="bf16", **flags):
-    """Compile the row kernel for ``target`` as ``_launch`` would call it."""
+def compile_row_kernel(
+    target, formula=None, num_inputs=0, num_params=0, dtype="bf16", scores="fp32", aligned=True, **flags
+):
+    """Compile the row kernel for ``target`` as ``_launch`` would call it.
+
+    ``dtype`` is that of the gradient, ``scores`` that of the scores. ``aligned`` stands for tensors as torch
+    allocates them and a vocabulary that is a multiple of 16: loads and stores are then vectors.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -34,17 +40,28 @@ def compile_row_kernel(target, formula=None, num_inputs=0, num_params=0, dtype="
         "STATS_KNOWN": False,
         "GRADIENT": True,
         "ENTROPY_GRAD": True,
-        "HALF_ROW": dtype != "fp32",
+        "HALF_ROW": dtype != scores and scores == "fp32",
         "BLOCK_V": row_kernels._MAX_BLOCK_V,
         **flags,
     }
     types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
     types.update(
-        {"labels_ptr": "*i64", "dz_ptr": f"*{dtype}", "params": ("fp32",) * num_params, "softcap": "fp32"}
+        {
+            "labels_ptr": "*i64",
+            "z_ptr": f"*{scores}",
+            "dz_ptr": f"*{dtype}",
+            "params": ("fp32",) * num_params,
+            "softcap": "fp32",
+            "grad_scale": "fp32",
+        }
     )
     types.update(dict.fromkeys(constants, "constexpr"))
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constexprs=places)
+    multiples = [name for name in types if name.endswith("_ptr") or name in ("stride_z", "stride_dz", "vocab")]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples if aligned}
+    source = ASTSource(
+        kernel, {name: types[name] for name in kernel.arg_names}, constexprs=places, attrs=attributes
+    )
     options = {"num_warps": row_kernels._NUM_WARPS}
     return triton.compile(source, target=GPUTarget(*target), options=options)
 
@@ -77,9 +94,11 @@ def assert_clean(kernel, target: str, tmp_path) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("options", [OPTIONS, PLAIN], ids=["all-options", "plain"])
-def test_srft_kernel_compiles(target, options, tmp_path):
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "odd-vocabulary"])
+def test_srft_kernel_compiles(target, options, aligned, tmp_path):
     """The one-launch kernel with the largest objective, bf16 gradient in half a row."""
-    kernel = compile_row_kernel(TARGETS[target], objectives.srft_likelihood_token, 7, 7, **options)
+    formula = objectives.srft_likelihood_token
+    kernel = compile_row_kernel(TARGETS[target], formula, 7, 7, aligned=aligned, **options)
     assert_clean(kernel, target, tmp_path)
 
 
@@ -109,11 +128,42 @@ def test_passes_compile(dtype, flags, tmp_path):
     assert_clean(compile_row_kernel(TARGETS["sm_90"], dtype=dtype, **OPTIONS, **flags), "sm_90", tmp_path)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "flags",
+    [{"GRADIENT": False}, {"STATS_KNOWN": True}, {"STATS_KNOWN": True, "ENTROPY_GRAD": False}, {}],
+    ids=["statistics", "known-coefficients", "known-coefficients-no-entropy", "one-launch"],
+)
+def test_16_bit_scores_compile(target, dtype, flags, tmp_path):
+    """Scores and gradient of 16 bits, with all options."""
+    formula, sizes = (None, (0, 0)) if flags else (objectives.srft_likelihood_token, (7, 7))
+    kernel = compile_row_kernel(TARGETS[target], formula, *sizes, dtype=dtype, scores=dtype, **OPTIONS, **flags)
+    assert_clean(kernel, target, tmp_path)
+
+
+def split_at_gradient_loop(ptx: str) -> tuple[list[str], list[str]]:
+    """Loads, stores and barriers before the loop that writes the gradient, and in it."""
+    end = ptx.rindex("st.global")
+    start = ptx.rindex("$L__BB", 0, end)
+    parts = ptx[:start], ptx[start : end + len("st.global")]
+    before, loop = (re.findall(r"ld\.global\.b16|ld\.global|bar\.sync|st\.global", part) for part in parts)
+    return before, loop
+
+
+def test_in_place_gradient_waits_for_the_label():
+    """Before the gradient is written over a row, every thread has read the score of the label."""
+    formula = objectives.cross_entropy_token
+    kernel = compile_row_kernel(TARGETS["sm_90"], formula, 1, scores="bf16", **PLAIN)
+    before, _ = split_at_gradient_loop(kernel.asm["ptx"])
+    # the only load of a single 16-bit number
+    assert before.count("ld.global.b16") == 1
+    assert "bar.sync" in before[before.index("ld.global.b16") :]
+
+
 def test_half_row_writes_wait_for_reads():
     """In the gradient loop a barrier stands between the reads of a block and the writes over the same row."""
-    ptx = compile_row_kernel(TARGETS["sm_90"], **PLAIN).asm["ptx"]
-    last_loop = ptx[: ptx.rindex("st.global.b16")]
-    order = re.findall(r"ld\.global|bar\.sync|st\.global\.b16", last_loop)
-    first_store = order.index("st.global.b16", len(order) - order[::-1].index("bar.sync") - 1)
-    assert order[first_store - 1] == "bar.sync" and "ld.global" in order[: first_store - 1]
-    assert "ld.global" not in order[first_store:]
+    _, loop = split_at_gradient_loop(compile_row_kernel(TARGETS["sm_90"], **PLAIN).asm["ptx"])
+    assert loop.count("bar.sync") == 1
+    barrier = loop.index("bar.sync")
+    assert set(loop[:barrier]) == {"ld.global"} and set(loop[barrier + 1 :]) == {"st.global"}

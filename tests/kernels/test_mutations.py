@@ -25,23 +25,16 @@ CPU_FAULTS = {
         cross_entropy,
         {},
     ),
-    "forget the temperature in the scaled gradient": (
+    "forget the temperature in the gradient": (
         "_row_cpu.py",
-        "dlogp = dlogp * rows.inv_temperature",
+        "scale = scale * rows.inv_temperature",
         "pass",
         cross_entropy,
         {"temperature": 0.7},
     ),
-    "forget the temperature in the full gradient": (
-        "_row_cpu.py",
-        "grad.mul_(rows.inv_temperature[block, None])",
-        "pass",
-        srft,
-        {"temperature": 0.7, "entropy_coef": 0.1},
-    ),
     "forget the slope of the softcap": (
         "_row_cpu.py",
-        "grad.mul_(capped.div_(slope).square_().neg_().add_(1.0))",
+        "grad.mul_(tanh.square_().neg_().add_(1.0))",
         "pass",
         cross_entropy,
         {"logit_softcap": 2.0},
@@ -55,8 +48,8 @@ CPU_FAULTS = {
     ),
     "leave the entropy out of its gradient": (
         "_row_cpu.py",
-        ".add_(known.entropy[block, None])",
-        "",
+        "(known.entropy - known.log_sum)",
+        "(-known.log_sum)",
         grpo,
         {"entropy_coef": 0.5},
     ),
