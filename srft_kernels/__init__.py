@@ -3,9 +3,11 @@
 from . import reference
 from ._one_pass import PolicyLoss
 from .linear_logprobs import linear_logprobs
+from .lm_head import FusedLMHead
 from .policy_loss import linear_cross_entropy, linear_grpo_loss, linear_policy_loss, linear_srft_loss
 
 __all__ = [
+    "FusedLMHead",
     "PolicyLoss",
     "linear_cross_entropy",
     "linear_grpo_loss",

@@ -1,0 +1,197 @@
+"""FusedLMHead: the lm_head as a module that is called, so that FSDP2 gathers its weight around an op."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ._checks import check_choice, check_positive
+
+__all__ = ["FusedLMHead"]
+
+T = TypeVar("T")
+
+
+class FusedLMHead(nn.Module):
+    """An lm_head that hands its weight to an op of this package instead of computing logits.
+
+    The weight may be tied to an embedding, frozen, of another dtype than the hidden states, or sharded by FSDP2::
+
+        head = FusedLMHead.from_linear(model.lm_head)
+        loss = partial(linear_grpo_loss, labels=labels, advantages=advantages, old_logprobs=old_logprobs)
+        out = head(hidden_states, loss)  # linear_grpo_loss(hidden_states, model.lm_head.weight, labels=labels, ...)
+
+    The op comes with its per-token tensors inside for a reason: under ``MixedPrecisionPolicy(param_dtype=
+    torch.bfloat16)`` FSDP2 rounds every tensor it finds among the arguments of a module, ``old_logprobs`` too, and
+    it does not look into a partial or a closure.
+
+    FSDP2: apply ``fully_shard`` to the head, or to a module that contains the head and calls it in its forward; the
+    weight is then gathered and its gradient reduced like any other. An embedding stays tied to the head where one
+    ``fully_shard`` covers both. Fused losses compute their gradients in forward: where the head is a ``fully_shard``
+    unit of its own, ``head.set_unshard_in_backward(False)`` saves them the second gather. ``linear_logprobs`` and
+    ops that build a graph of their own need it. A weight that is still a DTensor when the head is called, because
+    no FSDP2 module was entered, is gathered here and its gradient reduced as ``grad_reduction`` says, in its own
+    dtype, on every call and without overlap.
+
+    Precision: the weight is cast to the dtype of ``hidden_states``, autocast or not. Where it differs, a call
+    copies the weight (V D elements, kept until backward only by ``linear_logprobs``) and the gradient is rounded
+    once to that dtype before it joins the weight's own, as under FSDP2's mixed precision. The bias is not cast.
+    """
+
+    weight: nn.Parameter
+    """[V, D], under the key that ``nn.Linear`` uses."""
+    bias: nn.Parameter | None
+    """[V] or None, likewise."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None = None,
+        *,
+        logit_softcap: float | None = None,
+        grad_reduction: str = "mean",
+    ):
+        """Share ``weight`` and ``bias`` with whoever holds them.
+
+        Args:
+            weight: [V, D] floating point.
+            bias: [V], added to the logits.
+            logit_softcap: Cap of the logits, > 0, or None.
+            grad_reduction: "mean" or "sum": how the gradient of a DTensor that the head gathers itself is reduced
+                over the ranks of its mesh, each of which computes a loss of its own. "mean" is FSDP2's default;
+                "sum" belongs to ``set_gradient_divide_factor(1.0)`` and losses divided by global token counts.
+
+        Raises:
+            ValueError: On a weight or bias that is no parameter of the right shape and kind, a softcap that is not
+            positive, or an unknown reduction.
+        """
+        super().__init__()
+        _check_parameter("weight", weight, 2)
+        if bias is not None:
+            _check_parameter("bias", bias, 1)
+            if bias.shape[0] != weight.shape[0]:
+                raise ValueError(f"bias must be [V]=[{weight.shape[0]}], got {list(bias.shape)}")
+        if logit_softcap is not None:
+            check_positive("logit_softcap", logit_softcap)
+        check_choice("grad_reduction", grad_reduction, ("mean", "sum"))
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.logit_softcap = logit_softcap
+        self.grad_reduction = grad_reduction
+        self._source: weakref.ref[nn.Module] | None = None
+
+    @classmethod
+    def from_linear(
+        cls, module: nn.Module, *, logit_softcap: float | None = None, grad_reduction: str = "mean"
+    ) -> FusedLMHead:
+        """Make a head that shares the parameters of a linear layer.
+
+        Sharding one of the two alone would part them; as long as ``module`` lives, a call then raises.
+
+        Args:
+            module: The lm_head, an ``nn.Linear``.
+            logit_softcap: As for the class.
+            grad_reduction: As for the class.
+
+        Raises:
+            ValueError: Where ``module`` is no such layer, or as for the class.
+        """
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"module must be an nn.Linear, got {type(module).__name__}; pass the linear layer inside it"
+            )
+        layer: Any = module  # torch declares its parameters as tensors
+        head = cls(layer.weight, layer.bias, logit_softcap=logit_softcap, grad_reduction=grad_reduction)
+        head._source = weakref.ref(module)
+        return head
+
+    def forward(self, hidden_states: Tensor, op: Callable[..., T]) -> T:
+        """Call ``op`` with the hidden states, the weight, and the bias and softcap that the head has.
+
+        Args:
+            hidden_states: [N, D], as the ops take them; their dtype is that of the computation.
+            op: Called as ``op(hidden_states, lm_head_weight, bias=bias, logit_softcap=logit_softcap)``, without
+                those keywords that are None here. One of this package's ops with its other arguments bound by
+                ``functools.partial``, or any function; one that calls several ops gathers the weight once.
+
+        Returns:
+            What ``op`` returns. For FSDP2 that should be tensors, or tuples and dicts of them.
+
+        Raises:
+            ValueError: On arguments of the wrong kind, or a weight that is no longer that of ``from_linear``'s
+            module.
+        """
+        if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+            got = hidden_states.dtype if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
+            raise ValueError(
+                f"hidden_states must be a floating point tensor, got {got}; call head(hidden_states, op)"
+            )
+        if not callable(op):
+            raise ValueError(
+                f"op must be callable, got {type(op).__name__}; bind the other arguments: "
+                "head(hidden_states, partial(linear_grpo_loss, labels=labels, advantages=advantages))"
+            )
+        source = None if self._source is None else self._source()
+        if source is not None and source.weight is not self.weight:
+            raise ValueError(
+                "the head and the module it was made from no longer share their weight; apply fully_shard to a "
+                "module that contains both, or put the head in the module's place"
+            )
+        options: dict[str, Any] = {}
+        if self.bias is not None:
+            options["bias"] = _whole(self.bias, self.bias.dtype, self.grad_reduction)
+        if self.logit_softcap is not None:
+            options["logit_softcap"] = self.logit_softcap
+        weight = _whole(self.weight, hidden_states.dtype, self.grad_reduction)
+        return op(hidden_states, weight, **options)
+
+    def extra_repr(self) -> str:
+        """Sizes and options, as ``nn.Linear`` shows them."""
+        out_features, in_features = self.weight.shape
+        softcap = "" if self.logit_softcap is None else f", logit_softcap={self.logit_softcap}"
+        return f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}{softcap}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy stands alone; weak references cannot be pickled."""
+        return {**self.__dict__, "_source": None}
+
+
+def _check_parameter(name: str, x: object, dim: int) -> None:
+    if not isinstance(x, nn.Parameter) or x.dim() != dim or not x.is_floating_point():
+        got = f"{type(x).__name__} {x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"{name} must be a floating point nn.Parameter {'[V, D]' if dim == 2 else '[V]'}, got {got}"
+        )
+
+
+def _whole(x: Tensor, dtype: torch.dtype, reduction: str) -> Tensor:
+    """``x`` as a plain tensor of ``dtype``, differentiably."""
+    if hasattr(x, "full_tensor"):
+        return _Gather.apply(x, dtype, reduction)
+    return x.to(dtype)
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather a DTensor in the dtype of the computation; reduce its gradient in the DTensor's own.
+
+    ``full_tensor()`` alone takes the gradient to be the same on every rank and keeps only this rank's rows of it.
+    """
+
+    @staticmethod
+    def forward(ctx, sharded, dtype: torch.dtype, reduction: str):
+        ctx.mesh, ctx.placements, ctx.dtype = sharded.device_mesh, sharded.placements, sharded.dtype
+        ctx.reduction = {"mean": "avg", "sum": "sum"}[reduction]
+        return sharded.to(dtype).full_tensor()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dfull):
+        from torch.distributed.tensor import DTensor, Partial
+
+        parts = DTensor.from_local(dfull.to(ctx.dtype), ctx.mesh, [Partial(ctx.reduction)] * ctx.mesh.ndim)
+        return parts.redistribute(placements=ctx.placements), None, None
