@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._chunked_head import LoraDelta
+    from .vocab_parallel import VocabParallel
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -18,6 +23,7 @@ def check_head(
     bias: Tensor | None,
     temperature: float | Tensor,
     logit_softcap: float | None,
+    lora: LoraDelta | None,
 ) -> None:
     """Raise ValueError unless the arguments that every op shares fit together."""
     for name, x in (
@@ -31,7 +37,10 @@ def check_head(
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if hasattr(x, "full_tensor"):
-            raise ValueError(f"{name} must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
+            raise ValueError(
+                f"{name} must be a plain tensor, got a DTensor; call the op through FusedLMHead, or pass "
+                f"{name}.full_tensor()"
+            )
         if x.device != hidden_states.device:
             raise ValueError(
                 f"{name} must be on the device of hidden_states, {hidden_states.device}, got {x.device}"
@@ -87,6 +96,64 @@ def check_head(
         check_positive("logit_softcap", logit_softcap)
         if math.isinf(logit_softcap):
             raise ValueError(f"logit_softcap must be finite, got {logit_softcap}; None turns it off")
+
+
+    if lora is not None:
+        _check_lora(lora, lm_head_weight)
+
+
+def _check_lora(lora: LoraDelta, lm_head_weight: Tensor) -> None:
+    vocab, hidden_size = lm_head_weight.shape
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise ValueError(f"lora must be a LoraDelta(a, b, scale), got {type(lora).__name__}")
+    a, b, scale = lora
+    for name, x in (("a", a), ("b", b)):
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2:
+            raise ValueError(f"lora.{name} must be a floating-point matrix; pass it as nn.Linear stores it")
+        if hasattr(x, "full_tensor"):
+            raise ValueError(f"lora.{name} must be a plain tensor, got a DTensor; pass full_tensor() of it")
+        if x.device != lm_head_weight.device:
+            raise ValueError(f"lora.{name} must be on {lm_head_weight.device}, got {x.device}; move it")
+    if a.shape[1] != hidden_size or b.shape != (vocab, a.shape[0]):
+        raise ValueError(
+            f"lora.a must be [r, D={hidden_size}] and lora.b [V={vocab}, r], "
+            f"got {list(a.shape)} and {list(b.shape)}"
+        )
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"lora.scale must be a finite number, got {scale!r}; it is alpha / r")
+
+
+def check_mechanism(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    vocab_parallel: VocabParallel | None,
+    weight_grad: Tensor | None,
+    logits_dtype: torch.dtype | None,
+) -> None:
+    """Raise ValueError unless the arguments fit that say where things are kept."""
+    vocab, dtype = lm_head_weight.shape[0], hidden_states.dtype
+    if vocab_parallel is not None:
+        if not isinstance(vocab_parallel, tuple) or len(vocab_parallel) != 3:
+            raise ValueError("vocab_parallel must be a VocabParallel(group, vocab_start, vocab_size)")
+        _, start, size = vocab_parallel
+        if not (isinstance(start, int) and isinstance(size, int) and 0 <= start <= start + vocab <= size):
+            raise ValueError(
+                f"vocab_parallel must hold this rank's {vocab} rows of the weight, "
+                f"got vocab_start={start} and vocab_size={size}; vocab_size counts the rows of all ranks"
+            )
+    if weight_grad is not None:
+        accumulator = torch.promote_types(dtype, torch.float32)
+        fits = isinstance(weight_grad, Tensor) and weight_grad.shape == lm_head_weight.shape
+        if not fits or weight_grad.dtype != accumulator or weight_grad.device != lm_head_weight.device:
+            raise ValueError(
+                f"weight_grad must be a {accumulator} tensor {list(lm_head_weight.shape)} beside the weight"
+            )
+        if torch.is_grad_enabled() and not lm_head_weight.requires_grad:
+            raise ValueError("weight_grad is given, but lm_head_weight does not require a gradient; drop one")
+    if logits_dtype not in (None, dtype, torch.promote_types(dtype, torch.float32)):
+        raise ValueError(
+            f"logits_dtype must be None, torch.float32 or the dtype of hidden_states, {dtype}, got {logits_dtype}"
+        )
 
 
 def check_vectors(labels: Tensor, **vectors: Tensor | None) -> None:

@@ -1,8 +1,8 @@
-"""The lm_head on a chunk of rows: chunk sizes, three matrix products, and the gradients they make."""
+"""The lm_head on a chunk of rows: which rows are computed, how many at a time, and their scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import _row_cpu as row_cpu
 from . import row_kernels
-from ._row_cpu import Rows
+from ._row_cpu import Rows, Stats
+from .vocab_parallel import VocabParallel, merge
 
 # Scores of one chunk. More rows make the weight gradient, which is read and written once a chunk, cheaper.
 CPU_WORKSPACE_BYTES = 256 * 2**20
@@ -20,23 +21,44 @@ GPU_WORKSPACE_BYTES = 2**30
 VOCAB_TILE = 8192
 
 
+class LoraDelta(NamedTuple):
+    """A low-rank change of an lm_head: its logits gain ``scale`` (hidden a^T) b^T."""
+
+    a: Tensor
+    """[r, D] floating point, may need a gradient."""
+    b: Tensor
+    """[V, r] floating point, may need a gradient; with VocabParallel this rank's rows."""
+    scale: float
+    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+
+
 class Head(NamedTuple):
     """The arguments that every op shares, of the rows that are computed."""
 
     hidden: Tensor  # [n, D]
     weight: Tensor  # [V, D]
-    labels: Tensor  # [n]
+    labels: Tensor  # [n], counted from the first row of weight
     bias: Tensor | None  # [V] in the compute dtype
     inv_temperature: Tensor | None  # [n]
     softcap: float | None
     ignore_index: int
+    lora: LoraDelta | None
+    vocab_parallel: VocabParallel | None
+    scores_dtype: torch.dtype
 
-    def rows(self, rows: slice) -> Rows:
-        """The part of the arguments that the row kernel needs for ``rows``."""
+    def at(self, rows: slice | Tensor) -> Head:
+        """The same for some of the rows, a slice or indices."""
         inv_temperature = None if self.inv_temperature is None else self.inv_temperature[rows]
-        return Rows(
-            self.labels[rows], inv_temperature, self.bias, self.softcap, self.ignore_index, self.hidden.dtype
+        return self._replace(
+            hidden=self.hidden[rows], labels=self.labels[rows], inv_temperature=inv_temperature
         )
+
+    def rows(self, grad_scale: float = 1.0) -> Rows:
+        """The part of the arguments that the row kernel needs."""
+        return Rows(
+            self.labels, self.inv_temperature, self.bias, self.softcap, self.ignore_index,
+            self.hidden.dtype, grad_scale,
+        )  # fmt: skip
 
 
 class Tokens:
@@ -81,143 +103,132 @@ class Tokens:
         return torch.cat([cu_seqlens.new_zeros(1), self.mask.cumsum(0)])[cu_seqlens]
 
 
+class Live(NamedTuple):
+    """Rows of a chunk that take part in its gradient products; the others' coefficients are 0."""
+
+    positions: Tensor | None
+    """[m] their positions, in order, or None for every row."""
+    blocks: list[slice]
+    """Of the m rows, those in each block of rows of the chunk."""
+
+
+# Rows that one product adds to the weight gradient on CPU. The library sums a block of at most 192 fp32 rows
+# one by one, so that rows of zeros can be left out without a change of any bit; measured, it costs no time.
+_BLOCK_ROWS = 128
+# A product of a multiple of 16 rows gives each row the same bits, whatever the number of rows.
+_ROW_MULTIPLE = 16
+
+
+def live_rows(count: int, dlogp: Tensor | None, dentropy: Tensor | None, drop: bool) -> Live:
+    """Which of ``count`` rows have a coefficient that is not 0.
+
+    Gradients of the others are exactly 0. On a GPU, to leave them out would make the host wait for their
+    number, so they stay.
+
+    Args:
+        count: Rows of the chunk.
+        dlogp: [count] coefficients; None for all live.
+        dentropy: The same, or None for zeros.
+        drop: Leave dead rows out; needs the rows on CPU.
+    """
+    if not drop:
+        return Live(None, [slice(0, count)])
+    if dlogp is None:
+        return Live(None, _blocks(count))
+    live = dlogp != 0
+    if dentropy is not None:
+        live |= dentropy != 0
+    number = int(live.sum())
+    padded = min(count, -(-number // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+    if padded == count:
+        return Live(None, _blocks(count))
+    live[(~live).nonzero()[: padded - number, 0]] = True
+    positions = live.nonzero()[:, 0]
+    edges = torch.searchsorted(positions, torch.arange(0, count + _BLOCK_ROWS, _BLOCK_ROWS)).tolist()
+    return Live(positions, [slice(*pair) for pair in pairwise(edges) if pair[0] < pair[1]])
+
+
+def keep_live(scores: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (rising) of ``scores`` [C, V], moved to its front; row by row, for memory."""
+    for target, source in enumerate(index.tolist()):
+        if target != source:
+            scores[target] = scores[source]
+    return scores[: len(index)]
+
+
+def _blocks(count: int) -> list[slice]:
+    return [slice(start, min(start + _BLOCK_ROWS, count)) for start in range(0, count, _BLOCK_ROWS)]
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, fp32 for anything less."""
     return torch.promote_types(dtype, torch.float32)
 
 
+def drops_dead_rows(head: Head) -> bool:
+    """Rows without a gradient can be left out of products without making the host wait."""
+    return not head.hidden.is_cuda and not row_kernels.INTERPRETED
+
+
 def max_rows(head: Head) -> int:
-    """Rows whose scores fit in the workspace."""
+    """Rows whose scores fit in the workspace; the same on every rank of a VocabParallel group."""
     size = CPU_WORKSPACE_BYTES if head.hidden.device.type == "cpu" else GPU_WORKSPACE_BYTES
-    rows = size // (head.weight.shape[0] * compute_dtype(head.hidden.dtype).itemsize)
-    return max(16, rows // 16 * 16)
+    vocab = head.weight.shape[0]
+    if head.vocab_parallel is not None:
+        vocab = -(-head.vocab_parallel.vocab_size // head.vocab_parallel.group.size())
+    return max(16, size // (vocab * head.scores_dtype.itemsize) // 16 * 16)
 
 
-def even_chunks(count: int, limit: int) -> list[slice]:
-    """Split ``count`` rows into the fewest chunks of at most ``limit`` rows, of about equal size."""
-    if count == 0:
+def even_chunks(start: int, stop: int, limit: int) -> list[slice]:
+    """Split rows ``start:stop`` into the fewest chunks of at most ``limit`` rows, of about equal size."""
+    if start == stop:
         return []
-    step = -(-count // -(-count // limit))
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
-
-
-def sequence_chunks(bounds: list[int], limit: int) -> list[slice] | None:
-    """Chunks of at most ``limit`` rows that end where a sequence ends; None where a sequence is longer.
-
-    Args:
-        bounds: B+1 sequence bounds, from 0 to the number of rows.
-        limit: Largest number of rows in a chunk.
-    """
-    chunks, start = [], 0
-    for end, following in zip(bounds[1:], [*bounds[2:], None], strict=True):
-        if end - start > limit:
-            return None
-        if end > start and (following is None or following - start > limit):
-            chunks.append(slice(start, end))
-            start = end
-    return chunks
+    step = -(-(stop - start) // -(-(stop - start) // limit))
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
 def workspace(head: Head, chunks: list[slice]) -> Tensor:
     """Uninitialised [rows, V] scores for the largest chunk."""
     rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    return torch.empty(
-        rows, head.weight.shape[0], dtype=compute_dtype(head.hidden.dtype), device=head.hidden.device
-    )
+    return torch.empty(rows, head.weight.shape[0], dtype=head.scores_dtype, device=head.hidden.device)
 
 
-def _tiles(head: Head) -> list[slice]:
+def vocab_tiles(head: Head) -> list[slice]:
+    """Rows of the weight, VOCAB_TILE at a time."""
     vocab = head.weight.shape[0]
     return [slice(start, min(start + VOCAB_TILE, vocab)) for start in range(0, vocab, VOCAB_TILE)]
 
 
-def project(head: Head, rows: slice, space: Tensor) -> Tensor:
-    """Scores hidden[rows] @ weight.T in fp32 or better, [C, V], in the first rows of ``space``."""
-    hidden = head.hidden[rows]
+def low_rank_input(head: Head) -> Tensor:
+    """scale hidden a^T, [C, r] in the compute dtype."""
+    assert head.lora is not None
+    dtype = compute_dtype(head.hidden.dtype)
+    return (head.hidden.to(dtype) @ head.lora.a.to(dtype).t()).mul_(head.lora.scale)
+
+
+def project(head: Head, space: Tensor) -> Tensor:
+    """Scores hidden @ weight.T, [C, V], in the first rows of ``space``."""
+    hidden, weight = head.hidden, head.weight
     scores = space[: hidden.shape[0]]
     if hidden.dtype == scores.dtype:
-        return torch.mm(hidden, head.weight.t(), out=scores)
-    if hidden.is_cuda:
-        return torch.mm(hidden, head.weight.t(), out_dtype=scores.dtype, out=scores)
-    hidden = hidden.to(scores.dtype)
-    for tile in _tiles(head):
-        torch.mm(hidden, head.weight[tile].to(scores.dtype).t(), out=scores[:, tile])
+        torch.mm(hidden, weight.t(), out=scores)
+    elif hidden.is_cuda:
+        torch.mm(hidden, weight.t(), out_dtype=scores.dtype, out=scores)
+    else:
+        hidden = hidden.to(scores.dtype)
+        for tile in vocab_tiles(head):
+            torch.mm(hidden, weight[tile].to(scores.dtype).t(), out=scores[:, tile])
+    if head.lora is not None:
+        scores.addmm_(low_rank_input(head).to(scores.dtype), head.lora.b.to(scores.dtype).t())
     return scores
 
 
-class Gradients:
-    """Gradients of hidden, weight and bias, added up chunk by chunk; one not wanted costs nothing.
-
-    They stay in the compute dtype until ``finish``, so that each is rounded to the dtype of its parameter
-    only once.
-    """
-
-    def __init__(self, head: Head, wants: tuple[bool, ...]):
-        """``wants``: whether hidden, weight and bias need a gradient."""
-        self._wants = wants
-        self._dtypes = (head.hidden.dtype, head.weight.dtype)
-        self._shape = head.weight.shape
-        self._device = device = head.hidden.device
-        dtype = compute_dtype(head.hidden.dtype)
-        self._dhidden = torch.zeros(head.hidden.shape, dtype=dtype, device=device) if wants[0] else None
-        self._dweight: Tensor | None = None
-        self._dbias = torch.zeros(self._shape[0], dtype=dtype, device=device) if wants[2] else None
-
-    def add(self, head: Head, dscores: Tensor, rows: slice) -> None:
-        """Add what the gradient with respect to the scores of ``rows``, [C, V], sends back."""
-        hidden = head.hidden[rows]
-        dtype = compute_dtype(hidden.dtype)
-        if self._dbias is not None:
-            self._dbias += dscores.sum(0, dtype=dtype)
-        first = self._dweight is None
-        if self._wants[1] and first:
-            self._dweight = torch.empty(self._shape, dtype=dtype, device=hidden.device)
-        dhidden = None if self._dhidden is None else self._dhidden[rows]
-        if hidden.dtype == dtype or hidden.is_cuda:
-            if dhidden is not None:
-                _add_product(dhidden, dscores, head.weight, True)
-            if self._dweight is not None:
-                _add_product(self._dweight, dscores.t(), hidden, first)
-            return
-        hidden = hidden.to(dtype)
-        for tile in _tiles(head):
-            part = dscores[:, tile].to(dtype)
-            if dhidden is not None:
-                dhidden.addmm_(part, head.weight[tile].to(dtype))
-            if self._dweight is not None:
-                _add_product(self._dweight[tile], part.t(), hidden, first)
-
-    def finish(
-        self, put: Callable[[Tensor], Tensor], bias_dtype: torch.dtype | None, scale: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients times ``scale``, each in its dtype, that of hidden through ``put``; may run once."""
-        if self._wants[1] and self._dweight is None:
-            dtype = compute_dtype(self._dtypes[1])
-            self._dweight = torch.zeros(self._shape, dtype=dtype, device=self._device)
-        if self._dhidden is not None:
-            self._dhidden = put(self._dhidden)
-        totals = self._dhidden, self._dweight, self._dbias
-        # the caller's reference must be the last one: autograd then takes the tensor instead of a copy
-        self._dhidden = self._dweight = self._dbias = None
-        dtypes: tuple[torch.dtype | None, ...] = (*self._dtypes, bias_dtype)
-        if scale is not None:
-            for total in totals:
-                if total is not None:
-                    total *= scale
-        return tuple(None if x is None else x.to(d) for x, d in zip(totals, dtypes, strict=True))
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """Add left @ right to ``total`` in its dtype; the first product overwrites it."""
-    if left.dtype == total.dtype:
-        if first:
-            torch.mm(left, right, out=total)
-        else:
-            total.addmm_(left, right)
-    elif first:
-        torch.mm(left, right, out_dtype=total.dtype, out=total)
-    else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+def row_stats(head: Head, scores: Tensor, overwrite: bool) -> Stats:
+    """Statistics of whole rows from the scores of this rank's columns, [C, V]; see the backends' ``stats``."""
+    if head.vocab_parallel is None:
+        return rows_backend(head).stats(scores, head.rows(), overwrite)
+    known = rows_backend(head).stats(scores, head.rows(), overwrite=False)
+    return merge(known, head.labels >= 0, head.vocab_parallel)
 
 
 def rows_backend(head: Head):

@@ -1,4 +1,4 @@
-"""One sweep over chunks of logits gives loss and gradients; some losses need a pass for statistics first."""
+"""One sweep over chunks of logits gives loss and gradients, whatever a coefficient depends on."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ from torch.autograd.function import once_differentiable
 
 from . import row_kernels
 from ._chunked_head import (
-    Gradients,
     Head,
     Tokens,
+    drops_dead_rows,
     even_chunks,
+    keep_live,
+    live_rows,
     max_rows,
     project,
+    row_stats,
     rows_backend,
-    sequence_chunks,
     workspace,
 )
-from .linear_logprobs import gradient_sweep, stats_sweep
+from ._gradients import Gradients, Inputs
+from ._row_cpu import Stats
+from .linear_logprobs import stats_sweep
 from .objectives import TokenObjective
+
+# Weight gradients that wait for a scalar, where each saves a second projection. A fixed number, so that a result
+# does not depend on what else is in memory.
+CPU_DEFERRED_BYTES = 2 * 2**30
+GPU_DEFERRED_BYTES = 4 * 2**30
 
 
 class PolicyLoss(NamedTuple):
@@ -46,9 +55,8 @@ class _AttachGradients(torch.autograd.Function):
     """Gives a computed loss the gradients that were computed with it."""
 
     @staticmethod
-    def forward(ctx, hidden_states, lm_head_weight, bias, loss, gradients: Gradients, tokens: Tokens):
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, loss, gradients: Gradients, tokens: Tokens):
         ctx.gradients, ctx.tokens = gradients, tokens
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return loss.clone()
 
     @staticmethod
@@ -61,8 +69,16 @@ class _AttachGradients(torch.autograd.Function):
                 "away by the first backward; call the loss again, or use linear_logprobs to keep a graph"
             )
         # a comparison would make a GPU wait
-        scale = None if dloss.device.type == "cpu" and dloss == 1 else dloss
-        return *gradients.finish(ctx.tokens.put, ctx.bias_dtype, scale), None, None, None
+        is_one = dloss.device.type == "cpu" and bool(dloss == 1)
+        if gradients.external and dloss.device.type == "cpu" and not is_one:
+            raise RuntimeError(
+                f"the gradient of the weight is in weight_grad already, for a loss that enters backward with "
+                f"factor 1, got {dloss.item()}; put the factor into token_weights, or drop weight_grad"
+            )
+        if gradients.external and dloss.is_cuda:
+            torch._assert_async(dloss == 1)
+        scale = None if is_one else dloss
+        return *gradients.finish(ctx.tokens.put, scale), None, None, None
 
 
 class CallableObjective:
@@ -70,6 +86,7 @@ class CallableObjective:
 
     scope = "batch"
     entropy_grad = True
+    deferred = products = 0
 
     def __init__(self, objective: Callable[[Tensor, Tensor], Tensor], put: Callable, take: Callable):
         """Wrap ``objective``; ``put`` maps computed rows to [N], ``take`` maps [N] back."""
@@ -107,71 +124,183 @@ class CallableObjective:
         return loss
 
 
-def _fused_sweep(
-    head: Head,
-    objective: TokenObjective | CallableObjective,
-    chunks: list[slice],
-    wants: tuple[bool, ...],
-) -> tuple[Tensor, Tensor, Gradients]:
-    """Statistics and gradients from one pass; a chunk must hold all that its gradient depends on."""
-    space = workspace(head, chunks)
-    logp, entropy = space.new_empty(head.labels.numel()), space.new_empty(head.labels.numel())
-    grads = Gradients(head, wants)
-    backend = rows_backend(head)
-    overwrite = not objective.entropy_grad and head.softcap is None
-    for rows in chunks:
-        scores, settings = project(head, rows, space), head.rows(rows)
-        if backend is row_kernels and isinstance(objective, TokenObjective) and objective.scope == "token":
+def _units(scope: str, bounds: list[int] | None, count: int, limit: int) -> list[list[slice]]:
+    """Rows whose coefficients become known together, as chunks of at most ``limit`` rows.
+
+    Args:
+        scope: What a coefficient depends on: "token", "sequence" or "batch".
+        bounds: B+1 sequence bounds, from 0 to ``count``; None where the host does not know them.
+        count: Number of rows.
+        limit: Largest number of rows in a chunk.
+    """
+    chunks = even_chunks(0, count, limit)
+    if scope == "token":
+        return [[chunk] for chunk in chunks]
+    if scope == "batch" or bounds is None or len(chunks) <= 1:
+        return [chunks] if chunks else []
+    units, start = [], 0
+    for end, following in zip(bounds[1:], [*bounds[2:], None], strict=True):
+        if end > start and (following is None or following - start > limit):
+            units.append(even_chunks(start, end, limit))
+            start = end
+    return units
+
+
+class _Sweep:
+    """Statistics and gradients of every row, unit by unit; afterwards logp and entropy [n] are filled."""
+
+    def __init__(self, head: Head, objective: TokenObjective | CallableObjective, grads: Gradients, space: Tensor):
+        self._head, self._objective, self._grads, self._space = head, objective, grads, space
+        self._backend = rows_backend(head)
+        dtype = torch.promote_types(head.hidden.dtype, torch.float32)
+        self.logp, self.entropy = (space.new_empty(head.labels.numel(), dtype=dtype) for _ in range(2))
+        # the CPU rows then keep exp(logit - top) in place of the scores
+        self._overwrite = not objective.entropy_grad and head.softcap is None and head.vocab_parallel is None
+        # an fp16 gradient of one token in N underflows below 2^-24
+        self._alpha = 1.0
+        if self._backend is row_kernels and head.hidden.dtype == torch.float16:
+            self._alpha = 0.5 ** max(0, head.labels.numel() - 1).bit_length()
+
+    def one_chunk(self, rows: slice) -> None:
+        """Rows that need nothing of the rows outside."""
+        head, objective = self._head.at(rows), self._objective
+        scores = project(head, self._space)
+        if (
+            self._backend is row_kernels
+            and isinstance(objective, TokenObjective)
+            and objective.scope == "token"
+            and head.vocab_parallel is None
+        ):
             known, dscores = row_kernels.objective_gradient(
                 scores,
-                settings,
+                head.rows(1 / self._alpha),
                 objective.formula,
                 objective.inputs[:, rows],
                 objective.params,
                 objective.entropy_grad,
             )
-        else:
-            known = backend.stats(scores, settings, overwrite)
-            dlogp, dentropy = objective.coefficients(known.logprobs, known.entropy, rows)
-            dscores = backend.gradient(scores, settings, known, dlogp, dentropy, overwrite)
-        logp[rows], entropy[rows] = known.logprobs, known.entropy
-        grads.add(head, dscores, rows)
-    return logp, entropy, grads
+            self._keep(rows, known)
+            self._grads.add(head, dscores, rows, live_rows(scores.shape[0], None, None, drop=False), self._alpha)
+            return
+        known = row_stats(head, scores, self._overwrite)
+        self._keep(rows, known)
+        dlogp, dentropy = objective.coefficients(known.logprobs, known.entropy, rows)
+        self._add(head, scores, rows, known, dlogp, dentropy, self._overwrite)
+
+    def stats_first(self, chunks: list[slice]) -> None:
+        """A unit of several chunks whose scores, but for the last chunk's, are computed twice."""
+        known, scores = [], self._space
+        for rows in chunks:
+            head = self._head.at(rows)
+            scores = project(head, self._space)
+            known.append(row_stats(head, scores, self._overwrite and rows is not chunks[-1]))
+            self._keep(rows, known[-1])
+        unit = slice(chunks[0].start, chunks[-1].stop)
+        dlogp, dentropy = self._objective.coefficients(self.logp[unit], self.entropy[unit], unit)
+        for rows, part in zip(reversed(chunks), reversed(known), strict=True):
+            own = slice(rows.start - unit.start, rows.stop - unit.start)
+            de = None if dentropy is None else dentropy[own]
+            self._add(
+                self._head.at(rows), scores if rows is chunks[-1] else None, rows, part, dlogp[own], de, False
+            )
+
+    def deferred(self, chunks: list[slice]) -> None:
+        """A unit of several chunks, each of which is projected once, before its scalars are known."""
+        objective = self._objective
+        assert isinstance(objective, TokenObjective)
+        for rows in chunks:
+            head = self._head.at(rows)
+            scores = project(head, self._space)
+            known = row_stats(head, scores, self._overwrite)
+            self._keep(rows, known)
+            ones = torch.ones_like(known.logprobs)
+            dscores = self._backend.gradient(scores, head.rows(), known, ones, None, self._overwrite)
+            fixed, scaled = objective.parts(known.logprobs, rows)
+            live = live_rows(ones.numel(), None, None, drops_dead_rows(head))
+            self._grads.add_directions(head, dscores, rows, live, fixed, scaled)
+        unit = slice(chunks[0].start, chunks[-1].stop)
+        logp, entropy = self.logp[unit], self.entropy[unit]
+        dlogp, _ = objective.coefficients(logp, entropy, unit)
+        self._grads.settle(unit, dlogp, objective.scalars(logp, entropy, unit))
+
+    def _keep(self, rows: slice, known: Stats) -> None:
+        self.logp[rows], self.entropy[rows] = known.logprobs, known.entropy
+
+    def _add(
+        self,
+        head: Head,
+        scores: Tensor | None,
+        rows: slice,
+        known: Stats,
+        dlogp: Tensor,
+        dentropy: Tensor | None,
+        overwritten: bool,
+    ) -> None:
+        """Gradients of a chunk, projected again where ``scores`` is None."""
+        live = live_rows(dlogp.numel(), dlogp, dentropy, drops_dead_rows(head))
+        if live.positions is not None:
+            head, known = head.at(live.positions), Stats(*(x[live.positions] for x in known))
+            dlogp, dentropy = dlogp[live.positions], None if dentropy is None else dentropy[live.positions]
+            if scores is not None:
+                scores = keep_live(scores, live.positions)
+        if scores is None:
+            scores = project(head, self._space)
+        dscores = self._backend.gradient(
+            scores, head.rows(1 / self._alpha), known, dlogp, dentropy, overwritten
+        )
+        self._grads.add(head, dscores, rows, live, self._alpha)
+
+
+def _can_defer(objective: TokenObjective | CallableObjective, head: Head, wants_weight: bool) -> bool:
+    """Coefficients that are not known in time may wait: cheaper than a second projection, and in memory."""
+    if not objective.deferred or objective.entropy_grad or head.lora is not None:
+        return False
+    # dead rows of a part stay in its product on a GPU, so that two parts cost as much as a second projection
+    if not drops_dead_rows(head) and objective.products > 1:
+        return False
+    limit = GPU_DEFERRED_BYTES if head.hidden.is_cuda else CPU_DEFERRED_BYTES
+    size = head.weight.numel() * torch.promote_types(head.hidden.dtype, torch.float32).itemsize
+    return not wants_weight or objective.deferred * size <= limit
 
 
 def policy_loss(
-    inputs: tuple[Tensor, Tensor, Tensor | None],
+    inputs: Inputs,
     head: Head,
     tokens: Tokens,
     objective: TokenObjective | CallableObjective,
-    bounds: list[int] | None = None,
+    bounds: list[int] | None,
+    weight_grad: Tensor | None,
 ) -> PolicyLoss:
-    """Run ``objective``, choosing the cheapest sweep that knows each scope in time.
+    """Run ``objective``, choosing for each unit the cheapest sweep that knows its coefficients in time.
 
     Args:
-        inputs: hidden_states, lm_head_weight and bias as the caller gave them.
+        inputs: As autograd sees them.
         head: The computed rows.
         tokens: Maps results to all rows.
         objective: The loss.
         bounds: Sequence bounds in computed rows, where they are known without a device sync.
+        weight_grad: [V, D] fp32 to add the gradient of the weight to, or None.
     """
-    wants = tuple(x is not None and torch.is_grad_enabled() and x.requires_grad for x in inputs)
-    count, limit = head.labels.numel(), max_rows(head)
-    chunks: list[slice] | None = even_chunks(count, limit)
-    if count > limit and objective.scope == "sequence":
-        chunks = None if bounds is None else sequence_chunks(bounds, limit)
-    elif count > limit and objective.scope == "batch":
-        chunks = None
+    wanted = inputs.wanted()
     grads = None
     with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
-        if any(wants) and chunks is not None:
-            logp, entropy, grads = _fused_sweep(head, objective, chunks, wants)
+        if any(wanted):
+            units = _units(objective.scope, bounds, head.labels.numel(), max_rows(head))
+            grads = Gradients(head, inputs, wanted, weight_grad)
+            space = workspace(head, [chunk for unit in units for chunk in unit])
+            sweep = _Sweep(head, objective, grads, space)
+            for unit in units:
+                if len(unit) == 1:
+                    sweep.one_chunk(unit[0])
+                elif len(unit) > 2 and _can_defer(objective, head, wanted.weight):
+                    sweep.deferred(unit)
+                else:
+                    sweep.stats_first(unit)
+            grads.reduce()
+            logp, entropy = sweep.logp, sweep.entropy
         else:
             known = stats_sweep(head)
             logp, entropy = known.logprobs, known.entropy
-            if any(wants):
-                dlogp, dentropy = objective.coefficients(logp, entropy, slice(0, count))
-                grads = gradient_sweep(head, known, dlogp, dentropy, wants)
         loss, ratio, clipped, terms = objective.evaluate(logp, entropy)
     if grads is not None:
         loss = _AttachGradients.apply(*inputs, loss, grads, tokens)

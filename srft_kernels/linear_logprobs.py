@@ -1,4 +1,4 @@
-"""linear_logprobs: statistics for any loss, and the sweeps over chunks of rows that every op uses."""
+"""linear_logprobs: statistics for any loss, and the sweeps over chunks of rows that it takes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._checks import check_head
+from ._checks import check_head, check_mechanism
 from ._chunked_head import (
-    Gradients,
     Head,
+    LoraDelta,
     Tokens,
     compute_dtype,
+    drops_dead_rows,
     even_chunks,
+    live_rows,
     max_rows,
     project,
+    row_stats,
     rows_backend,
     workspace,
 )
+from ._gradients import Gradients, Inputs, Wanted
 from ._row_cpu import Stats
+from .vocab_parallel import VocabParallel, local_labels
 
 __all__ = ["linear_logprobs"]
 
@@ -31,74 +36,121 @@ def make_head(
     temperature: float | Tensor,
     logit_softcap: float | None,
     ignore_index: int,
-) -> tuple[Head, Tokens]:
+    lora: LoraDelta | None,
+    vocab_parallel: VocabParallel | None,
+    weight_grad: Tensor | None,
+    logits_dtype: torch.dtype | None,
+) -> tuple[Inputs, Head, Tokens]:
     """Check the arguments that every op shares and reduce them to the rows that are computed."""
-    check_head(hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap)
+    tensors = isinstance(hidden_states, Tensor) and isinstance(lm_head_weight, Tensor)
+    if tensors and torch.is_autocast_enabled(hidden_states.device.type):
+        # the body of a model leaves 16-bit states there, beside a weight in fp32
+        lm_head_weight = lm_head_weight.to(hidden_states.dtype)
+    check_head(hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, lora)
+    check_mechanism(hidden_states, lm_head_weight, vocab_parallel, weight_grad, logits_dtype)
     tokens = Tokens(labels, ignore_index)
     dtype = compute_dtype(hidden_states.dtype)
     inv_temperature = None
     if isinstance(temperature, Tensor) or temperature != 1.0:
         temperature = torch.as_tensor(temperature, dtype=dtype, device=hidden_states.device).detach()
         inv_temperature = tokens.select(temperature.reciprocal().expand(labels.shape))
+    kept_labels = tokens.select(labels).contiguous()
+    if vocab_parallel is not None:
+        kept_labels = local_labels(kept_labels, vocab_parallel, lm_head_weight.shape[0], ignore_index)
     head = Head(
         tokens.select(hidden_states.detach()),
         lm_head_weight.detach(),
-        tokens.select(labels).contiguous(),
+        kept_labels,
         None if bias is None else bias.detach().to(dtype),
         inv_temperature,
         logit_softcap,
         ignore_index,
+        None if lora is None else LoraDelta(lora.a.detach(), lora.b.detach(), lora.scale),
+        vocab_parallel,
+        dtype if logits_dtype is None else logits_dtype,
     )
-    return head, tokens
+    a, b = (None, None) if lora is None else (lora.a, lora.b)
+    return Inputs(hidden_states, lm_head_weight, bias, a, b), head, tokens
 
 
 def stats_sweep(head: Head) -> Stats:
     """Statistics of every row; 2NDV."""
-    chunks = even_chunks(head.labels.numel(), max_rows(head))
+    chunks = even_chunks(0, head.labels.numel(), max_rows(head))
     space = workspace(head, chunks)
-    out = Stats(*(space.new_empty(head.labels.numel()) for _ in range(4)))
-    backend = rows_backend(head)
+    out = Stats(*(space.new_empty(head.labels.numel(), dtype=compute_dtype(space.dtype)) for _ in range(4)))
     with torch.autocast(space.device.type, enabled=False):
         for rows in chunks:
-            part = backend.stats(project(head, rows, space), head.rows(rows), overwrite=True)
-            for total, x in zip(out, part, strict=True):
+            part = head.at(rows)
+            known = row_stats(part, project(part, space), overwrite=True)
+            for total, x in zip(out, known, strict=True):
                 total[rows] = x
     return out
 
 
 def gradient_sweep(
-    head: Head, known: Stats, dlogp: Tensor, dentropy: Tensor | None, wants: tuple[bool, ...]
+    head: Head,
+    inputs: Inputs,
+    wanted: Wanted,
+    weight_grad: Tensor | None,
+    known: Stats,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
 ) -> Gradients:
-    """Gradients of hidden, weight and bias, given those of logprobs and entropy; 6NDV."""
-    chunks = even_chunks(head.labels.numel(), max_rows(head))
+    """Gradients of all inputs, given those of logprobs and entropy; 6NDV, of the rows that have any."""
+    chunks = even_chunks(0, head.labels.numel(), max_rows(head))
     space = workspace(head, chunks)
-    grads = Gradients(head, wants)
-    backend = rows_backend(head)
+    grads = Gradients(head, inputs, wanted, weight_grad)
     with torch.autocast(space.device.type, enabled=False):
         for rows in chunks:
-            dscores = backend.gradient(
-                project(head, rows, space),
-                head.rows(rows),
-                Stats(*(x[rows] for x in known)),
-                dlogp[rows],
-                None if dentropy is None else dentropy[rows],
-                overwritten=False,
-            )
-            grads.add(head, dscores, rows)
+            part, own, a = head.at(rows), Stats(*(x[rows] for x in known)), dlogp[rows]
+            e = None if dentropy is None else dentropy[rows]
+            live = live_rows(a.numel(), a, e, drops_dead_rows(head))
+            if live.positions is not None:
+                part, own, a = part.at(live.positions), Stats(*(x[live.positions] for x in own)), a[live.positions]
+                e = None if e is None else e[live.positions]
+            scores = project(part, space)
+            dscores = rows_backend(head).gradient(scores, part.rows(), own, a, e, overwritten=False)
+            grads.add(part, dscores, rows, live)
+        grads.reduce()
     return grads
+
+
+def directions_sweep(head: Head, inputs: Inputs) -> tuple[Stats, Tensor]:
+    """Statistics, and the gradient of hidden [n, D] for a derivative by logp of 1; 4NDV."""
+    chunks = even_chunks(0, head.labels.numel(), max_rows(head))
+    space = workspace(head, chunks)
+    count = head.labels.numel()
+    out = Stats(*(space.new_empty(count, dtype=compute_dtype(space.dtype)) for _ in range(4)))
+    grads = Gradients(head, inputs, Wanted(True, False, False, False, False), None)
+    overwrite = head.softcap is None and head.vocab_parallel is None
+    with torch.autocast(space.device.type, enabled=False):
+        for rows in chunks:
+            part = head.at(rows)
+            scores = project(part, space)
+            known = row_stats(part, scores, overwrite)
+            for total, x in zip(out, known, strict=True):
+                total[rows] = x
+            ones = torch.ones_like(known.logprobs)
+            dscores = rows_backend(head).gradient(scores, part.rows(), known, ones, None, overwrite)
+            grads.add(part, dscores, rows, live_rows(ones.numel(), None, None, drop=False))
+        grads.reduce()
+    return out, grads.directions()
 
 
 class _LinearLogprobs(torch.autograd.Function):
     """Saves the statistics; backward computes each chunk of logits again."""
 
     @staticmethod
-    def forward(ctx, hidden_states, lm_head_weight, bias, head: Head, tokens: Tokens, entropy_grad: bool):
+    def forward(
+        ctx, hidden, weight, bias, lora_a, lora_b, head: Head, tokens: Tokens, weight_grad, entropy_grad: bool
+    ):
         known = stats_sweep(head)
         logprobs, entropy = tokens.put(known.logprobs), tokens.put(known.entropy)
-        # hidden and weight are saved for autograd's check that nobody wrote to them meanwhile
-        ctx.save_for_backward(hidden_states, lm_head_weight, *known)
-        ctx.head, ctx.tokens = head, tokens
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.inputs_given = tuple(x is not None for x in (bias, lora_a, lora_b))
+        # the inputs are saved for autograd's check that nobody wrote to them meanwhile
+        given = [x for x in (bias, lora_a, lora_b) if x is not None]
+        ctx.save_for_backward(*known, hidden, weight, *given)
+        ctx.head, ctx.tokens, ctx.weight_grad = head, tokens, weight_grad
         ctx.set_materialize_grads(False)
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
@@ -107,11 +159,36 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogprobs, dentropy):
-        known, tokens = Stats(*ctx.saved_tensors[2:]), ctx.tokens
+        known, saved = Stats(*ctx.saved_tensors[:4]), list(ctx.saved_tensors[4:])
+        optional = [saved.pop(2) if given else None for given in ctx.inputs_given]
+        tokens = ctx.tokens
         dlogp = torch.zeros_like(known.logprobs) if dlogprobs is None else tokens.take(dlogprobs)
         dentropy = None if dentropy is None else tokens.take(dentropy)
-        grads = gradient_sweep(ctx.head, known, dlogp, dentropy, ctx.needs_input_grad[:3])
-        return *grads.finish(tokens.put, ctx.bias_dtype), None, None, None
+        grads = gradient_sweep(
+            ctx.head, Inputs(*saved, *optional), Wanted(*ctx.needs_input_grad[:5]), ctx.weight_grad, known,
+            dlogp, dentropy,
+        )  # fmt: skip
+        return *grads.finish(tokens.put), None, None, None, None
+
+
+class _FrozenLogprobs(torch.autograd.Function):
+    """Saves the direction of each row's gradient, of which backward is a multiple."""
+
+    @staticmethod
+    def forward(ctx, hidden, head: Head, tokens: Tokens):
+        known, directions = directions_sweep(head, Inputs(hidden, head.weight, head.bias, None, None))
+        ctx.save_for_backward(directions)
+        ctx.tokens, ctx.dtype = tokens, hidden.dtype
+        entropy = tokens.put(known.entropy)
+        ctx.mark_non_differentiable(entropy)
+        return tokens.put(known.logprobs), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogprobs, _dentropy):
+        (directions,) = ctx.saved_tensors
+        dlogp = ctx.tokens.take(dlogprobs)
+        return ctx.tokens.put((directions * dlogp[:, None]).to(ctx.dtype)), None, None
 
 
 def linear_logprobs(
@@ -123,20 +200,26 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    lora: LoraDelta | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    weight_grad: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label and entropy of its distribution, without materialising the [N, V] logits.
 
     Equivalent, with memory that does not grow with N V, to::
 
-        logits = hidden_states.float() @ lm_head_weight.float().T + bias
+        weight = lm_head_weight.float() + lora.scale * lora.b.float() @ lora.a.float()
+        logits = hidden_states.float() @ weight.T + bias
         logits = logit_softcap * tanh(logits / logit_softcap) / temperature
         logprobs = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
         entropy = Categorical(logits=logits).entropy()
 
     Use it for a loss that is not known in advance: forward costs 2NDV, backward computes the logits again
-    (6NDV). Where the loss is known, ``linear_grpo_loss``, ``linear_srft_loss`` or ``linear_policy_loss`` cost
-    6NDV in all.
+    (6NDV). Where only the hidden states need a gradient and ``entropy_grad`` is off, forward costs 4NDV and
+    backward nothing. Where the loss is known, ``linear_grpo_loss``, ``linear_srft_loss`` or
+    ``linear_policy_loss`` cost 6NDV in all, and 4NDV with a frozen head.
 
     Args:
         hidden_states: [N, D] bf16, fp16, fp32 (fp64 on CPU); final normed states, batch and time flattened.
@@ -147,6 +230,14 @@ def linear_logprobs(
             it.
         logit_softcap: c > 0 in z = c tanh(z / c), applied before the temperature. None: no cap.
         ignore_index: Label of rows to skip: log-probability 0, entropy 0, no gradient.
+        lora: LoraDelta(a [r, D], b [V, r], scale): the weight is lm_head_weight + scale b a. ``a`` and ``b``
+            may need gradients and may be of another floating dtype than the weight.
+        vocab_parallel: VocabParallel(group, vocab_start, vocab_size) where ``lm_head_weight``, ``bias`` and
+            ``lora.b`` are this rank's rows of a head that a process group shares; labels stay global.
+        weight_grad: [V, D] fp32 (fp64 for fp64 inputs) buffer that the gradient of the weight is added to;
+            ``lm_head_weight`` then gets none from autograd.
+        logits_dtype: None keeps logits in fp32. The 16-bit dtype of ``hidden_states`` rounds them to it,
+            which is faster and, in bf16, moves a log-probability by up to 0.1 nats.
         entropy_grad: Let the entropy carry a gradient.
 
     Returns:
@@ -154,14 +245,18 @@ def linear_logprobs(
         only with ``entropy_grad``.
 
     Raises:
-        ValueError: On a wrong rank, shape, dtype or device, a DTensor, or a temperature or softcap that is
-        not positive.
+        ValueError: On a wrong rank, shape, dtype or device, a DTensor, a temperature or softcap that is not
+        positive, or one of the last arguments that does not fit the head.
 
     Numerics: logits, softmax and sums in fp32; the weight gradient is added up in fp32 and rounded once.
     Deterministic: yes. Peak extra memory: one workspace of logits, the gradients, O(N).
     Eager twin: ``reference.linear_logprobs``.
     """
-    head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index
-    )
-    return _LinearLogprobs.apply(hidden_states, lm_head_weight, bias, head, tokens, entropy_grad)
+    inputs, head, tokens = make_head(
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
+        vocab_parallel, weight_grad, logits_dtype,
+    )  # fmt: skip
+    wanted = inputs.wanted()
+    if wanted.hidden and not any(wanted[1:]) and not entropy_grad:
+        return _FrozenLogprobs.apply(hidden_states, head, tokens)
+    return _LinearLogprobs.apply(*inputs, head, tokens, weight_grad, entropy_grad)

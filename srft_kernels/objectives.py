@@ -263,6 +263,24 @@ class TokenObjective:
     offsets: Tensor | None = None
     entropy_grad: bool = False
 
+    @property
+    def deferred(self) -> int:
+        """Scalars that the statistics of a scope decide, where coefficients are linear in them; else 0."""
+        return 0
+
+    @property
+    def products(self) -> int:
+        """Parts of the coefficients in ``parts``, the fixed one included."""
+        return 0
+
+    def parts(self, logp: Tensor, rows: slice) -> tuple[Tensor | None, list[Tensor]]:
+        """Coefficients by logp of ``rows`` as fixed + sum_k scalar_k scaled_k: fixed (None for 0) and scaled."""
+        raise AssertionError("only a scope of several tokens has parts")
+
+    def scalars(self, logp: Tensor, entropy: Tensor, rows: slice) -> list[Tensor]:
+        """The scalars [] of ``parts`` for ``rows``, which are a whole scope."""
+        raise AssertionError("only a scope of several tokens has scalars")
+
     def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
         return self.inputs[:, rows]
 
@@ -296,16 +314,46 @@ class GrpoObjective(TokenObjective):
         """See TokenObjective; the tokens of a sequence share the gradient of its ratio equally."""
         if self.scope == "token":
             return super().coefficients(logp, entropy, rows)
-        weight, advantage, old_logp, ref_logp, rollout_weight = self._inputs(logp, entropy, rows)
-        clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef = self.params
+        entropy_coef = self.params[6]
+        dlogp = self._sequence_derivative(logp, entropy, rows) + self._kl_derivative(logp, rows)
+        return dlogp, -self.inputs[0, rows] * entropy_coef if self.entropy_grad else None
+
+    def _sequence_derivative(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        """Derivative of the policy term by each logp: one number a sequence, 0 at tokens that do not count."""
+        weight, advantage, old_logp, _, rollout_weight = self._inputs(logp, entropy, rows)
+        clip_low, clip_high, dual_clip, off_policy, *_ = self.params
         _, dpolicy, _, _ = self.policy.eager(
             logp, (logp - old_logp) * off_policy, advantage, clip_low, clip_high, dual_clip
         )
-        dpolicy = sequence_mean(
-            weight * rollout_weight * dpolicy, self.valid[rows], _local_offsets(self.offsets, rows)
-        )
-        _, dkl = k3.eager((ref_logp - logp) * with_ref)
-        return dpolicy + weight * kl_coef * dkl, -weight * entropy_coef if self.entropy_grad else None
+        valid = self.valid[rows]
+        mean = sequence_mean(weight * rollout_weight * dpolicy, valid, _local_offsets(self.offsets, rows))
+        return torch.where(valid, mean, 0.0)
+
+    def _kl_derivative(self, logp: Tensor, rows: slice) -> Tensor:
+        weight, _, _, ref_logp, _ = self.inputs[:, rows]
+        kl_coef, with_ref = self.params[4:6]
+        return weight * kl_coef * k3.eager((ref_logp - logp) * with_ref)[1]
+
+    @property
+    def deferred(self) -> int:
+        """See TokenObjective."""
+        return int(self.scope == "sequence")
+
+    @property
+    def products(self) -> int:
+        """See TokenObjective."""
+        return self.deferred + (self.params[4] != 0)
+
+    def parts(self, logp: Tensor, rows: slice) -> tuple[Tensor | None, list[Tensor]]:
+        """See TokenObjective; the KL is a token's own, the policy term its sequence's."""
+        kl = self._kl_derivative(logp, rows) if self.params[4] != 0 else None
+        return kl, [self.valid[rows].to(logp.dtype)]
+
+    def scalars(self, logp: Tensor, entropy: Tensor, rows: slice) -> list[Tensor]:
+        """See TokenObjective; ``rows`` are one sequence."""
+        # 0 at tokens that do not count, and the same elsewhere
+        derivative = self._sequence_derivative(logp, entropy, rows)
+        return [derivative.sum() / self.valid[rows].sum().clamp(min=1)]
 
     def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """See TokenObjective; from logp and entropy of all rows."""
@@ -347,6 +395,34 @@ class SrftObjective(TokenObjective):
         else:
             mean = (torch.where(valid, entropy, 0.0).sum() / valid.sum().clamp(min=1)).expand(entropy.shape)
         return torch.cat([inputs[:-1], mean[None]])
+
+    @property
+    def deferred(self) -> int:
+        """See TokenObjective: the weights s and c."""
+        return 2 * (self.scope != "token")
+
+    @property
+    def products(self) -> int:
+        """See TokenObjective."""
+        return self.deferred + 1
+
+    def parts(self, logp: Tensor, rows: slice) -> tuple[Tensor | None, list[Tensor]]:
+        """See TokenObjective: a coefficient is linear in s and c, so its values at 0 and 1 tell the parts."""
+        _, sft_sign, gamma_p, gamma, _, off_policy, own_entropy = self.params
+        zeros = torch.zeros_like(logp)
+
+        def dlogp(sft_weight: float, rl_weight: float) -> Tensor:
+            weights = (sft_weight, sft_sign, gamma_p, gamma, rl_weight, off_policy, own_entropy)
+            return self.formula.eager(logp, zeros, *self.inputs[:, rows], *weights)[1]
+
+        fixed = dlogp(0.0, 0.0)
+        return fixed, [dlogp(1.0, 0.0) - fixed, dlogp(0.0, 1.0) - fixed]
+
+    def scalars(self, logp: Tensor, entropy: Tensor, rows: slice) -> list[Tensor]:
+        """See TokenObjective; ``rows`` are one sequence, or all."""
+        sft_coef, sft_sign, _, _, rl_coef, *_ = self.params
+        mean = self._inputs(logp, entropy, rows)[-1][0]
+        return [sft_coef * torch.exp(sft_sign * mean), rl_coef * torch.exp(mean)]
 
     def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """See TokenObjective; from logp and entropy of all rows."""

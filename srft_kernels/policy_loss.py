@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_count, check_grpo, check_srft
-from ._chunked_head import Tokens, compute_dtype
+from ._chunked_head import LoraDelta, Tokens, compute_dtype
 from ._one_pass import CallableObjective, PolicyLoss, policy_loss
 from ._presets import srft_switches
 from .linear_logprobs import make_head
@@ -20,6 +20,7 @@ from .objectives import (
     TokenObjective,
     cross_entropy_token,
 )
+from .vocab_parallel import VocabParallel
 
 __all__ = ["linear_cross_entropy", "linear_grpo_loss", "linear_policy_loss", "linear_srft_loss"]
 
@@ -51,6 +52,10 @@ def linear_cross_entropy(
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    lora: LoraDelta | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    weight_grad: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the labels, without materialising the [N, V] logits.
 
@@ -66,6 +71,11 @@ def linear_cross_entropy(
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.
         ignore_index: Label of rows to skip.
+        lora: Low-rank change of the weight.
+        vocab_parallel: Where this rank's rows of the weight are.
+        weight_grad: [V, D] buffer for the gradient of the weight. It is filled in forward, so the loss must
+            enter backward with factor 1.
+        logits_dtype: 16-bit dtype to round the logits to, or None.
 
     Returns:
         [] fp32 (fp64 for fp64 inputs) loss, whose backward may run once.
@@ -75,14 +85,15 @@ def linear_cross_entropy(
 
     Eager twin: ``reference.linear_cross_entropy``.
     """
-    head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index
-    )
+    inputs, head, tokens = make_head(
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
+        vocab_parallel, weight_grad, logits_dtype,
+    )  # fmt: skip
     check_count("num_tokens", num_tokens)
     dtype = compute_dtype(hidden_states.dtype)
     weight = tokens.valid.to(dtype) * _reciprocal(_count(num_tokens, tokens.valid, dtype))
     objective = TokenObjective(cross_entropy_token, weight[None], (), tokens.valid)
-    return policy_loss((hidden_states, lm_head_weight, bias), head, tokens, objective).loss
+    return policy_loss(inputs, head, tokens, objective, None, weight_grad).loss
 
 
 def linear_grpo_loss(
@@ -107,6 +118,10 @@ def linear_grpo_loss(
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    lora: LoraDelta | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    weight_grad: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> PolicyLoss:
     """Policy-gradient loss of the GRPO family, without materialising the [N, V] logits.
 
@@ -144,6 +159,11 @@ def linear_grpo_loss(
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.
         ignore_index: Label of rows to skip.
+        lora: Low-rank change of the weight.
+        vocab_parallel: Where this rank's rows of the weight are.
+        weight_grad: [V, D] buffer for the gradient of the weight. It is filled in forward, so the loss must
+            enter backward with factor 1.
+        logits_dtype: 16-bit dtype to round the logits to, or None.
 
     Returns:
         PolicyLoss. ``terms``: "policy", "kl" and "entropy_bonus" as they enter the loss, whose sum is the
@@ -157,16 +177,17 @@ def linear_grpo_loss(
     CISPO https://arxiv.org/abs/2506.13585; dual clip https://arxiv.org/abs/1912.09729. Eager twin:
     ``reference.linear_grpo_loss``.
     """
-    head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index
-    )
+    inputs, head, tokens = make_head(
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
+        vocab_parallel, weight_grad, logits_dtype,
+    )  # fmt: skip
     check_grpo(
         labels, advantages, old_logprobs, loss_type, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef,
         rollout_weights, entropy_coef, cu_seqlens, token_weights, num_tokens,
     )  # fmt: skip
     dtype = compute_dtype(hidden_states.dtype)
     ones = torch.ones_like(labels, dtype=dtype)
-    inputs = _pack(
+    vectors = _pack(
         tokens,
         dtype,
         ones if token_weights is None else token_weights,
@@ -175,14 +196,14 @@ def linear_grpo_loss(
         ref_logprobs,
         ones if rollout_weights is None else rollout_weights,
     )
-    inputs[0] *= _reciprocal(_count(num_tokens, tokens.valid, dtype))
+    vectors[0] *= _reciprocal(_count(num_tokens, tokens.valid, dtype))
     off_policy, with_ref = float(old_logprobs is not None), float(ref_logprobs is not None)
     dual_clip = float("inf") if dual_clip is None else dual_clip
     params = (clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef)
     formula, policy = GRPO_FORMULAS[loss_type]
     objective = GrpoObjective(
         formula,
-        inputs,
+        vectors,
         tuple(map(float, params)),
         tokens.valid,
         scope="sequence" if loss_type == "gspo" else "token",
@@ -191,7 +212,7 @@ def linear_grpo_loss(
         policy=policy,
     )
     bounds = _host_bounds(objective, cu_seqlens)
-    return policy_loss((hidden_states, lm_head_weight, bias), head, tokens, objective, bounds)
+    return policy_loss(inputs, head, tokens, objective, bounds, weight_grad)
 
 
 def _host_bounds(objective: TokenObjective, cu_seqlens: Tensor | None) -> list[int] | None:
@@ -229,6 +250,10 @@ def linear_srft_loss(
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    lora: LoraDelta | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    weight_grad: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> PolicyLoss:
     """SRFT loss on demonstrations and rollouts together, without materialising the [N, V] logits.
 
@@ -284,6 +309,11 @@ def linear_srft_loss(
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.
         ignore_index: Label of rows to skip.
+        lora: Low-rank change of the weight.
+        vocab_parallel: Where this rank's rows of the weight are.
+        weight_grad: [V, D] buffer for the gradient of the weight. It is filled in forward, so the loss must
+            enter backward with factor 1.
+        logits_dtype: 16-bit dtype to round the logits to, or None.
 
     Returns:
         PolicyLoss; ``clipped`` is all False. ``terms``: "demo_sft", "demo_rl", "rollout_positive",
@@ -299,9 +329,10 @@ def linear_srft_loss(
     Reference: Fu et al., https://arxiv.org/abs/2506.19767 (eq. 8 to 13). Eager twin:
     ``reference.linear_srft_loss``.
     """
-    head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index
-    )
+    inputs, head, tokens = make_head(
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
+        vocab_parallel, weight_grad, logits_dtype,
+    )  # fmt: skip
     switches = srft_switches(preset, self_rollout, sft_entropy_sign, entropy_scope, demo_gamma, entropy_coef)
     check_srft(
         labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs, sft_coef, rl_coef, batch_entropy,
@@ -317,14 +348,14 @@ def linear_srft_loss(
         torch.as_tensor(batch_entropy if given_entropy else 0.0).to(labels.device, dtype).expand(labels.shape)
     )
     demo_n = is_demo.to(dtype)
-    inputs = _pack(
+    vectors = _pack(
         tokens, dtype, demo_n, 1 - demo_n, None, advantages, is_correct, old_logprobs, scope_entropy
     )
-    inputs[0] *= weight * _reciprocal(num_demo)
-    inputs[1] *= weight * _reciprocal(num_rollout)
-    inputs[2] = switches.entropy_coef * tokens.valid.to(dtype) * _reciprocal(num_demo + num_rollout)
+    vectors[0] *= weight * _reciprocal(num_demo)
+    vectors[1] *= weight * _reciprocal(num_rollout)
+    vectors[2] = switches.entropy_coef * tokens.valid.to(dtype) * _reciprocal(num_demo + num_rollout)
     # a demonstration has no old_logprobs: whatever stands there must not reach the sums
-    inputs[5] = torch.where(demo, 0.0, inputs[5])
+    vectors[5] = torch.where(demo, 0.0, vectors[5])
     formula, rollout = SRFT_FORMULAS[switches.self_rollout]
     # f(p) = p / (gamma_p p + gamma)
     gamma_p, gamma = (0.0, 1.0) if switches.demo_gamma is None else (1.0, switches.demo_gamma)
@@ -341,7 +372,7 @@ def linear_srft_loss(
     )
     objective = SrftObjective(
         formula,
-        inputs,
+        vectors,
         tuple(map(float, params)),
         tokens.valid,
         scope=scope,
@@ -351,7 +382,7 @@ def linear_srft_loss(
         is_demo=demo,
     )
     bounds = _host_bounds(objective, cu_seqlens)
-    return policy_loss((hidden_states, lm_head_weight, bias), head, tokens, objective, bounds)
+    return policy_loss(inputs, head, tokens, objective, bounds, weight_grad)
 
 
 def linear_policy_loss(
@@ -364,6 +395,10 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    lora: LoraDelta | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    weight_grad: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> PolicyLoss:
     """Any loss of (logprobs, entropy), without materialising the [N, V] logits.
 
@@ -380,6 +415,11 @@ def linear_policy_loss(
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.
         ignore_index: Label of rows to skip.
+        lora: Low-rank change of the weight.
+        vocab_parallel: Where this rank's rows of the weight are.
+        weight_grad: [V, D] buffer for the gradient of the weight. It is filled in forward, so the loss must
+            enter backward with factor 1.
+        logits_dtype: 16-bit dtype to round the logits to, or None.
 
     Returns:
         PolicyLoss, with a ratio of 1, nothing clipped and no terms.
@@ -389,12 +429,13 @@ def linear_policy_loss(
 
     Eager twin: ``reference.linear_policy_loss``.
     """
-    head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index
-    )
+    inputs, head, tokens = make_head(
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
+        vocab_parallel, weight_grad, logits_dtype,
+    )  # fmt: skip
     if not callable(objective):
         raise ValueError(
             f"objective must be callable as objective(logprobs, entropy), got {type(objective).__name__}"
         )
     user = CallableObjective(objective, tokens.put, tokens.take)
-    return policy_loss((hidden_states, lm_head_weight, bias), head, tokens, user)
+    return policy_loss(inputs, head, tokens, user, None, weight_grad)

@@ -1,5 +1,7 @@
 """The same names and signatures in plain PyTorch: logits are materialised and autograd differentiates.
 
+Only the arguments that say where things are kept are absent: vocab_parallel and weight_grad.
+
 The only things taken from ``objectives`` are loss values; every derivative here comes from autograd, and
 every weight that must carry no gradient is detached where it is made. fp64 inputs are computed in fp64, all
 others in fp32.
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_grpo, check_head, check_srft
+from ._chunked_head import LoraDelta
 from ._one_pass import PolicyLoss
 from ._presets import srft_switches
 from .objectives import GRPO_FORMULAS, SRFT_FORMULAS, k3, srft_demo
@@ -27,16 +30,22 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    lora: LoraDelta | None = None,
+    logits_dtype: torch.dtype | None = None,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label and entropy, from materialised logits.
 
-    hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, entropy_grad:
-    as in ``srft_kernels.linear_logprobs``.
+    hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
+    logits_dtype, entropy_grad: as in ``srft_kernels.linear_logprobs``.
     """
-    check_head(hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap)
+    check_head(hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, lora)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     logits = hidden_states.to(dtype) @ lm_head_weight.to(dtype).t()
+    if lora is not None:
+        logits = logits + lora.scale * (hidden_states.to(dtype) @ lora.a.to(dtype).t()) @ lora.b.to(dtype).t()
+    if logits_dtype is not None:
+        logits = logits.to(logits_dtype).to(dtype)
     if bias is not None:
         logits = logits + bias.to(dtype)
     if logit_softcap is not None:
@@ -63,16 +72,18 @@ def linear_cross_entropy(
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    lora: LoraDelta | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Mean cross-entropy, from materialised logits.
 
-    hidden_states, lm_head_weight, labels, num_tokens, bias, temperature, logit_softcap, ignore_index:
-    as in ``srft_kernels.linear_cross_entropy``.
+    hidden_states, lm_head_weight, labels, num_tokens, bias, temperature, logit_softcap, ignore_index,
+    lora, logits_dtype: as in ``srft_kernels.linear_cross_entropy``.
     """
     logprobs, _ = linear_logprobs(
         hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
         logit_softcap=logit_softcap,
-        ignore_index=ignore_index,
+        ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype,
     )  # fmt: skip
     return -logprobs.sum() / _at_least_one(num_tokens, labels != ignore_index)
 
@@ -99,17 +110,20 @@ def linear_grpo_loss(
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    lora: LoraDelta | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> PolicyLoss:
     """Loss of the GRPO family, from materialised logits.
 
     hidden_states, lm_head_weight, labels, advantages, old_logprobs, loss_type, clip_low, clip_high,
     dual_clip, ref_logprobs, kl_coef, rollout_weights, entropy_coef, cu_seqlens, token_weights,
-    num_tokens, bias, temperature, logit_softcap, ignore_index: as in ``srft_kernels.linear_grpo_loss``.
+    num_tokens, bias, temperature, logit_softcap, ignore_index, lora,
+    logits_dtype: as in ``srft_kernels.linear_grpo_loss``.
     """
     logp, entropy = linear_logprobs(
         hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
         logit_softcap=logit_softcap,
-        ignore_index=ignore_index, entropy_grad=True,
+        ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype, entropy_grad=True,
     )  # fmt: skip
     check_grpo(
         labels, advantages, old_logprobs, loss_type, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef,
@@ -171,18 +185,20 @@ def linear_srft_loss(
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    lora: LoraDelta | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> PolicyLoss:
     """SRFT loss, from materialised logits.
 
     hidden_states, lm_head_weight, labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs,
     preset, sft_coef, rl_coef, sft_entropy_sign, entropy_scope, batch_entropy, self_rollout, demo_gamma,
     entropy_coef, token_weights, num_rollout_tokens, num_demo_tokens, bias, temperature, logit_softcap,
-    ignore_index: as in ``srft_kernels.linear_srft_loss``.
+    ignore_index, lora, logits_dtype: as in ``srft_kernels.linear_srft_loss``.
     """
     logp, entropy = linear_logprobs(
         hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
         logit_softcap=logit_softcap,
-        ignore_index=ignore_index, entropy_grad=True,
+        ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype, entropy_grad=True,
     )  # fmt: skip
     switches = srft_switches(preset, self_rollout, sft_entropy_sign, entropy_scope, demo_gamma, entropy_coef)
     check_srft(
@@ -254,16 +270,18 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    lora: LoraDelta | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> PolicyLoss:
     """Any loss of (logprobs, entropy), from materialised logits.
 
-    hidden_states, lm_head_weight, labels, objective, bias, temperature, logit_softcap, ignore_index: as
-    in ``srft_kernels.linear_policy_loss``.
+    hidden_states, lm_head_weight, labels, objective, bias, temperature, logit_softcap, ignore_index, lora,
+    logits_dtype: as in ``srft_kernels.linear_policy_loss``.
     """
     logp, entropy = linear_logprobs(
         hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
         logit_softcap=logit_softcap,
-        ignore_index=ignore_index, entropy_grad=True,
+        ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype, entropy_grad=True,
     )  # fmt: skip
     ones = torch.ones_like(logp)
     return _result(objective(logp, entropy), logp, entropy, ones, ones == 0, {})

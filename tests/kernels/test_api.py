@@ -29,8 +29,10 @@ def test_every_op_is_exported():
 
 @pytest.mark.parametrize("name", OPS)
 def test_reference_has_the_same_signature(name):
-    """Names, order, kinds, defaults and annotations."""
-    assert inspect.signature(getattr(srft_kernels, name)) == inspect.signature(getattr(reference, name))
+    """Names, order, kinds, defaults and annotations, but for two arguments that say where things are kept."""
+    op, twin = (inspect.signature(getattr(module, name)) for module in (srft_kernels, reference))
+    kept = [p for p in op.parameters.values() if p.name not in ("vocab_parallel", "weight_grad")]
+    assert op.replace(parameters=kept) == twin
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -54,9 +54,9 @@ CPU_FAULTS = {
         {"entropy_coef": 0.5},
     ),
     "drop the first chunk of the weight gradient": (
-        "_chunked_head.py",
-        "total.addmm_(left, right)",
-        "torch.mm(left, right, out=total)",
+        "_gradients.py",
+        "beta = 0.0 if first else 1.0",
+        "beta = 0.0",
         cross_entropy,
         {},
     ),

@@ -30,7 +30,7 @@ class FakeDTensor(torch.Tensor):
         ({"weight": CASE.weight.t()}, r"lm_head_weight must be \[V, D\] .*D=4, got \[4, 11\]"),
         ({"weight": CASE.weight.double()}, "lm_head_weight must have the dtype of hidden_states"),
         ({"weight": CASE.weight.to("meta")}, "lm_head_weight must be on the device"),
-        ({"weight": CASE.weight.as_subclass(FakeDTensor)}, "got a DTensor; pass lm_head_weight.full_tensor"),
+        ({"weight": CASE.weight.as_subclass(FakeDTensor)}, "got a DTensor; call the op through FusedLMHead"),
         ({"labels": CASE.labels[:-1]}, r"labels must be \[N\]=\[8\], got \[7\]"),
         ({"labels": CASE.labels.int()}, "labels must be int64, got torch.int32"),
         ({"labels": CASE.labels.tolist()}, "labels must be a tensor, got list"),

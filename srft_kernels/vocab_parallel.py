@@ -1,0 +1,77 @@
+"""An lm_head whose rows are spread over a process group: one collective of four numbers a token and chunk."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._row_cpu import Stats
+
+__all__ = ["VocabParallel"]
+
+
+class VocabParallel(NamedTuple):
+    """Says that ``lm_head_weight`` and ``bias`` are this rank's rows of a head that a group shares.
+
+    Every rank of the group passes the same hidden states, labels and per-token inputs, and gets the same
+    results; the gradient of the hidden states is that of the whole head on every rank, summed over the group
+    inside the op, and must not be summed again.
+    """
+
+    group: dist.ProcessGroup
+    """The ranks that hold the other rows."""
+    vocab_start: int
+    """Row of the whole weight at which this rank's rows begin."""
+    vocab_size: int
+    """V of the whole weight; labels are in [0, V). Ranks may hold different numbers of rows."""
+
+
+def local_labels(labels: Tensor, shard: VocabParallel, rows: int, ignore_index: int) -> Tensor:
+    """Labels counted from this rank's first row; those of other ranks become a negative number.
+
+    Args:
+        labels: [n] int64 in the whole vocabulary, or ``ignore_index``, which is kept.
+        shard: Where this rank's rows are.
+        rows: How many there are.
+        ignore_index: Label of rows that are skipped.
+    """
+    elsewhere = -1 if ignore_index != -1 else -2
+    local = labels - shard.vocab_start
+    local = torch.where((local >= 0) & (local < rows), local, elsewhere)
+    return torch.where(labels == ignore_index, labels, local)
+
+
+def merge(known: Stats, here: Tensor, shard: VocabParallel) -> Stats:
+    """Statistics of whole rows from those of every rank's columns; the same bits on every rank.
+
+    Args:
+        known: [C] each, of the columns of this rank.
+        here: [C] bool, the label is among them.
+        shard: Names the group.
+    """
+    # z_label - top
+    label = torch.where(here, known.logprobs + known.log_sum, 0.0)
+    own = torch.stack([known.top, known.log_sum, known.log_sum - known.entropy, label, here.to(label)])
+    ranks = shard.group.size()
+    parts = own.new_empty(ranks * own.shape[0], own.shape[1])
+    dist.all_gather_into_tensor(parts, own, group=shard.group)
+    # float64: [R, C] numbers are few, and log_sum - entropy has lost a few bits already
+    top_r, log_sum_r, mean_r, label_r, here_r = parts.double().view(ranks, *own.shape).unbind(1)
+    top = top_r.amax(0)
+    # a rank whose logits are all -inf has NaN for a mean, and no share
+    some = top_r > -torch.inf
+    below = torch.where(some, top_r - top, 0.0)
+    share = torch.where(some, (log_sum_r + below).exp(), 0.0)
+    total = share.sum(0)
+    weighted = (share * torch.where(some, mean_r + below, 0.0)).sum(0)
+    label_r = torch.where(some, label_r + below, -torch.inf)
+    z_label = torch.where(here_r > 0, label_r, 0.0).sum(0)
+    log_sum = total.log()
+    # a label that no rank has is ignored
+    found = here_r.amax(0) > 0
+    logprobs = torch.where(found, z_label - log_sum, 0.0)
+    entropy = torch.where(found, log_sum - weighted / total, 0.0)
+    return Stats(*(x.to(known.top.dtype) for x in (logprobs, entropy, top, log_sum)))

@@ -1,0 +1,113 @@
+"""Coefficients that a sequence or the batch decides: every sweep that can know them gives the same result."""
+
+import pytest
+import torch
+
+import srft_kernels
+from srft_kernels import _chunked_head, _one_pass
+from tests.kernels.cases import assert_matches_reference, case_id, grpo, make_case, policy, srft
+
+# 16 rows fit in a workspace of no bytes: sequences of 60, 30, 9, 31 rows are 4, 2, 1 and 2 chunks
+BOUNDS = torch.tensor([0, 60, 90, 90, 99, 130], dtype=torch.int32)
+SCOPES = [
+    (srft, {"entropy_scope": "sequence"}),
+    (srft, {"entropy_scope": "batch"}),
+    (srft, {"entropy_scope": "batch", "self_rollout": "ratio", "off_policy": True, "sft_entropy_sign": 1}),
+    (srft, {"entropy_scope": "sequence", "demo_gamma": 0.1, "everything": True, "temperature": 0.7}),
+    (srft, {"entropy_scope": "batch", "logit_softcap": 3.0}),
+    (srft, {"preset": "upt"}),
+    (srft, {"preset": "upt", "entropy_scope": "batch"}),
+    (grpo, {"loss_type": "gspo"}),
+    (grpo, {"loss_type": "gspo", "kl_coef": 0.3, "with_ref": True, "clip_low": 0.05}),
+    (grpo, {"loss_type": "gspo", "everything": True}),
+    (policy, {}),
+]
+scopes = pytest.mark.parametrize(
+    ("op", "options"), SCOPES, ids=lambda x: x.__name__ if callable(x) else case_id(x)
+)
+
+
+def long_case(dtype=torch.float32, ignored=0.2, **options):
+    """130 tokens whose first sequence takes four chunks, with classes that change between sequences."""
+    case = make_case((130, 97, 24), dtype, ignored=ignored, seed=3, **options)
+    case.cu_seqlens = BOUNDS
+    sequence = torch.searchsorted(BOUNDS[1:-1].contiguous(), torch.arange(130), right=True)
+    case.is_demo, case.is_correct = sequence % 2 == 0, sequence % 4 == 1
+    return case
+
+
+def with_ref(case, options):
+    """The options, with the reference log-probabilities of the case where they are asked for."""
+    options = dict(options)
+    if options.pop("with_ref", False):
+        options["ref_logprobs"] = case.ref_logprobs
+    return options
+
+
+@pytest.fixture
+def sweeps(monkeypatch):
+    """Chunks of 16 rows, and the names of the sweeps that ran."""
+    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    seen = set()
+    for name in ("one_chunk", "stats_first", "deferred"):
+        method = getattr(_one_pass._Sweep, name)
+
+        def watched(self, rows, name=name, method=method):
+            seen.add(name)
+            return method(self, rows)
+
+        monkeypatch.setattr(_one_pass._Sweep, name, watched)
+    return seen
+
+
+@scopes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
+@pytest.mark.parametrize("budget", [0, 2**31], ids=["stats-first", "deferred"])
+def test_matches_reference(op, options, dtype, budget, sweeps, monkeypatch):
+    """Every scope over chunks of 16 rows, with and without room for weight gradients that wait."""
+    monkeypatch.setattr(_one_pass, "CPU_DEFERRED_BYTES", budget)
+    # without ignored rows the chunks are where BOUNDS says
+    case = long_case(dtype, ignored=0.0)
+    assert_matches_reference(op, case, **with_ref(case, options))
+    entropy_grad = op is policy or options.get("preset") == "upt" or bool(options.get("everything") and op is grpo)
+    assert ("deferred" in sweeps) == (budget > 0 and not entropy_grad)
+    assert "stats_first" in sweeps or options.get("entropy_scope") == "batch"
+
+
+@scopes
+def test_ignored_rows_and_no_bias(op, options, sweeps):
+    """The same with ignored tokens, also at the edges of sequences, and without a bias."""
+    case = long_case(bias=False)
+    assert_matches_reference(op, case, **with_ref(case, options))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_frozen_part_of_a_deferred_unit(frozen, sweeps):
+    """A frozen weight needs no waiting gradient; frozen hidden states leave the others unchanged."""
+    case = long_case(ignored=0.0)
+    names, grads = ("hidden", "weight", "bias"), []
+    for leaves in (set(names), set(names) - {frozen}):
+        copies = {name: getattr(case, name).clone().requires_grad_(name in leaves) for name in names}
+        srft_kernels.linear_srft_loss(
+            copies["hidden"], copies["weight"], case.labels, case.advantages, is_demo=case.is_demo,
+            is_correct=case.is_correct, cu_seqlens=BOUNDS, bias=copies["bias"],
+        ).loss.backward()  # fmt: skip
+        grads.append({name: x.grad for name, x in copies.items()})
+    assert grads[1][frozen] is None and "deferred" in sweeps
+    for name in set(names) - {frozen}:
+        assert torch.equal(grads[0][name], grads[1][name])
+
+
+@pytest.mark.parametrize("limit", [7, 16, 40, 200])
+def test_units_cover_every_row_once(limit):
+    """Chunks are at most ``limit`` rows, in order, and split no sequence that would fit."""
+    bounds = BOUNDS.tolist()
+    for scope in ("token", "sequence", "batch"):
+        units = _one_pass._units(scope, bounds, 130, limit)
+        rows = [row for unit in units for chunk in unit for row in range(chunk.start, chunk.stop)]
+        assert rows == list(range(130))
+        assert all(chunk.stop - chunk.start <= limit for unit in units for chunk in unit)
+        if scope == "sequence":
+            assert all(unit[0].start in bounds and unit[-1].stop in bounds for unit in units)
+            assert all(len(unit) == 1 or unit[-1].stop - unit[0].start > limit for unit in units)
+    assert _one_pass._units("batch", None, 0, limit) == _one_pass._units("token", None, 0, limit) == []
