@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ._checks import check_choice, check_positive
+from ._chunked_head import LoraDelta
 
 __all__ = ["FusedLMHead"]
 
@@ -38,9 +39,9 @@ class FusedLMHead(nn.Module):
     no FSDP2 module was entered, is gathered here and its gradient reduced as ``grad_reduction`` says, in its own
     dtype, on every call and without overlap.
 
-    Precision: the weight is cast to the dtype of ``hidden_states``, autocast or not. Where it differs, a call
-    copies the weight (V D elements, kept until backward only by ``linear_logprobs``) and the gradient is rounded
-    once to that dtype before it joins the weight's own, as under FSDP2's mixed precision. The bias is not cast.
+    Precision: the weight is cast to the dtype of ``hidden_states``, autocast or not. Where it differs, every call
+    copies it (V D elements, until backward), and its gradient is rounded once to that dtype before it joins the
+    weight's own, as under FSDP2's mixed precision. The bias and LoRA are not cast.
     """
 
     weight: nn.Parameter
@@ -84,6 +85,7 @@ class FusedLMHead(nn.Module):
         self.logit_softcap = logit_softcap
         self.grad_reduction = grad_reduction
         self._source: weakref.ref[nn.Module] | None = None
+        self._lora_layer: tuple[Any, ...] = ()
 
     @classmethod
     def from_linear(
@@ -93,38 +95,50 @@ class FusedLMHead(nn.Module):
 
         Sharding one of the two alone would part them; as long as ``module`` lives, a call then raises.
 
+        A LoRA layer of peft may stand in for the linear layer: the head takes part in its active adapter, in
+        ``disable_adapter`` and in merging as the layer does, and lists the adapters under ``lora_A`` and ``lora_B``.
+        Freezing the base weight is left to peft. Make the head after the adapters: it cannot see them otherwise.
+
         Args:
-            module: The lm_head, an ``nn.Linear``.
+            module: The lm_head, an ``nn.Linear`` or peft's LoRA layer around one.
             logit_softcap: As for the class.
             grad_reduction: As for the class.
 
         Raises:
             ValueError: Where ``module`` is no such layer, or as for the class.
         """
-        if not isinstance(module, nn.Linear):
+        is_lora = hasattr(module, "base_layer") and hasattr(module, "lora_A")
+        layer = module.base_layer if is_lora else module
+        if not isinstance(layer, nn.Linear):
+            got = type(module).__name__ + (f" around {type(layer).__name__}" if is_lora else "")
             raise ValueError(
-                f"module must be an nn.Linear, got {type(module).__name__}; pass the linear layer inside it"
+                f"module must be an nn.Linear, or a LoRA layer of peft around one, got {got}; "
+                "pass the linear layer inside it"
             )
-        layer: Any = module  # torch declares its parameters as tensors
-        head = cls(layer.weight, layer.bias, logit_softcap=logit_softcap, grad_reduction=grad_reduction)
-        head._source = weakref.ref(module)
+        weight: Any = layer.weight  # torch declares it as a tensor
+        head = cls(weight, layer.bias, logit_softcap=logit_softcap, grad_reduction=grad_reduction)
+        head._source = weakref.ref(layer)
+        if is_lora:
+            head.lora_A, head.lora_B = module.lora_A, module.lora_B
+            # in a tuple it is no submodule: its parameters are those registered here
+            head._lora_layer = (module,)
         return head
 
     def forward(self, hidden_states: Tensor, op: Callable[..., T]) -> T:
-        """Call ``op`` with the hidden states, the weight, and the bias and softcap that the head has.
+        """Call ``op`` with the hidden states, the weight, and the bias, softcap and LoRA that the head has.
 
         Args:
             hidden_states: [N, D], as the ops take them; their dtype is that of the computation.
-            op: Called as ``op(hidden_states, lm_head_weight, bias=bias, logit_softcap=logit_softcap)``, without
-                those keywords that are None here. One of this package's ops with its other arguments bound by
+            op: Called as ``op(hidden_states, lm_head_weight, bias=bias, logit_softcap=logit_softcap, lora=lora)``,
+                without those keywords that are None here. One of this package's ops with its other arguments bound by
                 ``functools.partial``, or any function; one that calls several ops gathers the weight once.
 
         Returns:
             What ``op`` returns. For FSDP2 that should be tensors, or tuples and dicts of them.
 
         Raises:
-            ValueError: On arguments of the wrong kind, or a weight that is no longer that of ``from_linear``'s
-            module.
+            ValueError: On arguments of the wrong kind, a weight that is no longer that of ``from_linear``'s module,
+            or an adapter that does more than add ``scale`` b a to the weight.
         """
         if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
             got = hidden_states.dtype if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
@@ -147,8 +161,38 @@ class FusedLMHead(nn.Module):
             options["bias"] = _whole(self.bias, self.bias.dtype, self.grad_reduction)
         if self.logit_softcap is not None:
             options["logit_softcap"] = self.logit_softcap
+        lora = self._active_lora() if self._lora_layer else None
+        if lora is not None:
+            options["lora"] = lora
         weight = _whole(self.weight, hidden_states.dtype, self.grad_reduction)
         return op(hidden_states, weight, **options)
+
+    def _active_lora(self) -> LoraDelta | None:
+        """What the LoRA layer adds at this moment."""
+        (layer,) = self._lora_layer
+        if layer.merged:
+            if layer.disable_adapters:
+                raise ValueError("the LoRA adapters of lm_head are disabled but merged; unmerge them first")
+            return None
+        names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+        if not names:
+            return None
+        if len(names) > 1:
+            raise ValueError(f"lm_head must have one active LoRA adapter, got {', '.join(names)}; merge all but one")
+        (name,) = names
+        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if name in layer.lora_variant or b.bias is not None:
+            raise ValueError(
+                f"the LoRA adapter {name!r} of lm_head is a variant (such as DoRA) or has a bias, "
+                "which the fused ops do not compute; configure plain LoRA for lm_head"
+            )
+        if dropout.training and getattr(dropout, "p", 0.0) > 0:
+            raise ValueError(
+                f"the LoRA adapter {name!r} of lm_head has a dropout of {dropout.p}, which the fused ops do not "
+                "compute; set lora_dropout=0, or call .eval() on the model"
+            )
+        a, b = (_whole(x.weight, x.weight.dtype, self.grad_reduction) for x in (a, b))
+        return LoraDelta(a, b, layer.scaling[name])
 
     def extra_repr(self) -> str:
         """Sizes and options, as ``nn.Linear`` shows them."""

@@ -5,6 +5,7 @@ Run as a script, this file is one of the ranks: it goes through all scenarios an
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -341,6 +342,45 @@ def mixed_by_hand(rank: int) -> Result:
     return _mixed(rank, by_hand=True)
 
 
+class LoraPolicy(Policy):
+    """A policy whose lm_head is a LoRA layer of peft, beside its head."""
+
+    def __init__(self):
+        super().__init__()
+        import peft
+
+        del self.head
+        torch.manual_seed(2)
+        config = peft.LoraConfig(target_modules=["lm_head"], r=3, lora_alpha=6)
+        peft.inject_adapter_in_model(config, self)
+        nn.init.normal_(self.lm_head.lora_B["default"].weight, std=0.3)
+        self.head = FusedLMHead.from_linear(self.lm_head, logit_softcap=SOFTCAP)
+        self.double()
+
+
+def _lora(rank: int, *, by_hand: bool) -> Result:
+    from torch.distributed.fsdp import fully_shard
+
+    policy = LoraPolicy()
+    if by_hand:
+        fully_shard(policy.body)
+    fully_shard(policy)
+    data = batch(rank)
+    out = policy.head(policy.body(data["ids"]), grpo(data)) if by_hand else policy(data["ids"], grpo(data))
+    out.loss.backward()
+    return {name: whole(p.grad) for name, p in policy.named_parameters() if "lora_" in name or p.grad is not None}
+
+
+def lora_root(rank: int) -> Result:
+    """Adapters gathered with everything else."""
+    return _lora(rank, by_hand=False)
+
+
+def lora_by_hand(rank: int) -> Result:
+    """Adapters gathered by the head."""
+    return _lora(rank, by_hand=True)
+
+
 def bare_op(rank: int) -> Result:
     """An op that is handed a shard says so."""
     from torch.distributed.fsdp import fully_shard
@@ -361,6 +401,8 @@ SCENARIOS = [
     after_root, after_root_tied, after_resharded_root, after_resharded_root_tied,
     micro_batches, steps, mixed_root, mixed_by_hand, bare_op,
 ]  # fmt: skip
+if importlib.util.find_spec("peft") is not None:
+    SCENARIOS += [lora_root, lora_by_hand]
 
 
 def run_rank(rank: int, folder: Path) -> None:
@@ -548,6 +590,28 @@ def test_gathering_by_hand_rounds_like_fsdp(ranks):
         names = {name: name for name in root if name == "lm_head.weight" or name.startswith("body.")}
         assert len(names) == 6
         assert_close(by_hand, {name: root[name].double() for name in names}, names, 1e-6)
+
+
+@pytest.mark.parametrize("scenario", ["lora_root", "lora_by_hand"])
+def test_lora(ranks, scenario):
+    """The adapters get the gradient of the mean loss, the base weight none."""
+    pytest.importorskip("peft")
+    policy = LoraPolicy()
+    adapter = {name: p for name, p in policy.lm_head.named_parameters() if "lora_" in name}
+    a, b = adapter["lora_A.default.weight"], adapter["lora_B.default.weight"]
+    base = policy.lm_head.base_layer
+    for rank in range(WORLD):
+        data = batch(rank)
+        loss = eager_loss(
+            policy.body(data["ids"]).detach(), base.weight + 2.0 * b @ a, data, "grpo", bias=base.bias,
+            logit_softcap=SOFTCAP,
+        )  # fmt: skip
+        (loss / WORLD).backward()
+    expected = {f"lm_head.{name}": p.grad for name, p in adapter.items()}
+    assert len(expected) == 2
+    for result in results_of(ranks, scenario):
+        assert result.keys() == expected.keys()
+        assert_close(result, expected, {name: name for name in expected}, 1e-10)
 
 
 def test_parted_head_is_an_error(ranks):
