@@ -1,28 +1,24 @@
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
-import re
-import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import table
-from benchmarks.variants import CASES, DTYPES, SEQUENCE
+from benchmarks import device, measure, table
+from benchmarks.variants import variants
 
-RESULTS = pytest.StashKey[dict]()
+FOUND = pytest.StashKey[dict]()
+
+
+def _options(config) -> dict[str, str]:
+    return {option: config.getoption("head_" + option.replace("-", "_")) for option in measure.OPTIONS}
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("heads", "loss heads")
-    group.addoption("--head-cases", default="srft,grpo", help=f"comma-separated, of {', '.join(CASES)}")
-    group.addoption("--head-dtype", default="fp32", choices=DTYPES)
-    group.addoption("--head-tokens", type=int, default=2048, help=f"N, a multiple of {4 * SEQUENCE}")
-    group.addoption("--head-rounds", type=int, default=3)
+    for option, (default, text) in measure.OPTIONS.items():
+        group.addoption(f"--head-{option}", default=default, help=text)
+    group.addoption("--head-out", type=Path, help="JSON to write; default: a dated name in results/")
 
 
 def pytest_collect_file(file_path, parent):
@@ -32,65 +28,46 @@ def pytest_collect_file(file_path, parent):
 
 
 def pytest_generate_tests(metafunc):
-    if {"case", "name"} <= set(metafunc.fixturenames):
-        cases = metafunc.config.getoption("head_cases").split(",")
-        pairs = [(case, name) for case in cases for name in CASES[case]]
-        pairs = [("products", "unchunked"), ("products", "chunked"), *pairs]
-        metafunc.parametrize(("case", "name"), pairs, ids=["-".join(pair) for pair in pairs])
+    if "variant" not in metafunc.fixturenames:
+        return
+    try:
+        wanted = measure.specs(_options(metafunc.config))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    found = []
+    for spec in wanted:
+        pairs = [("products", "chunked"), ("products", "unchunked")]
+        for case in spec.cases:
+            names = variants(case, measure.DTYPES[spec.dtype], spec.device)
+            pairs += [(case, name) for name in names if not spec.only or name in spec.only]
+        found += [(spec.name, spec.tokens, *pair) for pair in pairs]
+    ids = [f"{name}-N{tokens}-{case}-{variant}" for name, tokens, case, variant in found]
+    metafunc.parametrize(("head", "tokens", "case", "variant"), found, ids=ids)
 
 
 def pytest_collection_modifyitems(items):
-    # pytest-benchmark 5.2.3 reads Node._nodeid, which pytest 9.2.0 does not have
+    # pytest-benchmark 5.2.3 reads Node._nodeid, which pytest 9.2.0 no longer has
     for item in items:
         if not hasattr(item, "_nodeid"):
             item._nodeid = item.nodeid
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip()
-
-
-def _cpu_model() -> str:
-    match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return match[1] if match else platform.machine()
-
-
 @pytest.fixture(scope="session")
 def results(request) -> dict:
-    """Facts of this run, to which the benchmark adds ``rows``; written and printed at the end."""
-    options = request.config.option
-    found = {
-        "date": datetime.date.today().isoformat(),
-        "device": {
-            "cpu": _cpu_model(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "uncommitted_kernels": bool(_git("status", "--porcelain", "--", "../srft_kernels")),
-        "cases": options.head_cases.split(","),
-        "dtype": options.head_dtype,
-        "tokens": options.head_tokens,
-        "rounds": options.head_rounds,
-        "rows": [],
-    }
-    request.config.stash[RESULTS] = found
+    """Facts of this run and its tables, as written to results/ after every step."""
+    options = _options(request.config)
+    # without times there is nothing to hand to pytest-benchmark
+    options["what"] = ",".join(dict.fromkeys(["time", *options["what"].split(",")]))
+    found = {**device.facts(measure.specs(options)[0].device), "command": options, "tables": []}
+    request.config.stash[FOUND] = found
     return found
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    found = config.stash.get(RESULTS, None)
-    if not found or not found["rows"]:
-        return
-    device = re.sub(r"[^a-z0-9]+", "-", found["device"]["cpu"].lower()).strip("-")
-    name = f"{found['date']}-{device}-{found['dtype']}-N{found['tokens']}-{'-'.join(found['cases'])}.json"
-    path = table.RESULTS / name
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    terminalreporter.section("loss heads")
-    terminalreporter.write_line(table.render(found))
-    terminalreporter.write_line(f"\nwritten to {path}")
+    found = config.stash.get(FOUND, None)
+    if found and found["tables"]:
+        path = config.getoption("head_out") or table.result_path(found)
+        table.write(found, path)
+        terminalreporter.section("loss heads")
+        terminalreporter.write_line(table.render(found))
+        terminalreporter.write_line(f"\nwritten to {path}")

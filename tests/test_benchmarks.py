@@ -1,0 +1,178 @@
+"""The benchmarks run at tiny shapes, notice a wrong result, and the pages show what the results say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import heads, losses, measure, peers, plot, table
+from benchmarks.variants import Variant, gold
+from srft_kernels import reference
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+FAST = "ours,ours-16bit-logits,ours-logprobs,naive,trl,verl-torch,quack"
+OPTIONS = {option: default for option, (default, _) in measure.OPTIONS.items()} | {
+    "names": "tiny", "tokens": "512", "sequence": "64", "device": "cpu", "variants": FAST, "rounds": "2",
+    "what": "time",
+}  # fmt: skip
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    """A command of the benchmarks in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def measured(**options: str) -> dict:
+    """The table of the tiny head."""
+    (spec,) = measure.specs(OPTIONS | options)
+    return measure.Table(spec).run()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_case_is_measured(dtype: str) -> None:
+    """Each loss has times, ratios and errors for ours and naive, and a reason for whatever is left out."""
+    result = measured(cases=",".join(losses.CASES), dtype=dtype)
+    rows = {(row["case"], row["name"]): row for row in result["rows"]}
+    for case in losses.CASES:
+        for name in ("ours", "ours-logprobs", "naive"):
+            row = rows[case, name]
+            assert row["status"] == "ok", row
+            assert len(row["seconds"]) == 2 and row["ratio"] > 0 and row["tflops"] > 0
+            assert row["errors"]["dweight"][0] <= measure.BOUNDS["others"][dtype]
+    for row in rows.values():
+        assert row["status"] == "ok" or (row["reason"] and row["status"] == "skipped"), row
+    if ("cross_entropy", "quack") in rows:
+        assert rows["cross_entropy", "quack"]["reason"] == "runs on cuda only"
+
+
+@pytest.mark.parametrize("case", losses.CASES)
+def test_losses_are_those_of_the_package(case: str) -> None:
+    """The losses that the peers are given equal the package's reference in float64."""
+    inputs = heads.make_inputs(heads.HEADS["tiny"], torch.float64, 512, 64, CPU)
+    loss = losses.CASES[case](*reference.linear_logprobs(*inputs[:3]), inputs)
+    loss.backward()
+    actual = loss.detach(), inputs.hidden_states.grad, inputs.lm_head_weight.grad
+    for mine, theirs in zip(actual, gold(case)(inputs), strict=True):
+        assert measure.errors(mine, theirs)[0] < 1e-12
+
+
+def test_clipping_acts_and_no_ratio_is_at_a_bound() -> None:
+    """About two tokens in three lie outside the clip bounds, and none close to one."""
+    inputs = heads.make_inputs(heads.HEADS["tiny"], torch.float32, 4096, 64, CPU)
+    with torch.no_grad():
+        logprobs, _ = losses.naive(inputs, False)
+    log_ratio = logprobs - inputs.old_logprobs
+    bounds = torch.tensor([0.8, 1.2]).log()
+    # 0.1 at the heads of models: with few columns, the inputs know their log-probabilities less well
+    assert (log_ratio[:, None] - bounds).abs().min() > 0.02
+    outside = ((log_ratio < bounds[0]) | (log_ratio > bounds[1])).float().mean()
+    assert 0.5 < outside < 0.8
+
+
+def test_a_wrong_peer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant whose gradient is off by a factor of two has no time; one that raises has its message."""
+    real = measure.variants
+
+    def broken(case: str, dtype: torch.dtype, device: torch.device) -> dict[str, Variant]:
+        found = real(case, dtype, device)
+        honest = found["naive"].run
+
+        def double(x: heads.Inputs):
+            loss, dhidden, dweight = honest(x)
+            return loss, dhidden, 2 * dweight
+
+        def fail(x: heads.Inputs):
+            raise RuntimeError("no kernel here")
+
+        return {"ours": found["ours"], "naive": Variant(double), "trl": Variant(fail)}
+
+    monkeypatch.setattr(measure, "variants", broken)
+    rows = {row["name"]: row for row in measured()["rows"]}
+    assert rows["naive"]["status"] == "wrong" and "seconds" not in rows["naive"]
+    assert rows["trl"]["status"] == "failed" and "no kernel here" in rows["trl"]["reason"]
+    assert "seconds" in rows["ours"]
+
+
+def test_ours_must_be_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run stops where ours is beyond its bound."""
+    monkeypatch.setitem(measure.BOUNDS, "ours", {"fp32": 1e-12})
+    with pytest.raises(AssertionError, match="relative RMS error"):
+        measured(variants="ours")
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memory for it, nothing is started, and the reason says so."""
+    monkeypatch.setattr(heads, "free_bytes", lambda device: 1000)
+    result = measured()
+    assert "are free" in result["skipped"] and result["rows"] == []
+
+
+def test_memory_of_a_fresh_process() -> None:
+    """The peak holds at least both gradients."""
+    result = measured(what="memory", variants="ours")
+    (row,) = result["rows"]
+    assert row["status"] == "ok", row
+    assert row["peak_bytes"] >= 0 and row["beyond_gradients_bytes"] == row["peak_bytes"] - result["gradient_bytes"]
+
+
+def test_command_table_and_plot(tmp_path: Path) -> None:
+    """The command writes JSON, from which the table and a picture are made."""
+    out = tmp_path / "result.json"
+    options = {**OPTIONS, "variants": "ours,naive"}
+    done = run("-m", "benchmarks.measure", *(f"--{key}={value}" for key, value in options.items()), f"--out={out}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    text = table.render(found)
+    assert text in done.stdout and "| grpo | ours |" in text
+    plot.draw(found, tmp_path / "result.png")
+    assert (tmp_path / "result.png").stat().st_size > 10_000
+
+
+def test_gpu_sweep_runs_end_to_end(tmp_path: Path) -> None:
+    """The rates of products, and one step of measuring; what needs a GPU says so."""
+    out = tmp_path / "sweep.json"
+    steps = "gemm,cce-exact"
+    done = run("-m", "benchmarks.gpu_sweep", "--tiny", "--device=cpu", f"--only={steps}", f"--out={out}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert found["notes"] == [] and {row["rows"] for row in found["gemm"]} == {64}
+    assert [part["step"] for part in found["tables"]] == ["cce-exact"]
+    assert "| grpo | cce-exact | left out: " in table.render(found)
+
+
+@pytest.mark.skipif(
+    None in map(importlib.util.find_spec, ["pytest_benchmark", "pytest_timeout"]),
+    reason="needs pytest-benchmark and pytest-timeout",
+)
+def test_pytest_benchmark_gets_the_times(tmp_path: Path) -> None:
+    """The documented command collects and passes."""
+    options = {**OPTIONS, "variants": "ours,quack", "cases": "cross_entropy", "out": str(tmp_path / "result.json")}
+    given = [f"--head-{key}={value}" for key, value in options.items()]
+    done = run("-m", "pytest", "benchmarks/", "--benchmark-only", "-p", "no:cacheprovider", *given)
+    assert done.returncode == 0 and "3 passed, 1 skipped" in done.stdout, done.stdout[-3000:]
+    assert "runs on cuda only" in done.stdout
+    assert json.loads((tmp_path / "result.json").read_text())["tables"][0]["rows"][0]["case"] == "products"
+
+
+def test_peers_have_a_reason_or_a_function() -> None:
+    """No peer is left out without a word."""
+    for name in peers.PEERS:
+        function, reason = peers.load(name, CPU)
+        assert (function is None) == bool(reason)
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_pages_show_the_results(page: str) -> None:
+    """The generated tables equal what the files they name give."""
+    text = (ROOT / page).read_text()
+    assert table.filled(text) == text, f"python -m benchmarks.table --fill {page}"
