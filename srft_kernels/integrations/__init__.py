@@ -1,1 +1,1 @@
-"""Drop-in replacements for the loss heads of other trainers: their names and signatures, the ops of this package."""
+"""Loss heads of other trainers on the ops of this package: drop-ins and patches, one module each, none imported here."""
