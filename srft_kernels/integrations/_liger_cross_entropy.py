@@ -38,7 +38,8 @@ class LigerFusedLinearScaledCrossEntropyFunction:
                 [N, H] of extra memory, and [V, H] for the gradient of the weight.
 
         Raises:
-            ValueError: As ``linear_logprobs``, or for selected_token_ids that are not [K] int64.
+            ValueError: As ``linear_logprobs``, or for selected_token_ids that are not [K] int64 or, on CPU, out of
+            range.
         """
         logprobs, entropy = linear_logprobs(
             _input, weight, target, temperature=temperature, ignore_index=ignore_index, entropy_grad=return_entropy
@@ -63,11 +64,15 @@ def _selected(
     ignore_index: int,
 ) -> Tensor:
     """Log-probabilities [N, K] of ``ids``, which differ from that of the target as the logits do."""
-    if ids.dim() != 1 or ids.dtype != torch.int64 or ids.device != weight.device:
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1 or ids.device != weight.device:
+        got = f"{ids.dtype} {list(ids.shape)} on {ids.device}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(
-            f"selected_token_ids must be [K] int64 on the same device as weight, {weight.device}, "
-            f"got {ids.dtype} {list(ids.shape)} on {ids.device}"
+            "selected_token_ids must be an int64 tensor of shape [K] on the same device as weight, "
+            f"{weight.device}, got {got}"
         )
+    # on a GPU the host would have to wait for the answer
+    if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= weight.shape[0])).any()):
+        raise ValueError(f"selected_token_ids must be in [0, {weight.shape[0]}), got {ids.tolist()}")
     valid = target != ignore_index
     with torch.autocast(hidden.device.type, enabled=False):
         hidden = hidden.to(logprobs.dtype)
