@@ -41,7 +41,8 @@ class FusedLMHead(nn.Module):
 
     Precision: the weight is cast to the dtype of ``hidden_states``, autocast or not. Where it differs, every call
     copies it (V D elements, until backward), and its gradient is rounded once to that dtype before it joins the
-    weight's own, as under FSDP2's mixed precision. The bias and LoRA are not cast.
+    weight's own, as under FSDP2's mixed precision. On one process ``weight_grad=head.weight.grad``, an fp32 tensor
+    that the caller made, spares the rounding. The bias and LoRA are not cast.
     """
 
     weight: nn.Parameter

@@ -292,6 +292,28 @@ def micro_batches(rank: int) -> Result:
     return gradients(policy)
 
 
+def _first_rank_only(data: dict[str, Tensor]) -> Callable:
+    """The loss of rank 0; the other rank has no row."""
+    if dist.get_rank() == 0:
+        return grpo(data)
+
+    def loss(hidden_states: Tensor, lm_head_weight: Tensor, **options: Any) -> Any:
+        none = {name: x[:0] for name, x in data.items()}
+        return grpo(none)(hidden_states[:0], lm_head_weight, **options)
+
+    return loss
+
+
+def idle_rank_in_root(rank: int) -> Result:
+    """A rank without tokens takes part in every collective."""
+    return _root(rank, _first_rank_only)
+
+
+def idle_rank_by_hand(rank: int) -> Result:
+    """The same where the head gathers."""
+    return _by_hand(rank, _first_rank_only)
+
+
 def steps(rank: int) -> Result:
     """Score without a graph, train, clip, update, twice; and the keys of the state_dict."""
     from torch.distributed.fsdp import fully_shard
@@ -399,7 +421,7 @@ SCENARIOS = [
     root_grpo, root_logprobs, root_tied, root_tied_pair, root_replaced, parted,
     by_hand_grpo, by_hand_logprobs, by_hand_sum, by_hand_replicated_and_sharded,
     after_root, after_root_tied, after_resharded_root, after_resharded_root_tied,
-    micro_batches, steps, mixed_root, mixed_by_hand, bare_op,
+    idle_rank_in_root, idle_rank_by_hand, micro_batches, steps, mixed_root, mixed_by_hand, bare_op,
 ]  # fmt: skip
 if importlib.util.find_spec("peft") is not None:
     SCENARIOS += [lora_root, lora_by_hand]
@@ -469,13 +491,16 @@ def eager_loss(hidden: Tensor, weight: Tensor, data: dict[str, Tensor], how: str
     return reference.linear_grpo_loss(hidden, weight, **given, clip_low=CLIP, clip_high=CLIP, **options).loss
 
 
-def gold(how: str = "grpo", *, tied: bool = False, **options: Any) -> dict[str, Tensor]:
-    """Gradients of the loss averaged over the ranks (with ``num_tokens``: added), on one process."""
+def gold(how: str = "grpo", *, tied: bool = False, busy: int = WORLD, **options: Any) -> dict[str, Tensor]:
+    """Gradients of the loss averaged over the ranks (with ``num_tokens``: added), on one process.
+
+    Ranks from ``busy`` on have a loss of 0.
+    """
     policy = Policy(tied=tied)
     scale = 1.0 if "num_tokens" in options else 1 / WORLD
     bias = policy.lm_head.bias
     dhidden = {}
-    for rank in range(WORLD):
+    for rank in range(busy):
         data = batch(rank)
         hidden = policy.body(data["ids"])
         hidden.retain_grad()
@@ -550,6 +575,13 @@ def test_gradients_are_those_of_the_mean_loss(ranks, scenario):
     for result in results_of(ranks, scenario):
         assert len(result) == (5 if tied else 7)
         assert_close(result, expected, policy_names(result), 1e-10)
+
+
+@pytest.mark.parametrize("scenario", ["idle_rank_in_root", "idle_rank_by_hand"])
+def test_idle_rank(ranks, scenario):
+    """A rank without tokens adds zeros to the mean."""
+    for result in results_of(ranks, scenario):
+        assert_close(result, gold(busy=1), policy_names(result), 1e-10)
 
 
 def test_sum_reduction(ranks):

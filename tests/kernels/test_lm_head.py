@@ -289,6 +289,24 @@ def test_gradients_of_micro_batches_add_up(cast):
         assert error < tolerance, (name, error)
 
 
+def test_fp32_gradient_without_rounding():
+    """``weight_grad=head.weight.grad`` spares the fp32 weight of a bf16 head the rounding, and adds up over calls."""
+    case = make_case(SHAPE)
+    hidden = case.hidden.bfloat16()
+    gold = FusedLMHead(nn.Parameter(case.weight.bfloat16().double()))
+    rounded, exact = make_head(case, bias=False), make_head(case, bias=False)
+    exact.weight.grad = torch.zeros_like(exact.weight)
+    options = {"labels": case.labels, "num_tokens": 30}
+    for _ in range(2):
+        gold(hidden.double(), partial(reference.linear_cross_entropy, **options)).backward()
+        rounded(hidden, partial(linear_cross_entropy, **options)).backward()
+        added = partial(linear_cross_entropy, weight_grad=exact.weight.grad, **options)
+        exact(hidden.requires_grad_(), added).backward()
+    norm = gold.weight.grad.norm()
+    assert (exact.weight.grad - gold.weight.grad).norm() < 1e-5 * norm
+    assert (rounded.weight.grad - gold.weight.grad).norm() > 1e-4 * norm
+
+
 def test_reference_ops_take_the_same_head():
     """The eager twin of an op fits where the op does."""
     case = make_case(SHAPE, torch.float64)
