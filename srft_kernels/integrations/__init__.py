@@ -1,1 +1,1 @@
-"""Loss heads of other trainers on the ops of this package: drop-ins and patches, one module each, none imported here."""
+"""Loss heads of other trainers on the ops of this package: drop-ins and patches, a module each, none imported here."""
