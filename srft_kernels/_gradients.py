@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ._chunked_head import Head, Live, compute_dtype, low_rank_input, vocab_tiles
 
+# Numbers that are rounded through a temporary, 64 MiB of it at most.
+_ROUNDED_AT_ONCE = 2**24
 # Columns of a 16-bit gradient of the scores that are upcast at a time for a thin product on CPU.
 _THIN_TILE = 8192
 
@@ -125,9 +127,9 @@ class Gradients:
         self._head, self.external = head, weight_grad is not None
         self._sums: _Sums | None = _Sums(head, self._wanted, weight_grad)
         self._deferred: list[_Sums] = []
-        dtype = compute_dtype(head.hidden.dtype)
         self._dhidden: Tensor | None = None
         if self._wanted.hidden:
+            dtype = compute_dtype(head.hidden.dtype)
             self._dhidden = torch.zeros(head.hidden.shape, dtype=dtype, device=head.hidden.device)
 
     def add(self, part: Head, dscores: Tensor, rows: slice, live: Live, alpha: float = 1.0) -> None:
@@ -177,30 +179,29 @@ class Gradients:
             self._sums.take(sums, scalar)
 
     def _add_hidden(
-        self, part: Head, dscores: Tensor, rows: slice, index: Tensor | None, alpha: float
+        self, part: Head, dscores: Tensor, rows: slice, positions: Tensor | None, alpha: float
     ) -> None:
         if self._dhidden is None:
             return
-        out = self._dhidden[rows]
-        target = out if index is None else out.new_empty(len(index), out.shape[1])
-        weight = part.weight
-        if dscores.dtype == target.dtype and weight.dtype == target.dtype:
-            torch.mm(dscores, weight, out=target)
+        out, weight = self._dhidden[rows], part.weight
+        product = out if positions is None else out.new_empty(len(positions), out.shape[1])
+        if dscores.dtype == out.dtype and weight.dtype == out.dtype:
+            torch.mm(dscores, weight, out=product)
         elif dscores.is_cuda:
-            torch.mm(dscores, weight, out_dtype=target.dtype, out=target)
+            torch.mm(dscores, weight, out_dtype=out.dtype, out=product)
         elif part.scores_dtype == weight.dtype:
-            target.copy_(torch.mm(dscores, weight))
+            product.copy_(torch.mm(dscores, weight))
         else:
-            target.zero_()
+            product.zero_()
             for tile in vocab_tiles(part):
-                target.addmm_(dscores[:, tile].to(target.dtype), weight[tile].to(target.dtype))
+                product.addmm_(dscores[:, tile].to(out.dtype), weight[tile].to(out.dtype))
         if part.lora is not None:
-            low = _tiled_product(dscores, part.lora.b, target.dtype)
-            target.addmm_(low, part.lora.a.to(target.dtype), alpha=part.lora.scale)
+            low = _tiled_product(dscores, part.lora.b, out.dtype)
+            product.addmm_(low, part.lora.a.to(out.dtype), alpha=part.lora.scale)
         if alpha != 1.0:
-            target *= alpha
-        if index is not None:
-            out.index_copy_(0, index, target)
+            product *= alpha
+        if positions is not None:
+            out.index_copy_(0, positions, product)
 
     def reduce(self) -> None:
         """Add up, over the ranks that hold the other columns, the gradients of what every rank has."""
@@ -240,8 +241,20 @@ class Gradients:
                 if total is not None:
                     total *= scale
         return tuple(
-            None if total is None else total.to(x.dtype) for total, x in zip(totals, given, strict=True)
+            None if total is None else _rounded(total, x.dtype) for total, x in zip(totals, given, strict=True)
         )
+
+
+def _rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total`` in ``dtype``, in the front of its own memory: a weight has no room for two gradients."""
+    if total.element_size() <= dtype.itemsize or not total.is_contiguous() or total.storage_offset():
+        return total.to(dtype)
+    wide = total.view(-1)
+    narrow = wide.new_empty(0, dtype=dtype).set_(total.untyped_storage(), 0, wide.shape, (1,))
+    # a part is read before it is written, and covers nothing that is read later
+    for part, source in zip(narrow.split(_ROUNDED_AT_ONCE), wide.split(_ROUNDED_AT_ONCE), strict=True):
+        part.copy_(source.to(dtype))
+    return narrow.view(total.shape)
 
 
 def _column_sums(dscores: Tensor, blocks: list[slice], dtype: torch.dtype) -> Tensor:

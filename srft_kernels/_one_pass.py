@@ -286,13 +286,14 @@ def policy_loss(
     with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
         if any(wanted):
             units = _units(objective.scope, bounds, head.labels.numel(), max_rows(head))
+            can_defer = _can_defer(objective, head, wanted.weight)
             grads = Gradients(head, inputs, wanted, weight_grad)
             space = workspace(head, [chunk for unit in units for chunk in unit])
             sweep = _Sweep(head, objective, grads, space)
             for unit in units:
                 if len(unit) == 1:
                     sweep.one_chunk(unit[0])
-                elif len(unit) > 2 and _can_defer(objective, head, wanted.weight):
+                elif len(unit) > 2 and can_defer:
                     sweep.deferred(unit)
                 else:
                     sweep.stats_first(unit)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import LoraDelta, _chunked_head, reference
+from srft_kernels import LoraDelta, _chunked_head, _gradients, reference
 from tests.kernels.cases import (
     assert_matches_reference,
     case_id,
@@ -91,6 +91,20 @@ def test_weight_grad_is_added_to(op, dtype, monkeypatch):
         assert case.weight.grad is None and case.hidden.grad.any()
     # fp32 from bf16 inputs: nothing was rounded to bf16 on the way
     assert ((buffer - expected).norm() / (expected - start).norm()) < 1e-5
+
+
+@each_op
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
+def test_weight_gradient_is_rounded_once(op, dtype, monkeypatch):
+    """Over many chunks the 16-bit gradient of the weight is the fp32 sum, rounded, to the last bit."""
+    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(_gradients, "_ROUNDED_AT_ONCE", 1000)
+    case, buffer = make_case((130, 101, 53), dtype), torch.zeros(101, 53)
+    case.weight.requires_grad_()
+    loss_of(op(srft_kernels, case)).backward()
+    assert case.weight.grad.is_contiguous()
+    loss_of(op(srft_kernels, case, weight_grad=buffer)).backward()
+    assert torch.equal(case.weight.grad, buffer.to(dtype)) and buffer.any()
 
 
 def test_weight_grad_refuses_a_factor():

@@ -61,6 +61,50 @@ CPU_FAULTS = {
         {},
     ),
 }
+SWEEP_FAULTS = {
+    "accumulate in bf16": (
+        "_gradients.py",
+        "torch.addmm(total, left, right, beta=beta, alpha=alpha, out=total)",
+        "torch.addmm(total, left, right, beta=beta, alpha=alpha, out=total).copy_(total.bfloat16())",
+        cross_entropy,
+        {},
+    ),
+    "take a row with only an entropy gradient for dead": (
+        "_chunked_head.py",
+        "live |= dentropy != 0",
+        "pass",
+        grpo,
+        {"entropy_coef": 0.5, "clip_low": 0.01, "clip_high": 0.01},
+    ),
+    "put live rows in the wrong place": (
+        "_gradients.py",
+        "out.index_copy_(0, positions, product)",
+        "out[: len(positions)] = product",
+        grpo,
+        {"clip_low": 0.01, "clip_high": 0.01},
+    ),
+    "lose the part of a coefficient that waits for no scalar": (
+        "_gradients.py",
+        "if fixed is not None:",
+        "if False:",
+        srft,
+        {"entropy_scope": "batch"},
+    ),
+    "forget to scale the directions": (
+        "_gradients.py",
+        "self._dhidden[rows] *= dlogp[:, None]",
+        "pass",
+        srft,
+        {"entropy_scope": "batch"},
+    ),
+    "mix up two chunks of a unit": (
+        "_one_pass.py",
+        "own = slice(rows.start - unit.start, rows.stop - unit.start)",
+        "own = slice(0, rows.stop - rows.start)",
+        srft,
+        {"entropy_scope": "batch", "preset": "upt"},
+    ),
+}
 FORMULA_FAULTS = {
     "swap the clip bounds": (
         "objectives.py",
@@ -143,7 +187,7 @@ KERNEL_FAULTS = {
     ),
     "swap the clip bounds": FORMULA_FAULTS["swap the clip bounds"],
 }
-FAULTS = KERNEL_FAULTS if row_kernels.INTERPRETED else CPU_FAULTS | FORMULA_FAULTS
+FAULTS = KERNEL_FAULTS if row_kernels.INTERPRETED else CPU_FAULTS | FORMULA_FAULTS | SWEEP_FAULTS
 
 
 def faulty_package(folder: Path, file: str, text: str, replacement: str):
@@ -166,8 +210,8 @@ def faulty_package(folder: Path, file: str, text: str, replacement: str):
 
 
 def check(module, op, options) -> None:
-    """Compare ``op`` of ``module`` with the reference on a case that shows the faults above."""
-    case = make_case((24, 97, 12), torch.float32, seed=6, ignored=0.0, scale=3.0)
+    """Compare ``op`` of ``module`` with the reference, over three chunks of rows and more blocks of words."""
+    case = make_case((40, 97, 16), torch.float32, seed=6, ignored=0.0, scale=3.0)
     assert_matches_reference(op, case, module=module, **options)
 
 
