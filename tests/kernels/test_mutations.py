@@ -4,6 +4,7 @@ Under the interpreter the faults go into the Triton kernels; without it, into th
 """
 
 import importlib.util
+import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from srft_kernels import row_kernels
 from tests.kernels.cases import assert_matches_reference, cross_entropy, grpo, make_case, srft
 
+_COPIES = itertools.count()
 PACKAGE = Path(__file__).resolve().parents[2] / "srft_kernels"
 
 # name: (file, text, its replacement, op, options of the op that shows it)
@@ -192,7 +194,8 @@ FAULTS = KERNEL_FAULTS if row_kernels.INTERPRETED else CPU_FAULTS | FORMULA_FAUL
 
 def faulty_package(folder: Path, file: str, text: str, replacement: str):
     """Import a copy of the package in which ``text`` of ``file`` is replaced."""
-    name = f"srft_kernels_copy_{folder.name}"
+    # no two copies may share a name: the second would be given the modules of the first
+    name = f"srft_kernels_copy_{next(_COPIES)}"
     copy = shutil.copytree(PACKAGE, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     source = (copy / file).read_text()
     assert text in source, f"{file} no longer holds {text!r}"
