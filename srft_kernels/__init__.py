@@ -5,6 +5,7 @@ from ._chunked_head import LoraDelta
 from ._one_pass import PolicyLoss
 from .linear_logprobs import linear_logprobs
 from .lm_head import FusedLMHead
+from .logprobs_from_logits import logprobs_from_logits
 from .policy_loss import linear_cross_entropy, linear_grpo_loss, linear_policy_loss, linear_srft_loss
 from .vocab_parallel import VocabParallel
 
@@ -18,5 +19,6 @@ __all__ = [
     "linear_logprobs",
     "linear_policy_loss",
     "linear_srft_loss",
+    "logprobs_from_logits",
     "reference",
 ]

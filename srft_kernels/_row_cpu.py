@@ -95,16 +95,16 @@ def stats(z: Tensor, rows: Rows, overwrite: bool) -> Stats:
         logits = _logits(z, rows, block, out=shifted)
         top = logits.amax(1, keepdim=True)
         torch.sub(logits, top, out=shifted)
+        labels = rows.labels[block, None]
+        label_logit = torch.where(labels < 0, -top, shifted.gather(1, labels.clamp(min=0)))[:, 0]
         torch.exp(shifted, out=exp)
         total = exp.sum(1)
-        weighted = torch.linalg.vecdot(exp, shifted)
+        weighted = shifted.mul_(exp).sum(1)
         if not torch.isfinite(weighted).all():
             # a logit of -inf has probability 0 and adds nothing to the entropy
-            weighted = torch.where(exp > 0, exp * shifted, 0.0).sum(1)
-        log_sum = total.log()
-        labels, top = rows.labels[block], top[:, 0]
-        label_logit = shifted.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-        out.logprobs[block] = torch.where(labels < 0, -top, label_logit) - log_sum
+            weighted = torch.where(exp > 0, shifted, 0.0).sum(1)
+        log_sum, top = total.log(), top[:, 0]
+        out.logprobs[block] = label_logit - log_sum
         out.entropy[block] = log_sum - weighted / total
         out.top[block] = top
         out.log_sum[block] = log_sum
@@ -159,8 +159,8 @@ def gradient(
                 torch.exp(shifted, out=grad).mul_(base[block])
             else:
                 torch.exp(shifted, out=exp)
-                shifted.clamp_(min=LOWEST_LOGPROB)
-                torch.addcmul(base[block], shifted, slope[block], out=grad).mul_(exp)
+                torch.mul(shifted.clamp_(min=LOWEST_LOGPROB), slope[block], out=grad)
+                grad.add_(base[block]).mul_(exp)
         grad.scatter_add_(1, label_column[block], label_grad[block])
         if rows.softcap is not None:
             # tanh of the score, from its logit

@@ -18,6 +18,7 @@ from ._checks import check_grpo, check_head, check_srft
 from ._chunked_head import LoraDelta
 from ._one_pass import PolicyLoss
 from ._presets import srft_switches
+from .logprobs_from_logits import check_logits
 from .objectives import GRPO_FORMULAS, SRFT_FORMULAS, k3, srft_demo
 
 
@@ -56,6 +57,36 @@ def linear_logprobs(
     valid = labels != ignore_index
     all_logprobs = logits.log_softmax(-1)
     logprobs = all_logprobs.gather(-1, torch.where(valid, labels, 0)[:, None])[:, 0]
+    # a logit of -inf has probability 0 and adds nothing to the entropy
+    entropy = -(all_logprobs.exp() * all_logprobs.masked_fill(all_logprobs == -torch.inf, 0.0)).sum(-1)
+    logprobs, entropy = logprobs.masked_fill(~valid, 0.0), entropy.masked_fill(~valid, 0.0)
+    return logprobs, entropy if entropy_grad else entropy.detach()
+
+
+def logprobs_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy_grad: bool = False,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy, by autograd; ``inplace_backward`` changes nothing here.
+
+    logits, labels, temperature, logit_softcap, ignore_index, entropy_grad: as in
+    ``srft_kernels.logprobs_from_logits``.
+    """
+    check_logits(logits, labels, temperature, logit_softcap)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(logits.device, logits.dtype).expand(labels.shape)[..., None]
+    valid = labels != ignore_index
+    all_logprobs = (logits / temperature).log_softmax(-1)
+    logprobs = all_logprobs.gather(-1, torch.where(valid, labels, 0)[..., None])[..., 0]
     # a logit of -inf has probability 0 and adds nothing to the entropy
     entropy = -(all_logprobs.exp() * all_logprobs.masked_fill(all_logprobs == -torch.inf, 0.0)).sum(-1)
     logprobs, entropy = logprobs.masked_fill(~valid, 0.0), entropy.masked_fill(~valid, 0.0)

@@ -1,96 +1,366 @@
-"""The row backends on scores of any dtype, and logprobs_from_logits, against float64."""
+"""logprobs_from_logits: values and gradients against float64, in place and not, and what it refuses."""
 
+import inspect
+import re
+
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from srft_kernels import _row_cpu, row_kernels
-from srft_kernels._row_cpu import Rows
+import srft_kernels
+from srft_kernels import _row_cpu, logprobs_from_logits, reference, row_kernels
 from tests.kernels.cases import case_id
+from tests.kernels.test_mutations import faulty_package
 from tests.numerics import assert_accurate
 
-BACKEND = row_kernels if row_kernels.INTERPRETED else _row_cpu
 # under the interpreter bf16 is truncated where hardware rounds, and there is no float64 on a GPU
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 DTYPES = DTYPES[:2] if row_kernels.INTERPRETED else DTYPES
-ROW_OPTIONS = {
-    "plain": {},
-    "entropy": {"entropy": True},
-    "scaled": {"grad_scale": 37.0, "temperature": True},
-    "all": {"entropy": True, "grad_scale": -0.3, "temperature": True, "bias": True, "softcap": 4.0},
+
+
+def run_logits(module, logits, labels, **options) -> dict[str, torch.Tensor]:
+    """Results of logprobs_from_logits and the gradient of a random signed loss of both."""
+    leaf = logits.detach().requires_grad_()
+    # the op under test may overwrite what it gets: not the leaf, but a copy with its strides
+    given = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype).copy_(leaf)
+    logprobs, entropy = module.logprobs_from_logits(given, labels, **options)
+    g = torch.Generator().manual_seed(7)
+    upstream = [torch.randn(labels.shape, generator=g).to(logprobs) for _ in range(2)]
+    loss = (logprobs * upstream[0]).sum()
+    if entropy.requires_grad:
+        loss = loss + (entropy * upstream[1]).sum()
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return {"logprobs": logprobs.detach(), "entropy": entropy.detach(), "dlogits": grad}
+
+
+def assert_logits_match(logits, labels, module=srft_kernels, **options) -> dict[str, torch.Tensor]:
+    """Compare logprobs_from_logits of ``module`` with float64, by the one rule; returns what it gave."""
+
+    def wide(x):
+        return x.double() if isinstance(x, torch.Tensor) else x
+
+    gold = run_logits(
+        reference, logits.double(), labels, **{name: wide(value) for name, value in options.items()}
+    )
+    baseline = run_logits(reference, logits, labels, **options)
+    actual = run_logits(module, logits, labels, **options)
+    for name in actual:
+        flat = (
+            x[name].reshape(-1, logits.shape[-1]) if name == "dlogits" else x[name]
+            for x in (actual, gold, baseline)
+        )
+        assert_accurate(name, *flat, gradient=name == "dlogits")
+    return actual
+
+
+def make_logits(shape=(37, 101), dtype=torch.float32, *, scale=3.0, ignored=0.2, seed=0):
+    """Random logits and labels, some ignored; the first two labels are the ends of the vocabulary."""
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(shape, generator=g) * scale).to(dtype)
+    labels = torch.randint(0, shape[-1], shape[:-1], generator=g)
+    labels = torch.where(torch.rand(shape[:-1], generator=g) < ignored, -100, labels)
+    if labels.numel() > 2:
+        labels.view(-1)[0], labels.view(-1)[1] = 0, shape[-1] - 1
+    return logits, labels
+
+
+OPTIONS = {
+    "default": {},
+    "entropy": {"entropy_grad": True},
+    "temperature": {"temperature": 0.6},
+    "softcap": {"logit_softcap": 3.0, "temperature": 1.3, "entropy_grad": True},
 }
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+each_place = pytest.mark.parametrize("inplace_backward", [False, True], ids=["new", "in-place"])
 
 
-def expected_rows(z, rows: Rows, dlogp, dentropy) -> list[torch.Tensor]:
-    """Statistics and gradient of rows of scores from autograd, in the dtype of ``z``."""
-    z = z.detach().requires_grad_()
-    logits = z if rows.bias is None else z + rows.bias.to(z)
-    if rows.softcap is not None:
-        logits = rows.softcap * torch.tanh(logits / rows.softcap)
-    if rows.inv_temperature is not None:
-        logits = logits * rows.inv_temperature.to(z)[:, None]
-    kept, absent = rows.labels != rows.ignore_index, rows.labels < 0
-    logprobs = logits.log_softmax(1)
-    label_logit = torch.where(absent, 0.0, logits.gather(1, rows.labels.clamp(min=0)[:, None])[:, 0])
-    top = logits.amax(1)
-    log_sum = (logits - top[:, None]).exp().sum(1).log()
-    logp = label_logit - top - log_sum
-    entropy = -(logprobs.exp() * logprobs).sum(1)
-    loss = logp * dlogp.to(z) + (0.0 if dentropy is None else entropy * dentropy.to(z))
-    (grad,) = torch.autograd.grad((loss * rows.grad_scale)[kept].sum(), z)
-    return [*(torch.where(kept, x, 0.0).detach() for x in (logp, entropy, top, log_sum)), grad]
-
-
-def random_rows(dtype, *, entropy=False, temperature=False, bias=False, grad_scale=1.0, softcap=None):
-    """Scores [23, 201], labels of every kind, and upstream gradients, of both signs."""
-    wide = torch.promote_types(dtype, torch.float32)
-    z = (torch.randn(23, 201) * 3).to(dtype)
-    labels = torch.randint(0, 201, (23,))
-    # ends of the vocabulary, ignored rows at either end and within, labels of another shard
-    labels[1], labels[2], labels[[0, 5, 6, 22]], labels[[3, 9]] = 0, 200, -100, -1
-    inv_temperature = torch.rand(23, dtype=wide) + 0.5 if temperature else None
-    bias = torch.randn(201, dtype=wide) if bias else None
-    rows = Rows(labels, inv_temperature, bias, softcap, -100, dtype, grad_scale)
-    return z, rows, torch.randn(23, dtype=wide), torch.randn(23, dtype=wide) if entropy else None
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("options", ROW_OPTIONS.values(), ids=ROW_OPTIONS)
-@pytest.mark.parametrize("overwrite", [False, True], ids=["kept", "overwritten"])
-def test_rows_match_float64(dtype, options, overwrite, monkeypatch):
-    """Statistics and gradient of scores of any dtype, with absent and ignored labels, in several blocks."""
-    monkeypatch.setattr(_row_cpu, "BLOCK_BYTES", 4 * 201 * 4)
+@each_dtype
+@each_place
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", [(37, 101), (3, 5, 257), (7,)], ids=str)
+def test_logits_match_float64(dtype, inplace_backward, options, shape, monkeypatch):
+    """Values and gradients of 2-d, 3-d and single-row logits, several blocks each."""
+    monkeypatch.setattr(_row_cpu, "BLOCK_BYTES", 4 * 101 * 4)
     monkeypatch.setattr(row_kernels, "_MAX_BLOCK_V", 64)
-    z, rows, dlogp, dentropy = random_rows(dtype, **options)
-    if overwrite and (dentropy is not None or rows.softcap is not None):
-        pytest.skip("the caller promises not to")
-    gold = expected_rows(z.double(), rows, dlogp, dentropy)
-    baseline = expected_rows(z.to(dlogp.dtype), rows, dlogp, dentropy)
-    known = BACKEND.stats(z, rows, overwrite)
-    dz = BACKEND.gradient(z, rows, known, dlogp, dentropy, overwrite)
-    for name, actual, expected, base in zip(known._fields, known, gold, baseline, strict=False):
-        assert_accurate(name, actual, expected, base)
-    assert_accurate("dz", dz, gold[4], baseline[4].to(dtype), gradient=True)
-    assert dz.data_ptr() == z.data_ptr() and not dz[rows.labels == -100].any()
+    logits, labels = make_logits(shape, dtype)
+    out = assert_logits_match(logits, labels, inplace_backward=inplace_backward, **options)
+    assert out["logprobs"].shape == out["entropy"].shape == labels.shape
+    ignored = labels == -100
+    assert not any(out[name][ignored].any() for name in out)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("options", ROW_OPTIONS.values(), ids=ROW_OPTIONS)
-def test_gradient_elsewhere_is_that_in_place(dtype, options):
-    """With ``out`` the scores are kept and the bits are those of the gradient in place."""
-    z, rows, dlogp, dentropy = random_rows(dtype, **options)
-    known = BACKEND.stats(z, rows, False)
-    out, kept = torch.empty_like(z), z.clone()
-    dz = BACKEND.gradient(z, rows, known, dlogp, dentropy, False, out=out)
-    assert dz.data_ptr() == out.data_ptr() and torch.equal(z, kept)
-    assert torch.equal(dz, BACKEND.gradient(z, rows, known, dlogp, dentropy, False))
+@settings(max_examples=30)
+@given(st.data())
+def test_any_logits(data):
+    """Random shapes, strides, dtypes and options agree with the reference, and in place gives the same bits."""
+    rows, steps, vocab = (data.draw(st.integers(1, high)) for high in (9, 7, 70))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    seed, scale = data.draw(st.integers(0, 10**6)), data.draw(st.sampled_from([0.0, 1.0, 30.0]))
+    ignored = data.draw(st.sampled_from([0.0, 0.4, 1.0]))
+    logits, labels = make_logits((rows, steps, vocab), dtype, scale=scale, ignored=ignored, seed=seed)
+    layout = data.draw(st.sampled_from(["whole", "shifted", "transposed", "flat"]))
+    if layout == "shifted":
+        logits, labels = torch.cat([logits, logits[:, :1]], 1)[:, :-1], labels.clone()
+    elif layout == "transposed":
+        logits, labels = logits.transpose(0, 1), labels.transpose(0, 1)
+    elif layout == "flat":
+        logits, labels = logits.view(-1, vocab), labels.view(-1)
+    options = {
+        "temperature": data.draw(
+            st.sampled_from([1.0, 0.6, torch.tensor(1.7), torch.rand(labels.shape) + 0.5])
+        ),
+        "logit_softcap": data.draw(st.sampled_from([None, 5.0])),
+        "entropy_grad": data.draw(st.booleans()),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_row_cpu, "BLOCK_BYTES", data.draw(st.sampled_from([0, 2**20])))
+        new = assert_logits_match(logits, labels, **options)
+        in_place = run_logits(srft_kernels, logits, labels, inplace_backward=True, **options)
+    assert all(torch.equal(new[name], in_place[name]) for name in new)
 
 
-def test_16_bit_gradient_of_fp32_scores_elsewhere():
-    """``out`` may have the dtype that the gradient is wanted in."""
-    z, rows, dlogp, _ = random_rows(torch.float32)
-    rows = rows._replace(grad_dtype=torch.float16)
-    known = BACKEND.stats(z, rows, False)
-    out = torch.empty(z.shape, dtype=torch.float16)
-    BACKEND.gradient(z, rows, known, dlogp, None, False, out=out)
-    gold = expected_rows(z.double(), rows, dlogp, None)[4]
-    assert_accurate("dz", out, gold, gold.half(), gradient=True)
+@each_dtype
+def test_masked_and_low_logits(dtype):
+    """Words of -inf have no part in anything, and rows far below -88 lose nothing."""
+    logits, labels = make_logits((29, 64), dtype, ignored=0.1)
+    logits[:, 10:40] = -torch.inf
+    labels = torch.where((labels >= 10) & (labels < 40), 3, labels)
+    out = assert_logits_match(logits, labels, entropy_grad=True, inplace_backward=True)
+    assert not out["dlogits"][:, 10:40].any()
+    logits, labels = make_logits((29, 64), dtype)
+    assert_logits_match(logits - 200, labels, entropy_grad=True)
+    assert_logits_match(logits * 1e3, labels, entropy_grad=True)
+
+
+@each_place
+def test_no_rows_and_all_ignored(inplace_backward):
+    """N = 0 gives empty results; with every label ignored all is exactly 0, whatever the logits."""
+    out = run_logits(srft_kernels, *make_logits((0, 5)), inplace_backward=inplace_backward)
+    assert out["dlogits"].shape == (0, 5) and out["logprobs"].shape == (0,)
+    logits = torch.full((4, 9), torch.nan)
+    out = run_logits(
+        srft_kernels, logits, torch.full((4,), -100), entropy_grad=True, inplace_backward=inplace_backward
+    )
+    assert not any(x.any() for x in out.values())
+
+
+def test_only_asked_for_gradients():
+    """The entropy carries a gradient only with ``entropy_grad``, nothing does under no_grad."""
+    logits, labels = make_logits()
+    logits.requires_grad_()
+    for wanted in (False, True):
+        for module in (srft_kernels, reference):
+            logprobs, entropy = module.logprobs_from_logits(logits, labels, entropy_grad=wanted)
+            assert logprobs.requires_grad and entropy.requires_grad == wanted
+    with torch.no_grad():
+        # no backward will come, so there is nothing to refuse
+        assert not logprobs_from_logits(logits, labels, inplace_backward=True)[0].requires_grad
+    (grad,) = torch.autograd.grad(entropy.sum(), logits)
+    assert grad.any()
+
+
+def test_results_may_be_written_to():
+    """Backward reads neither result: masking them in place is no error and changes no other row."""
+    logits, labels = make_logits(ignored=0.0)
+    logits.requires_grad_()
+    logprobs, entropy = logprobs_from_logits(logits, labels)
+    expected = torch.autograd.grad(logprobs[5:].sum(), logits, retain_graph=True)[0]
+    logprobs[:5] = 0
+    entropy.zero_()
+    assert torch.equal(torch.autograd.grad(logprobs.sum(), logits)[0], expected)
+
+
+class FreshMemory(TorchDispatchMode):
+    """Remembers the storages that operations make, other than that of ``known``, and their largest size."""
+
+    def __init__(self, known: torch.Tensor):
+        super().__init__()
+        self.known, self.nbytes = known.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() != self.known:
+                self.nbytes = max(self.nbytes, x.untyped_storage().nbytes())
+        return out
+
+
+@each_dtype
+def test_memory(dtype, monkeypatch):
+    """In place, no operation allocates a tensor of the size of the logits; else one does, the gradient."""
+    monkeypatch.setattr(_row_cpu, "BLOCK_BYTES", 0)
+    leaf, labels = make_logits((64, 512), dtype)
+    for inplace_backward in (True, False):
+        logits = leaf.clone().requires_grad_() * 1
+        address = logits.data_ptr()
+        with FreshMemory(logits) as fresh:
+            logprobs, _ = logprobs_from_logits(logits, labels, inplace_backward=inplace_backward)
+        assert fresh.nbytes <= 2 * 512 * 8
+        with FreshMemory(logits) as fresh:
+            (grad,) = torch.autograd.grad(logprobs.sum(), logits)
+        assert (grad.data_ptr() == address) == inplace_backward
+        assert (fresh.nbytes <= 2 * 512 * 8) == inplace_backward
+        assert fresh.nbytes <= logits.nbytes
+
+
+def test_second_backward_in_place_raises():
+    """What in place overwrote is never differentiated again, neither by this op nor by another."""
+    leaf, labels = make_logits()
+    leaf.requires_grad_()
+    logits = leaf * 1
+    logprobs, _ = logprobs_from_logits(logits, labels, inplace_backward=True)
+    others = [logprobs_from_logits(logits, labels)[0], logits.square()]
+    logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already differentiated"):
+        logprobs.sum().backward()
+    for other in others:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            other.sum().backward()
+
+
+def test_in_place_beside_another_reader():
+    """A reader that runs its backward first, in the same call, gets the logits and not their gradient."""
+    leaf, labels = make_logits()
+    leaf.requires_grad_()
+    logits = leaf * 1
+    logprobs, _ = logprobs_from_logits(logits, labels, inplace_backward=True)
+    penalty = logits.logsumexp(-1).square().sum()
+    (actual,) = torch.autograd.grad(logprobs.sum() + penalty, leaf)
+    expected = logprobs_from_logits(leaf, labels)[0].sum() + leaf.logsumexp(-1).square().sum()
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, leaf)[0])
+
+
+def test_in_place_refuses_leaves_and_shared_rows():
+    """Overwriting a parameter, or rows that lie on one another, is an error and not a surprise."""
+    leaf, labels = make_logits(ignored=0.0)
+    leaf.requires_grad_()
+    for logits in (leaf, leaf[:], leaf.view(37, 1, 101)[:, 0]):
+        with pytest.raises(ValueError, match="leaf"):
+            logprobs_from_logits(logits, labels, inplace_backward=True)
+    one_row = leaf[0] * 1
+    with pytest.raises(ValueError, match="share memory"):
+        logprobs_from_logits(one_row.expand(37, 101), labels, inplace_backward=True)
+    # not in place, rows that share memory are an ordinary input
+    for actual, expected in zip(
+        logprobs_from_logits(one_row.expand(37, 101), labels),
+        logprobs_from_logits(one_row.repeat(37, 1), labels),
+        strict=True,
+    ):
+        assert torch.equal(actual, expected)
+
+
+def test_retained_graph():
+    """Not in place, the op may be differentiated twice; a second derivative is refused."""
+    logits, labels = make_logits()
+    logits.requires_grad_()
+    logprobs, _ = logprobs_from_logits(logits, labels)
+    (first,) = torch.autograd.grad(logprobs.sum(), logits, retain_graph=True)
+    (second,) = torch.autograd.grad(2 * logprobs.sum(), logits, create_graph=True)
+    torch.testing.assert_close(second, 2 * first)
+    with pytest.raises(RuntimeError):
+        second.sum().backward()
+
+
+def test_rows_do_not_depend_on_each_other():
+    """A row alone gives the bits it gives among others."""
+    logits, labels = make_logits((9, 333), ignored=0.0)
+    together = run_logits(srft_kernels, logits, labels)
+    for i in range(9):
+        alone = logprobs_from_logits(logits[i : i + 1], labels[i : i + 1])
+        assert torch.equal(alone[0], together["logprobs"][i : i + 1])
+        assert torch.equal(alone[1], together["entropy"][i : i + 1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": torch.zeros(37, 101).long()}, "logits must be bf16"),
+        ({"logits": torch.zeros(101, 37).t()}, "stride 1 along the vocabulary"),
+        ({"logits": torch.zeros(37, 0)}, "V >= 1"),
+        ({"logits": [1.0]}, "must be a tensor"),
+        ({"labels": torch.zeros(36, dtype=torch.int64)}, "shape of logits without V"),
+        ({"labels": torch.zeros(37, dtype=torch.int32)}, "labels.long"),
+        ({"temperature": 0.0}, "temperature must be a number > 0"),
+        ({"temperature": torch.zeros(37)}, "temperature must be > 0"),
+        ({"temperature": torch.ones(36)}, "shape of labels"),
+        ({"logit_softcap": -1.0}, "logit_softcap must be a number > 0"),
+        ({"logit_softcap": float("inf")}, "logit_softcap must be finite"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_wrong_arguments_are_refused(changes, message):
+    """Each mistake is a ValueError that names what was expected."""
+    logits, labels = make_logits()
+    arguments = {"logits": logits, "labels": labels, **changes}
+    with pytest.raises(ValueError, match=message):
+        logprobs_from_logits(**arguments)
+
+
+def test_logits_api():
+    """Exported, one signature with the reference, and every argument in the docstring."""
+    assert "logprobs_from_logits" in srft_kernels.__all__
+    signature = inspect.signature(logprobs_from_logits)
+    assert signature == inspect.signature(reference.logprobs_from_logits)
+    block = logprobs_from_logits.__doc__.split("Args:\n")[1].split("Returns:")[0]
+    assert re.findall(r"^        (\w+): ", block, re.MULTILINE) == list(signature.parameters)
+
+
+# name: (file, text, its replacement)
+CPU_FAULTS = {
+    "keep the statistics in 16 bits": (
+        "_row_cpu.py",
+        "z.new_zeros(count, dtype=dtype)",
+        "z.new_zeros(count, dtype=z.dtype)",
+    ),
+    "give all rows the mean upstream gradient of the entropy": (
+        "_row_cpu.py",
+        "slope = (-dentropy * scale)[:, None]",
+        "slope = (-dentropy * scale)[:, None].mean().expand(len(scale), 1)",
+    ),
+}
+KERNEL_FAULTS = {
+    "keep the statistics in 16 bits": (
+        "row_kernels.py",
+        "z.new_empty(count, dtype=dtype)",
+        "z.new_empty(count, dtype=z.dtype)",
+    ),
+    "keep the exponentials in 16 bits": (
+        "row_kernels.py",
+        "exp = tl.exp(z - shift)",
+        "exp = tl.exp(z - shift).to(tl.float16).to(tl.float32)",
+    ),
+    "take the rows to lie side by side": ("row_kernels.py", "row * stride_z", "row * vocab"),
+    "scale the gradient by the log-probability twice": ("row_kernels.py", "a *= grad_scale", "a *= 2 * grad_scale"),
+}
+COMMON_FAULTS = {
+    "take the labels of the first rows": (
+        "logprobs_from_logits.py",
+        "labels=rows.labels[part]",
+        "labels=rows.labels[: z.shape[0]]",
+    ),
+    "leave the gradient over the logits": (
+        "logprobs_from_logits.py",
+        "out=None if targets is None else targets[part]",
+        "out=None",
+    ),
+}
+FAULTS = COMMON_FAULTS | (KERNEL_FAULTS if row_kernels.INTERPRETED else CPU_FAULTS)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_logits_fault_is_found(fault, tmp_path):
+    """The check of 16-bit logits passes on a copy of the package and fails on one with a small fault."""
+    logits, labels = make_logits((3, 9, 97), torch.float16 if row_kernels.INTERPRETED else torch.bfloat16)
+    # rows with room after each row and each third
+    logits = torch.nn.functional.pad(logits, (0, 3))[:, :-1, :97]
+    file, text, replacement = FAULTS[fault]
+    for folder, new_text in (("sound", text), ("faulty", replacement)):
+        module = faulty_package(tmp_path / folder, file, text, new_text)
+        arguments = {"logits": logits, "labels": labels[:, :-1], "entropy_grad": True}
+        if folder == "sound":
+            assert_logits_match(**arguments, module=module)
+            continue
+        with pytest.raises(AssertionError, match="error|differs|non-finite"):
+            assert_logits_match(**arguments, module=module)

@@ -1,0 +1,96 @@
+"""The row backends on scores of any dtype, with labels of every kind, against float64."""
+
+import pytest
+import torch
+
+from srft_kernels import _row_cpu, row_kernels
+from srft_kernels._row_cpu import Rows
+from tests.kernels.cases import case_id
+from tests.numerics import assert_accurate
+
+BACKEND = row_kernels if row_kernels.INTERPRETED else _row_cpu
+# under the interpreter bf16 is truncated where hardware rounds, and there is no float64 on a GPU
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+DTYPES = DTYPES[:2] if row_kernels.INTERPRETED else DTYPES
+ROW_OPTIONS = {
+    "plain": {},
+    "entropy": {"entropy": True},
+    "scaled": {"grad_scale": 37.0, "temperature": True},
+    "all": {"entropy": True, "grad_scale": -0.3, "temperature": True, "bias": True, "softcap": 4.0},
+}
+
+
+def expected_rows(z, rows: Rows, dlogp, dentropy) -> list[torch.Tensor]:
+    """Statistics and gradient of rows of scores from autograd, in the dtype of ``z``."""
+    z = z.detach().requires_grad_()
+    logits = z if rows.bias is None else z + rows.bias.to(z)
+    if rows.softcap is not None:
+        logits = rows.softcap * torch.tanh(logits / rows.softcap)
+    if rows.inv_temperature is not None:
+        logits = logits * rows.inv_temperature.to(z)[:, None]
+    kept, absent = rows.labels != rows.ignore_index, rows.labels < 0
+    logprobs = logits.log_softmax(1)
+    label_logit = torch.where(absent, 0.0, logits.gather(1, rows.labels.clamp(min=0)[:, None])[:, 0])
+    top = logits.amax(1)
+    log_sum = (logits - top[:, None]).exp().sum(1).log()
+    logp = label_logit - top - log_sum
+    entropy = -(logprobs.exp() * logprobs).sum(1)
+    loss = logp * dlogp.to(z) + (0.0 if dentropy is None else entropy * dentropy.to(z))
+    (grad,) = torch.autograd.grad((loss * rows.grad_scale)[kept].sum(), z)
+    return [*(torch.where(kept, x, 0.0).detach() for x in (logp, entropy, top, log_sum)), grad]
+
+
+def random_rows(dtype, *, entropy=False, temperature=False, bias=False, grad_scale=1.0, softcap=None):
+    """Scores [23, 201], labels of every kind, and upstream gradients, of both signs."""
+    wide = torch.promote_types(dtype, torch.float32)
+    z = (torch.randn(23, 201) * 3).to(dtype)
+    labels = torch.randint(0, 201, (23,))
+    # ends of the vocabulary, ignored rows at either end and within, labels of another shard
+    labels[1], labels[2], labels[[0, 5, 6, 22]], labels[[3, 9]] = 0, 200, -100, -1
+    inv_temperature = torch.rand(23, dtype=wide) + 0.5 if temperature else None
+    bias = torch.randn(201, dtype=wide) if bias else None
+    rows = Rows(labels, inv_temperature, bias, softcap, -100, dtype, grad_scale)
+    return z, rows, torch.randn(23, dtype=wide), torch.randn(23, dtype=wide) if entropy else None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("options", ROW_OPTIONS.values(), ids=ROW_OPTIONS)
+@pytest.mark.parametrize("overwrite", [False, True], ids=["kept", "overwritten"])
+def test_rows_match_float64(dtype, options, overwrite, monkeypatch):
+    """Statistics and gradient of scores of any dtype, with absent and ignored labels, in several blocks."""
+    monkeypatch.setattr(_row_cpu, "BLOCK_BYTES", 4 * 201 * 4)
+    monkeypatch.setattr(row_kernels, "_MAX_BLOCK_V", 64)
+    z, rows, dlogp, dentropy = random_rows(dtype, **options)
+    if overwrite and (dentropy is not None or rows.softcap is not None):
+        pytest.skip("the caller promises not to")
+    gold = expected_rows(z.double(), rows, dlogp, dentropy)
+    baseline = expected_rows(z.to(dlogp.dtype), rows, dlogp, dentropy)
+    known = BACKEND.stats(z, rows, overwrite)
+    dz = BACKEND.gradient(z, rows, known, dlogp, dentropy, overwrite)
+    for name, actual, expected, base in zip(known._fields, known, gold, baseline, strict=False):
+        assert_accurate(name, actual, expected, base)
+    assert_accurate("dz", dz, gold[4], baseline[4].to(dtype), gradient=True)
+    assert dz.data_ptr() == z.data_ptr() and not dz[rows.labels == -100].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("options", ROW_OPTIONS.values(), ids=ROW_OPTIONS)
+def test_gradient_elsewhere_is_that_in_place(dtype, options):
+    """With ``out`` the scores are kept and the bits are those of the gradient in place."""
+    z, rows, dlogp, dentropy = random_rows(dtype, **options)
+    known = BACKEND.stats(z, rows, False)
+    out, kept = torch.empty_like(z), z.clone()
+    dz = BACKEND.gradient(z, rows, known, dlogp, dentropy, False, out=out)
+    assert dz.data_ptr() == out.data_ptr() and torch.equal(z, kept)
+    assert torch.equal(dz, BACKEND.gradient(z, rows, known, dlogp, dentropy, False))
+
+
+def test_16_bit_gradient_of_fp32_scores_elsewhere():
+    """``out`` may have the dtype that the gradient is wanted in."""
+    z, rows, dlogp, _ = random_rows(torch.float32)
+    rows = rows._replace(grad_dtype=torch.float16)
+    known = BACKEND.stats(z, rows, False)
+    out = torch.empty(z.shape, dtype=torch.float16)
+    BACKEND.gradient(z, rows, known, dlogp, None, False, out=out)
+    gold = expected_rows(z.double(), rows, dlogp, None)[4]
+    assert_accurate("dz", out, gold, gold.half(), gradient=True)
