@@ -18,6 +18,7 @@ from tests.kernels.cases import (
     policy,
     srft,
 )
+from tests.kernels.test_logits import OPTIONS, assert_logits_match, make_logits, run_logits
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -92,3 +93,58 @@ def test_offsets_beyond_32_bits(monkeypatch):
     tail_logp, tail_entropy = srft_kernels.linear_logprobs(hidden[-64:], weight, labels[-64:])
     torch.testing.assert_close(logp[-64:], tail_logp, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy[-64:], tail_entropy, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", [(257, 1031), (64, 151936), (3, 9, 4097)], ids=str)
+def test_logits_match_the_reference(dtype, options, shape):
+    """Values and gradients from logits with vectors and without, and in place the same bits."""
+    logits, labels = (x.cuda() for x in make_logits(shape, dtype))
+    new = assert_logits_match(logits, labels, **options)
+    in_place = run_logits(srft_kernels, logits, labels, inplace_backward=True, **options)
+    assert all(torch.equal(new[name], in_place[name]) for name in new)
+
+
+def test_in_place_gradient_is_the_same_every_time():
+    """Thousands of rows in place, many times over: no thread reads what another has overwritten."""
+    logits, labels = (x.cuda() for x in make_logits((4096, 32003), torch.bfloat16))
+    expected = run_logits(srft_kernels, logits, labels, entropy_grad=True)
+    for _ in range(20):
+        actual = run_logits(srft_kernels, logits, labels, entropy_grad=True, inplace_backward=True)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True], ids=["new", "in-place"])
+def test_logits_without_host_sync_or_copies(inplace_backward):
+    """Nothing waits for the GPU, and memory grows by the gradient at most."""
+    leaf = torch.randn(2048, 32000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 32000, (2048,), device="cuda")
+    for _ in range(2):
+        logits = leaf * 1
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            logprobs, _ = srft_kernels.logprobs_from_logits(
+                logits, labels, temperature=0.7, inplace_backward=inplace_backward
+            )
+            (dlogits,) = torch.autograd.grad(logprobs.sum(), logits)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        extra = torch.cuda.max_memory_allocated() - before
+        assert (dlogits.data_ptr() == logits.data_ptr()) == inplace_backward
+        assert extra < 2**20 + (0 if inplace_backward else logits.nbytes)
+
+
+def test_logits_beyond_32_bits():
+    """More than 2^31 logits: the last rows agree bitwise with those rows alone."""
+    logits = torch.randn(17_000, 131_072, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(0, 131_072, (17_000,), device="cuda")
+    tail = run_logits(srft_kernels, logits[-64:], labels[-64:])
+    logits.requires_grad_()
+    logprobs, entropy = srft_kernels.logprobs_from_logits(logits, labels)
+    assert torch.equal(logprobs[-64:], tail["logprobs"]) and torch.equal(entropy[-64:], tail["entropy"])
+    logprobs[-64:].sum().backward()
+    assert not logits.grad[:-64].any() and logits.grad[-64:].any(1).all()

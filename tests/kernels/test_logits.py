@@ -24,7 +24,8 @@ def run_logits(module, logits, labels, **options) -> dict[str, torch.Tensor]:
     """Results of logprobs_from_logits and the gradient of a random signed loss of both."""
     leaf = logits.detach().requires_grad_()
     # the op under test may overwrite what it gets: not the leaf, but a copy with its strides
-    given = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype).copy_(leaf)
+    given = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+    given = given.copy_(leaf)
     logprobs, entropy = module.logprobs_from_logits(given, labels, **options)
     g = torch.Generator().manual_seed(7)
     upstream = [torch.randn(labels.shape, generator=g).to(logprobs) for _ in range(2)]
