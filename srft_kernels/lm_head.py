@@ -15,7 +15,7 @@ from ._chunked_head import LoraDelta
 
 __all__ = ["FusedLMHead"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class FusedLMHead(nn.Module):
@@ -125,7 +125,7 @@ class FusedLMHead(nn.Module):
             head._lora_layer = (module,)
         return head
 
-    def forward(self, hidden_states: Tensor, op: Callable[..., T]) -> T:
+    def forward(self, hidden_states: Tensor, op: Callable[..., _T]) -> _T:
         """Call ``op`` with the hidden states, the weight, and the bias, softcap and LoRA that the head has.
 
         Args:
