@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import check_choice
 from ..linear_logprobs import linear_logprobs
 from ..policy_loss import linear_cross_entropy
+from ..vocab_parallel import VocabParallel
 
 
 class LigerFusedLinearScaledCrossEntropyFunction:
@@ -80,6 +82,52 @@ def _selected(
         others = hidden @ weight[ids].to(logprobs.dtype).t()
         scale = torch.as_tensor(temperature, dtype=logprobs.dtype, device=hidden.device).reshape(-1, 1)
         return torch.where(valid[:, None], logprobs[:, None] + (others - own[:, None]) / scale, 0.0)
+
+
+class LigerFusedLinearScaledCrossEntropyTPFunction:
+    """The same with the vocabulary spread over a tensor-parallel group, as ``liger_kernel.ops`` has it."""
+
+    @staticmethod
+    def apply(
+        _input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        tp_group: dist.ProcessGroup | None,
+        temperature: float | Tensor = 1.0,
+        ignore_index: int = -100,
+        tiles_per_reduce: int = 1,
+        return_entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return nll, or (nll, entropy), the same on every rank; the gradient of _input is summed over the group.
+
+        Args:
+            _input: [N, H], the same on every rank.
+            weight: [V / R, H], this rank's rows of R equal parts in the order of the ranks.
+            target: [N] int64 in [0, V).
+            tp_group: The group of R ranks; None: all.
+            temperature: Divides the logits, > 0; a float, or [N].
+            ignore_index: Target of rows whose results are 0 and have no gradient.
+            tiles_per_reduce: Without effect.
+            return_entropy: Return the entropy [N] fp32, nats, too.
+
+        Raises:
+            ValueError: As ``linear_logprobs``, or without an initialised torch.distributed.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("torch.distributed must be initialised before a head is spread over its ranks")
+        group = dist.group.WORLD if tp_group is None else tp_group
+        assert group is not None
+        rows = weight.shape[0]
+        logprobs, entropy = linear_logprobs(
+            _input,
+            weight,
+            target,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            vocab_parallel=VocabParallel(group, dist.get_rank(group) * rows, dist.get_world_size(group) * rows),
+            entropy_grad=return_entropy,
+        )
+        return (-logprobs, entropy) if return_entropy else -logprobs
 
 
 class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):

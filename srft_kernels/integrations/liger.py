@@ -19,7 +19,11 @@ from torch import Tensor
 from .._checks import check_choice
 from .._chunked_head import compute_dtype
 from ..linear_logprobs import linear_logprobs
-from ._liger_cross_entropy import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearScaledCrossEntropyFunction
+from ._liger_cross_entropy import (
+    LigerFusedLinearCrossEntropyLoss,
+    LigerFusedLinearScaledCrossEntropyFunction,
+    LigerFusedLinearScaledCrossEntropyTPFunction,
+)
 from ._liger_grpo import LEVELS, LOSS_TYPES, Batch, Options, grpo_loss
 
 __all__ = [
@@ -27,6 +31,7 @@ __all__ = [
     "LigerFusedLinearGRPOFunction",
     "LigerFusedLinearGRPOLoss",
     "LigerFusedLinearScaledCrossEntropyFunction",
+    "LigerFusedLinearScaledCrossEntropyTPFunction",
     "liger_fused_linear_grpo",
 ]
 

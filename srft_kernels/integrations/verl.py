@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._checks import check_choice
 from ..linear_logprobs import linear_logprobs
+from ..vocab_parallel import VocabParallel
 
 __all__ = ["FusedLinearForPPO", "linear_cross_entropy"]
 
@@ -33,33 +34,43 @@ def linear_cross_entropy(
 
     Args:
         hidden: [N, D], or [..., D], which is flattened.
-        weight: [V, D], dtype of hidden.
+        weight: [V, D], dtype of hidden; with a group of R ranks this rank's V / R rows, in the order of the ranks.
         labels: N integers in [0, V) of any shape, already shifted; rows of -100 are skipped.
         temperature: Divides the logits, > 0; a float, or one value per token.
         reduction: "none", "sum" or "mean" (over all N rows) of the log-probabilities.
-        dist_process_group: Group whose ranks share the vocabulary; none, or one of a single rank.
+        dist_process_group: Tensor-parallel group whose ranks share the vocabulary. As in verl, the gradient of hidden
+            is then each rank's part, to be summed over the group outside, as sequence parallelism does.
 
     Returns:
         (logprobs, entropy): fp32 (fp64 for fp64 inputs), nats, both with gradients; logprobs [N] or reduced to [],
         entropy [N].
 
     Raises:
-        ValueError: For a group of several ranks, an unknown reduction, or what ``linear_logprobs`` raises.
+        ValueError: For an unknown reduction, or what ``linear_logprobs`` raises.
     """
     check_choice("reduction", reduction.lower(), ("none", "sum", "mean"))
-    if dist_process_group is not None and dist.get_world_size(dist_process_group) > 1:
-        raise ValueError(
-            f"dist_process_group must have one rank, got {dist.get_world_size(dist_process_group)}: a weight that is "
-            "split over ranks is not supported; gather it first"
-        )
-    logprobs, entropy = _flat_logprobs(hidden, weight, labels, temperature)
+    shard = None
+    ranks = 1 if dist_process_group is None else dist.get_world_size(dist_process_group)
+    if ranks > 1:
+        assert dist_process_group is not None
+        rows = weight.shape[0]
+        shard = VocabParallel(dist_process_group, dist.get_rank(dist_process_group) * rows, ranks * rows)
+        if hidden.requires_grad:
+            # the op has summed the gradient over the group: equal parts of it sum to the same
+            hidden = hidden.view_as(hidden)
+            hidden.register_hook(lambda gradient: gradient / ranks)
+    logprobs, entropy = _flat_logprobs(hidden, weight, labels, temperature, shard)
     if reduction.lower() == "none":
         return logprobs, entropy
     return logprobs.sum() if reduction.lower() == "sum" else logprobs.mean(), entropy
 
 
 def _flat_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float | Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    shard: VocabParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropy [N] of the tokens in their order, whatever the leading shapes."""
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
@@ -69,6 +80,7 @@ def _flat_logprobs(
         weight,
         labels.reshape(-1).long(),
         temperature=temperature,
+        vocab_parallel=shard,
         entropy_grad=True,
     )
 

@@ -19,6 +19,7 @@ from srft_kernels.integrations.liger import (
     LigerFusedLinearGRPOFunction,
     LigerFusedLinearGRPOLoss,
     LigerFusedLinearScaledCrossEntropyFunction,
+    LigerFusedLinearScaledCrossEntropyTPFunction,
     liger_fused_linear_grpo,
 )
 from tests.numerics import assert_accurate
@@ -242,6 +243,10 @@ def test_signatures_are_those_of_liger():
             LigerFusedLinearScaledCrossEntropyFunction.apply,
             scaled.LigerFusedLinearScaledCrossEntropyFunction.apply,
         ),
+        (
+            LigerFusedLinearScaledCrossEntropyTPFunction.apply,
+            scaled.LigerFusedLinearScaledCrossEntropyTPFunction.apply,
+        ),
         (LigerFusedLinearCrossEntropyLoss.__init__, LigerCrossEntropy.__init__),
         (LigerFusedLinearCrossEntropyLoss.forward, LigerCrossEntropy.forward),
     ):
@@ -431,3 +436,10 @@ def test_cross_entropy_refuses_what_it_does_not_have(setting):
     """A setting that would be ignored raises instead."""
     with pytest.raises(ValueError, match=f"{next(iter(setting))} must be"):
         LigerFusedLinearCrossEntropyLoss(**setting)
+
+
+def test_tensor_parallel_head_needs_a_group():
+    """Without torch.distributed the head that is spread over ranks says what is missing."""
+    hidden, weight, _, target, _, _ = make_tokens()
+    with pytest.raises(ValueError, match="torch.distributed must be initialised"):
+        LigerFusedLinearScaledCrossEntropyTPFunction.apply(hidden, weight, target, None)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from srft_kernels.integrations.liger import LigerFusedLinearScaledCrossEntropyTPFunction
 from srft_kernels.integrations.verl import FusedLinearForPPO, linear_cross_entropy
 from tests.numerics import assert_accurate
 
 needs_verl = pytest.mark.skipif(
     importlib.util.find_spec("verl") is None, reason="needs verl's files, which the peers' lock installs"
 )
+ROOT = Path(__file__).resolve().parents[2]
 H, V = 24, 53
 
 
@@ -161,18 +166,61 @@ def test_signatures_are_those_of_verl():
         assert arguments(ours) == arguments(theirs, skip=("ctx",))
 
 
-def test_process_groups(tmp_path, monkeypatch):
-    """A group of one rank changes nothing; one of several, whose ranks would share the vocabulary, is refused."""
+def test_group_of_one_rank_changes_nothing(tmp_path):
+    """A tensor-parallel group of a single rank holds the whole head."""
     hidden, weight, ids, *_ = make_case((5,))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        alone = linear_cross_entropy(hidden, weight, ids, dist_process_group=dist.group.WORLD)
-        assert torch.equal(alone[0], linear_cross_entropy(hidden, weight, ids)[0])
-        monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
-        with pytest.raises(ValueError, match="dist_process_group must have one rank, got 2"):
-            linear_cross_entropy(hidden, weight, ids, dist_process_group=dist.group.WORLD)
+        alone, _ = linear_cross_entropy(hidden, weight, ids, dist_process_group=dist.group.WORLD)
+        assert torch.equal(alone, linear_cross_entropy(hidden, weight, ids)[0])
     finally:
         dist.destroy_process_group()
+
+
+def rank_main(rank: int, folder: Path) -> None:
+    """What each of two ranks runs: verl's and Liger's tensor-parallel heads on its half of the vocabulary."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    hidden, weight, ids, *upstream = make_case((3, 5))
+    weight, upstream = weight[:52].chunk(2)[rank], [d.flatten() for d in upstream]
+    ids = ids.clamp(max=51)
+    verl = run(linear_cross_entropy, hidden, weight, ids, upstream, 0.7, "none", dist.group.WORLD)
+    liger = run(
+        lambda h, w, i: LigerFusedLinearScaledCrossEntropyTPFunction.apply(h, w, i, None, 0.7, return_entropy=True),
+        hidden.flatten(0, 1), weight, ids.flatten().long(), [-upstream[0], upstream[1]],
+    )  # fmt: skip
+    torch.save({"verl": verl, "liger": liger}, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_share_the_vocabulary(tmp_path):
+    """Both ranks get the whole head's results; verl's gradients of hidden sum to it, Liger's are summed already."""
+    command = "import sys, pathlib; from tests.kernels.test_integration_verl import rank_main; "
+    command += "rank_main(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", command, str(rank), str(tmp_path)], env=environment, cwd=ROOT)
+        for rank in range(2)
+    ]
+    try:
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    hidden, weight, ids, *upstream = make_case((3, 5))
+    weight, ids = weight[:52], ids.clamp(max=51)
+    gold = run(lambda h, w, i: plain(h, w, i, 0.7), hidden, weight, ids, upstream)
+    for rank, dweight in enumerate(gold["dweight"].chunk(2)):
+        for peer in ("verl", "liger"):
+            out = ranks[rank][peer]
+            sign = -1 if peer == "liger" else 1
+            torch.testing.assert_close(sign * out["logprobs"], gold["logprobs"].flatten())
+            torch.testing.assert_close(out["entropy"], gold["entropy"].flatten())
+            torch.testing.assert_close(out["dweight"], dweight)
+        torch.testing.assert_close(ranks[rank]["liger"]["dhidden"], gold["dhidden"].flatten(0, 1))
+    torch.testing.assert_close(ranks[0]["verl"]["dhidden"] + ranks[1]["verl"]["dhidden"], gold["dhidden"])
 
 
 @pytest.mark.parametrize(
