@@ -1,4 +1,10 @@
-"""Losses that are known in advance: loss and gradient in one sweep over chunks of logits, 6NDV."""
+"""Losses that are known in advance: loss and gradient in one sweep over chunks of logits, 6NDV.
+
+Rows whose gradient depends on tokens outside their chunk (a sequence longer than a chunk, the batch) cost more: on
+CPU their weight gradients wait for the entropy weights, in a buffer a weight, and tokens with several parts
+(demonstrations) have one product more; on a GPU, or where the buffers are too large, their logits are computed twice.
+Without a gradient to compute every op costs 2NDV, with a frozen head 4NDV.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +157,8 @@ def linear_grpo_loss(
         kl_coef: Weight of the KL estimate k3, >= 0.
         rollout_weights: [N] multiplies the policy term, such as a truncated trainer-to-sampler ratio.
         entropy_coef: Weight of the entropy bonus, which has a gradient.
-        cu_seqlens: [B+1] int32 sequence bounds from 0 to N, for gspo; on CPU it saves a pass over the logits.
+        cu_seqlens: [B+1] int32 sequence bounds from 0 to N, for gspo, on CPU where possible: chunks of logits
+            can then end where sequences do.
         token_weights: [N] multiplies all terms of a token (1 / length gives a mean over sequences).
         num_tokens: Denominator, counted over micro-batches and ranks; int or 0-d tensor. None: the valid
             tokens of this call.
@@ -285,8 +292,8 @@ def linear_srft_loss(
         advantages: [N] one value per token.
         is_demo: [N] bool, the token belongs to a demonstration.
         is_correct: [N] bool, the token belongs to a correct rollout; not read on demonstrations.
-        cu_seqlens: [B+1] int32 sequence bounds from 0 to N, on CPU where possible: it saves a pass over the
-            logits. May be None unless ``entropy_scope`` is "sequence".
+        cu_seqlens: [B+1] int32 sequence bounds from 0 to N, on CPU where possible: chunks of logits can then
+            end where sequences do. May be None unless ``entropy_scope`` is "sequence".
         old_logprobs: [N] log-probabilities before this update, nats. None: on-policy, ratio 1 in value with
             its gradient.
         preset: "paper", "official" or "upt": the switches above that are not given.
@@ -402,8 +409,9 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """Any loss of (logprobs, entropy), without materialising the [N, V] logits.
 
-    ``objective`` is differentiated by autograd on two [N] vectors. It costs 6NDV where all rows fit in one
-    workspace of logits, and otherwise 8NDV: a pass for the statistics comes first.
+    ``objective`` is differentiated by autograd on two [N] vectors, once the logits of all rows have been seen. It
+    costs 6NDV where they fit in one workspace, and up to 8NDV otherwise: all but the last chunk of logits are
+    computed twice.
 
     Args:
         hidden_states: [N, D], see ``linear_logprobs``, as for every argument that is not described here.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import srft_kernels
-from srft_kernels import _chunked_head, _row_cpu, reference, row_kernels
+from srft_kernels import LoraDelta, _chunked_head, _one_pass, _row_cpu, reference, row_kernels
 from tests.kernels.cases import (
     DTYPES,
     Case,
@@ -365,28 +365,38 @@ def test_no_tensor_of_tokens_by_vocabulary(op, dtype, monkeypatch):
     assert seen.numel == n * v
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_shape_and_options(data):
-    """Random shapes, sequences, masks and switches of the two policy losses agree with the reference."""
-    shape = tuple(data.draw(st.integers(low, high)) for low, high in ((1, 40), (1, 60), (1, 12)))
+    """Random shapes, sequences, masks, chunks and options of every op agree with the reference."""
+    shape = tuple(data.draw(st.integers(low, high)) for low, high in ((1, 70), (1, 60), (1, 12)))
     ignored = data.draw(st.sampled_from([0.0, 0.3, 1.0]))
     case = make_case(
         shape, seed=data.draw(st.integers(0, 10**6)), bias=data.draw(st.booleans()), ignored=ignored
     )
+    generator = torch.Generator().manual_seed(0)
+    dead = torch.rand(shape[0], generator=generator) < data.draw(st.sampled_from([0.0, 0.5]))
+    case.advantages = case.advantages.masked_fill(dead, 0.0)
     options = {
         "temperature": data.draw(st.sampled_from([1.0, 0.6, case.temperature])),
         "logit_softcap": data.draw(st.sampled_from([None, 5.0])),
-        "everything": data.draw(st.booleans()),
-        "entropy_coef": data.draw(st.sampled_from([0.0, 0.01])),
     }
+    if data.draw(st.booleans()):
+        a, b = (torch.randn(size, generator=generator) for size in ((2, shape[2]), (shape[1], 2)))
+        options["lora"] = LoraDelta(a, b, 0.02)
+    op = data.draw(st.sampled_from(OPS))
+    if op in (grpo, srft):
+        options["everything"] = data.draw(st.booleans())
+        options["entropy_coef"] = data.draw(st.sampled_from([0.0, 0.01]))
+    if op is grpo:
+        options["loss_type"] = data.draw(st.sampled_from(["grpo", "gspo", "cispo", "reinforce"]))
+        options["on_policy"] = data.draw(st.booleans())
+        options["dual_clip"] = data.draw(st.sampled_from([None, 1.5]))
+    if op is srft:
+        options["preset"] = data.draw(st.sampled_from(["paper", "official", "upt"]))
+        options["entropy_scope"] = data.draw(st.sampled_from(["token", "sequence", "batch"]))
+        options["off_policy"] = data.draw(st.booleans())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", data.draw(st.sampled_from([0, 2**20])))
-        if data.draw(st.booleans()):
-            loss_type = data.draw(st.sampled_from(["grpo", "gspo", "cispo", "reinforce"]))
-            assert_matches_reference(grpo, case, loss_type=loss_type, **options)
-        else:
-            options["preset"] = data.draw(st.sampled_from(["paper", "official", "upt"]))
-            options["entropy_scope"] = data.draw(st.sampled_from(["token", "sequence", "batch"]))
-            options["off_policy"] = data.draw(st.booleans())
-            assert_matches_reference(srft, case, **options)
+        patch.setattr(_one_pass, "CPU_DEFERRED_BYTES", data.draw(st.sampled_from([0, 2**30])))
+        assert_matches_reference(op, case, **options)
