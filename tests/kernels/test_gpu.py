@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import _chunked_head
+from srft_kernels import _chunked_head, objectives, row_kernels
+from srft_kernels._row_cpu import Rows
 from tests.kernels.cases import (
     Case,
     assert_matches_reference,
@@ -113,6 +114,24 @@ def test_in_place_gradient_is_the_same_every_time():
     for _ in range(20):
         actual = run_logits(srft_kernels, logits, labels, entropy_grad=True, inplace_backward=True)
         assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_one_launch_is_the_same_every_time(dtype):
+    """In one launch, in place, no thread reads what another has overwritten, and the result is that of two."""
+    z, labels = (x.cuda() for x in make_logits((4096, 32003), dtype))
+    rows = Rows(labels, None, None, None, -100, dtype)
+    weight = torch.randn(1, 4096, device="cuda")
+    arguments = (rows, objectives.cross_entropy_token, weight, (), False)
+    known, dz = row_kernels.objective_gradient(z.clone(), *arguments)
+    expected = row_kernels.gradient(z, rows, known, -weight[0], None, False, out=torch.empty_like(z))
+    torch.testing.assert_close(dz, expected)
+    for actual, again in zip(known, row_kernels.stats(z, rows, False), strict=True):
+        torch.testing.assert_close(actual, again)
+    for _ in range(20):
+        other, actual = row_kernels.objective_gradient(z.clone(), *arguments)
+        assert torch.equal(actual, dz)
+        assert all(torch.equal(x, y) for x, y in zip(known, other, strict=True))
 
 
 @pytest.mark.parametrize("inplace_backward", [False, True], ids=["new", "in-place"])

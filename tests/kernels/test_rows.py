@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from srft_kernels import _row_cpu, row_kernels
+from srft_kernels import _row_cpu, objectives, row_kernels
 from srft_kernels._row_cpu import Rows
 from tests.kernels.cases import case_id
 from tests.numerics import assert_accurate
@@ -94,3 +94,18 @@ def test_16_bit_gradient_of_fp32_scores_elsewhere():
     BACKEND.gradient(z, rows, known, dlogp, None, False, out=out)
     gold = expected_rows(z.double(), rows, dlogp, None)[4]
     assert_accurate("dz", out, gold, gold.half(), gradient=True)
+
+
+@pytest.mark.skipif(not row_kernels.INTERPRETED, reason="one launch is a Triton kernel")
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_one_launch_is_two_passes(dtype, monkeypatch):
+    """Statistics and gradient of an objective in one launch, in place, are those of two passes."""
+    monkeypatch.setattr(row_kernels, "_MAX_BLOCK_V", 64)
+    z, rows, weight, _ = random_rows(dtype, grad_scale=3.0, temperature=True)
+    expected = BACKEND.stats(z, rows, False)
+    out = BACKEND.gradient(z, rows, expected, -weight, None, False, out=torch.empty_like(z))
+    known, dz = row_kernels.objective_gradient(
+        z, rows, objectives.cross_entropy_token, weight[None], (), False
+    )
+    assert dz.data_ptr() == z.data_ptr() and torch.equal(dz, out)
+    assert all(torch.equal(x, y) for x, y in zip(known, expected, strict=True))
