@@ -38,8 +38,8 @@ def pytest_generate_tests(metafunc):
     for spec in wanted:
         pairs = [("products", "chunked"), ("products", "unchunked")]
         for case in spec.cases:
-            names = variants(case, measure.DTYPES[spec.dtype], spec.device)
-            pairs += [(case, name) for name in names if not spec.only or name in spec.only]
+            names = variants(case, measure.DTYPES[spec.dtype], spec.device, spec.only)
+            pairs += [(case, name) for name in names]
         found += [(spec.name, spec.tokens, *pair) for pair in pairs]
     ids = [f"{name}-N{tokens}-{case}-{variant}" for name, tokens, case, variant in found]
     metafunc.parametrize(("head", "tokens", "case", "variant"), found, ids=ids)

@@ -59,7 +59,7 @@ class Spec:
     dtype: str
     device: torch.device
     cases: list[str]
-    only: set[str]  # names of variants; empty: all
+    only: frozenset[str]  # names of variants; empty: all
     what: set[str]
     rounds: int
     sequence: int
@@ -89,7 +89,7 @@ def specs(options: dict[str, str]) -> list[Spec]:
             options["dtype"],
             torch.device(options["device"]),
             options["cases"].split(","),
-            {*filter(None, options["variants"].split(","))},
+            frozenset(filter(None, options["variants"].split(","))),
             {*options["what"].split(",")},
             int(options["rounds"]),
             sequence,
@@ -133,16 +133,16 @@ class Table:
         self.variants: dict[tuple[str, str], Variant] = {}
         self.rows: dict[tuple[str, str], dict] = {}
         for case in spec.cases:
-            for name, variant in variants(case, self.dtype, spec.device).items():
-                if not spec.only or name in spec.only:
-                    self.variants[case, name] = variant
-                    self.rows[case, name] = {"case": case, "name": name, "status": "ok"}
-                    if variant.run is None:
-                        self.rows[case, name] |= {"status": "skipped", "reason": variant.reason}
+            for name, variant in variants(case, self.dtype, spec.device, spec.only).items():
+                self.variants[case, name] = variant
+                self.rows[case, name] = {"case": case, "name": name, "status": "ok"}
+                if variant.run is None:
+                    self.rows[case, name] |= {"status": "skipped", "reason": variant.reason}
         self.result: dict[str, Any] = {
             "head": spec.name, "width": self.head.width, "vocab": self.head.vocab, "tokens": spec.tokens,
             "dtype": spec.dtype, "sequence": spec.sequence, "rounds": spec.rounds, "load": [devices.load_average()],
-            "gradient_bytes": gradient_bytes(self.head, self.dtype, spec.tokens), "rows": [],
+            "gate_tokens": spec.gate_tokens, "gradient_bytes": gradient_bytes(self.head, self.dtype, spec.tokens),
+            "rows": [],
         }  # fmt: skip
 
     def run(self) -> dict:
@@ -157,7 +157,6 @@ class Table:
             reason = lacking(self.variants[pair].bytes(self.head, self.dtype, spec.tokens) + weight, spec.device)
             if reason:
                 self.rows[pair] |= {"status": "skipped", "reason": reason}
-        # products that are compared with come first
         self.result["rows"] = list(self.rows.values())
         if spec.what & {"check", "time"}:
             self.gate()
@@ -201,7 +200,6 @@ class Table:
                 self.judge(pair, worst, BOUNDS[variant.bound][spec.dtype], "against float64")
                 del actual
             self.save(self.result)
-        self.result["gate_tokens"] = spec.gate_tokens
 
     def time(self) -> None:
         """Rounds of one call of everything, every second one in reverse order, after one that is not timed."""

@@ -46,7 +46,7 @@ def _status_bytes(field: str) -> int:
 def main(case: str, name: str, head: str, dtype: str, tokens: str, sequence: str) -> None:
     """Print the peak that a call adds to this process."""
     device = torch.device("cpu")
-    variant = variants(case, DTYPES[dtype], device)[name]
+    variant = variants(case, DTYPES[dtype], device, frozenset([name]))[name]
     assert variant.run is not None, variant.reason
     # loads code and starts threads, which would be there without the loss
     variant.run(make_inputs(Head(HEADS[head].width, 1000), DTYPES[dtype], 4 * int(sequence), int(sequence), device))

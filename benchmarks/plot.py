@@ -69,7 +69,9 @@ def draw(found: dict, out: Path) -> None:
             axes.margins(x=0.12)
         for axes in line[len(keys) :]:
             axes.axis("off")
-        line[0].set_title(f"{table['head']}, N={table['tokens']:,}, {table['dtype']}", loc="left", fontsize=10)
+        cases = ", ".join(dict.fromkeys(row["case"] for row in table["rows"] if row["case"] != "products"))
+        title = f"{cases}: {table['head']}, N={table['tokens']:,}, {table['dtype']}"
+        line[0].set_title(title, loc="left", fontsize=10)
     figure.suptitle(f"{found['device']['name']}, {found['date']}, forward and backward", fontsize=11)
     figure.savefig(out, dpi=130)
     plt.close(figure)

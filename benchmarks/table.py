@@ -68,6 +68,7 @@ def _one(table: dict) -> str:
     measured, checked = any("peak_bytes" in row for row in rows), any("errors" in row for row in rows)
     lines = [f"{title}; sequences of {table['sequence']} tokens; load average {' / '.join(map(str, table['load']))}"]
     lines[0] += f"; medians of {table['rounds']} interleaved rounds." if timed else "."
+    lines[0] = lines[0][:-1] + f"; errors against float64 at N={table['gate_tokens']:,}." if checked else lines[0]
     cold = "cold " if hot else ""
     columns = ["loss", "variant"]
     if timed:

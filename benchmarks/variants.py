@@ -74,8 +74,10 @@ def gold(case: str) -> Run:
     return _fused(reference, case)
 
 
-def variants(case: str, dtype: torch.dtype, device: torch.device) -> dict[str, Variant]:
-    """All implementations of ``case`` by name, ours first."""
+def variants(
+    case: str, dtype: torch.dtype, device: torch.device, only: frozenset[str] = frozenset()
+) -> dict[str, Variant]:
+    """Implementations of ``case`` by name, ours first; all, or those in ``only``, which saves the other imports."""
     found = {"ours": Variant(_fused(srft_kernels, case), bound="ours")}
     if dtype.itemsize == 2:
         name = "ours-16bit-logits"
@@ -90,9 +92,10 @@ def variants(case: str, dtype: torch.dtype, device: torch.device) -> dict[str, V
     compiled = _backward(torch.compile(naive, dynamic=False))
     found["naive-compiled"] = Variant(compiled, full_logits=True, compiled=True)
     for name, peer in peers.PEERS.items():
-        if peer.gives in ("logprobs", case) or (peer.gives == "logprobs without entropy" and case != "srft"):
+        fits = peer.gives in ("logprobs", case) or (peer.gives == "logprobs without entropy" and case != "srft")
+        if fits and (not only or name in only):
             found[name] = _peer(name, case, device)
-    return found
+    return {name: variant for name, variant in found.items() if not only or name in only}
 
 
 def floor(head: Head, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[Inputs], None]]:

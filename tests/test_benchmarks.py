@@ -83,8 +83,8 @@ def test_a_wrong_peer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch)
     """A variant whose gradient is off by a factor of two has no time; one that raises has its message."""
     real = measure.variants
 
-    def broken(case: str, dtype: torch.dtype, device: torch.device) -> dict[str, Variant]:
-        found = real(case, dtype, device)
+    def broken(case: str, dtype: torch.dtype, device: torch.device, only: frozenset[str]) -> dict[str, Variant]:
+        found = real(case, dtype, device, only)
         honest = found["naive"].run
 
         def double(x: heads.Inputs):
