@@ -150,21 +150,29 @@ class Table:
         spec = self.spec
         weight = self.head.vocab * self.head.width * self.dtype.itemsize
         if reason := lacking(3 * weight, spec.device):
-            self.result["skipped"] = reason
-            self.save(self.result)
-            return self.result
+            return self.skip(reason)
         for pair in self.live():
             reason = lacking(self.variants[pair].bytes(self.head, self.dtype, spec.tokens) + weight, spec.device)
             if reason:
                 self.rows[pair] |= {"status": "skipped", "reason": reason}
         self.result["rows"] = list(self.rows.values())
-        if spec.what & {"check", "time"}:
+        if self.live() and spec.what & {"check", "time"}:
+            # in float64 the weight, its gradient and room for others' gradients; some [N, V] tensors
+            need = 24 * self.head.vocab * self.head.width + 64 * self.head.vocab * spec.gate_tokens
+            if reason := lacking(need, spec.device):
+                return self.skip(f"the comparison with float64 at N={spec.gate_tokens} {reason}")
             self.gate()
-        if "time" in spec.what:
+        if self.live() and "time" in spec.what:
             self.time()
         if "memory" in spec.what:
             self.memory()
         self.result["load"].append(devices.load_average())
+        self.save(self.result)
+        return self.result
+
+    def skip(self, reason: str) -> dict:
+        """Leave out this table."""
+        self.result |= {"skipped": reason, "rows": []}
         self.save(self.result)
         return self.result
 
@@ -181,10 +189,7 @@ class Table:
 
     def gate(self) -> None:
         """Compare loss and both gradients with float64 at the full V and D and a few hundred tokens or more."""
-        spec, head = self.spec, self.head
-        need = 24 * head.vocab * head.width + 64 * head.vocab * spec.gate_tokens
-        if reason := lacking(need, spec.device):
-            raise MemoryError(f"the comparison with float64 {reason}; ask for less with --gate-tokens")
+        spec = self.spec
         inputs = spec.inputs(spec.gate_tokens)
         double = [x.detach().double().requires_grad_() for x in inputs[:2]]
         for case in spec.cases:

@@ -78,6 +78,7 @@ def _one(table: dict) -> str:
         columns += ["extra GB beyond gradients", "extra GB in all"]
     if checked:
         columns += ["error of dX: RMS, max", "error of dW: RMS, max"]
+    columns += ["result"] if len(columns) == 2 else []
     lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [row["case"], row["name"], *_cells(row, timed, hot, measured, checked)]
