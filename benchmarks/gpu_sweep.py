@@ -56,15 +56,16 @@ def steps(tiny: bool, device: str) -> list[Step]:
         main, others, tokens, long, rows, own = "tiny", ["tiny"], "512", "1024", "64", "ours"
         # on a CPU each figure of memory is a process of its own
         common |= {"names": main, "tokens": tokens, "sequence": "64", "rounds": "1", "what": "time"}
+    brief = common | {"rounds": "1" if tiny else "2"}
     found = [
         Step("gemm", "gemm_rates", {"name": main, "rows": rows, "dtype": "bf16", "device": device}, 60),
         Step("grpo", "measure", {**common, "cases": "grpo", "variants": f"{own},{plain}"}, 120),
         Step("long", "measure", {**common, "tokens": long, "variants": f"{own},trl,verl-torch", "what": "memory"}, 60),
         Step("cross entropy", "measure", {**common, "cases": "cross_entropy", "variants": f"{own},{plain}"}, 90),
-        *_peer_steps(common, ["liger-scaled-ce", "cce-exact", "cce-filtered", "verl-triton", "quack"], 45),
+        *_peer_steps(brief, ["liger-scaled-ce", "cce-exact", "cce-filtered", "verl-triton", "quack"], 45),
         Step("srft", "measure", {**common, "cases": "srft", "variants": f"{own},naive"}, 45),
-        *(Step(name, "measure", {**common, "names": name, "variants": own, "what": "time"}, 40) for name in others),
-        *_peer_steps(common, ["liger-grpo", "liger-ce"], 45),
+        *(Step(name, "measure", {**brief, "names": name, "variants": own, "what": "time"}, 40) for name in others),
+        *_peer_steps(brief, ["liger-grpo", "liger-ce"], 45),
         Step("compiled", "measure", {**common, "variants": "ours,naive-compiled"}, 60),
     ]
     # the limits are those of a GPU

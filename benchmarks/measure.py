@@ -33,7 +33,7 @@ BOUNDS = {
     "others": {"fp32": 1e-4, "bf16": 0.1, "fp16": 2e-2},
 }
 # a GPU cools and clocks up again before a cold call, and heats up for as long before a hot one is timed
-IDLE_S, HOT_S = 0.3, 0.5
+IDLE_S, HOT_S = 0.3, 0.3
 
 # option: (default, help); the command line has them as they are, pytest with the prefix head-
 OPTIONS = {
