@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from benchmarks.peers import versions
 
 
 def _git(*arguments: str) -> str:
+    """What git says, or nothing where there is no git or no repository."""
+    if shutil.which("git") is None:
+        return ""
     done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
     return done.stdout.strip()
 
@@ -51,7 +55,7 @@ def facts(device: torch.device) -> dict:
     return {
         "date": datetime.date.today().isoformat(),
         "device": found,
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
         "uncommitted_kernels": bool(_git("status", "--porcelain", "--", "../srft_kernels")),
     }
 
