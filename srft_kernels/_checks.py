@@ -38,8 +38,8 @@ def check_head(
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if hasattr(x, "full_tensor"):
             raise ValueError(
-                f"{name} must be a plain tensor, got a DTensor; call the op through FusedLMHead, or pass "
-                f"{name}.full_tensor()"
+                f"{name} must be a plain tensor, got a DTensor; call the op through FusedLMHead, which also reduces "
+                "its gradient over the ranks"
             )
         if x.device != hidden_states.device:
             raise ValueError(
@@ -111,7 +111,7 @@ def _check_lora(lora: LoraDelta, lm_head_weight: Tensor) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2:
             raise ValueError(f"lora.{name} must be a floating-point matrix; pass it as nn.Linear stores it")
         if hasattr(x, "full_tensor"):
-            raise ValueError(f"lora.{name} must be a plain tensor, got a DTensor; pass full_tensor() of it")
+            raise ValueError(f"lora.{name} must be a plain tensor, got a DTensor; call the op through FusedLMHead")
         if x.device != lm_head_weight.device:
             raise ValueError(f"lora.{name} must be on {lm_head_weight.device}, got {x.device}; move it")
     if a.shape[1] != hidden_size or b.shape != (vocab, a.shape[0]):

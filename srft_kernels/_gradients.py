@@ -123,8 +123,11 @@ class Gradients:
 
     def __init__(self, head: Head, inputs: Inputs, wanted: Wanted, weight_grad: Tensor | None):
         """Of the rows of ``head``; ``weight_grad`` [V, D] takes the gradient of the weight, if given."""
-        self._wanted, self._inputs = wanted, inputs
-        self._head, self.external = head, weight_grad is not None
+        self._wanted, self.external = wanted, weight_grad is not None
+        self._group = None if head.vocab_parallel is None else head.vocab_parallel.group
+        # shapes and dtypes alone: a weight that was gathered or cast may then go before backward
+        self._device = head.hidden.device
+        self._like = [torch.empty(0) if x is None else torch.empty_like(x, device="meta") for x in inputs]
         self._sums: _Sums | None = _Sums(head, self._wanted, weight_grad)
         self._deferred: list[_Sums] = []
         self._dhidden: Tensor | None = None
@@ -205,12 +208,11 @@ class Gradients:
 
     def reduce(self) -> None:
         """Add up, over the ranks that hold the other columns, the gradients of what every rank has."""
-        shard = self._head.vocab_parallel
-        if shard is not None:
+        if self._group is not None:
             assert self._sums is not None
             for total in (self._dhidden, self._sums.da):
                 if total is not None:
-                    dist.all_reduce(total, group=shard.group)
+                    dist.all_reduce(total, group=self._group)
 
     def directions(self) -> Tensor:
         """The gradient of hidden [n, D] as it stands, in the compute dtype."""
@@ -229,19 +231,18 @@ class Gradients:
         dweight = None if self.external else sums.dweight
         dhidden = None if self._dhidden is None else put(self._dhidden)
         totals = [dhidden, dweight, sums.dbias, sums.da, sums.db]
-        given = [torch.empty(0) if x is None else x for x in self._inputs]
         # the caller's reference must be the last one: autograd then takes the tensor instead of a copy
         self._dhidden = sums.dweight = sums.dbias = sums.da = sums.db = None
-        for i, x in enumerate(given):
+        for i, x in enumerate(self._like):
             # no row took part
             if self._wanted[i] and totals[i] is None and not (i == 1 and self.external):
-                totals[i] = torch.zeros_like(x)
+                totals[i] = torch.zeros_like(x, device=self._device)
         if scale is not None:
             for total in totals:
                 if total is not None:
                     total *= scale
         return tuple(
-            None if total is None else _rounded(total, x.dtype) for total, x in zip(totals, given, strict=True)
+            None if total is None else _rounded(total, x.dtype) for total, x in zip(totals, self._like, strict=True)
         )
 
 

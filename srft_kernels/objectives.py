@@ -274,11 +274,11 @@ class TokenObjective:
         return 0
 
     def parts(self, logp: Tensor, rows: slice) -> tuple[Tensor | None, list[Tensor]]:
-        """Coefficients by logp of ``rows`` as fixed + sum_k scalar_k scaled_k: fixed (None for 0) and scaled."""
+        """Coefficients by ``logp`` of ``rows`` as fixed + sum_k scalar_k scaled_k: fixed (None for 0) and scaled."""
         raise AssertionError("only a scope of several tokens has parts")
 
     def scalars(self, logp: Tensor, entropy: Tensor, rows: slice) -> list[Tensor]:
-        """The scalars [] of ``parts`` for ``rows``, which are a whole scope."""
+        """The scalars [] of ``parts`` from logp and entropy of ``rows``, which are a whole scope."""
         raise AssertionError("only a scope of several tokens has scalars")
 
     def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
@@ -350,7 +350,7 @@ class GrpoObjective(TokenObjective):
         return kl, [self.valid[rows].to(logp.dtype)]
 
     def scalars(self, logp: Tensor, entropy: Tensor, rows: slice) -> list[Tensor]:
-        """See TokenObjective; ``rows`` are one sequence."""
+        """See TokenObjective; logp and entropy of ``rows``, which are one sequence."""
         # 0 at tokens that do not count, and the same elsewhere
         derivative = self._sequence_derivative(logp, entropy, rows)
         return [derivative.sum() / self.valid[rows].sum().clamp(min=1)]
@@ -419,7 +419,7 @@ class SrftObjective(TokenObjective):
         return fixed, [dlogp(1.0, 0.0) - fixed, dlogp(0.0, 1.0) - fixed]
 
     def scalars(self, logp: Tensor, entropy: Tensor, rows: slice) -> list[Tensor]:
-        """See TokenObjective; ``rows`` are one sequence, or all."""
+        """See TokenObjective; logp and entropy of ``rows``, which are one sequence, or all."""
         sft_coef, sft_sign, _, _, rl_coef, *_ = self.params
         mean = self._inputs(logp, entropy, rows)[-1][0]
         return [sft_coef * torch.exp(sft_sign * mean), rl_coef * torch.exp(mean)]

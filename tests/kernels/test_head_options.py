@@ -1,5 +1,6 @@
 """LoRA on the head, a buffer for the weight gradient, rounded logits, autocast: all ops against the reference."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -105,6 +106,19 @@ def test_weight_gradient_is_rounded_once(op, dtype, monkeypatch):
     assert case.weight.grad.is_contiguous()
     loss_of(op(srft_kernels, case, weight_grad=buffer)).backward()
     assert torch.equal(case.weight.grad, buffer.to(dtype)) and buffer.any()
+
+
+def test_weight_may_go_before_backward():
+    """A loss keeps its gradients, not the weight they are of: a cast copy is freed when the op returns."""
+    case = make_case(dtype=torch.bfloat16)
+    master = case.weight.float().requires_grad_()
+    copy = master.bfloat16()
+    loss = grpo(srft_kernels, replace(case, weight=copy)).loss
+    seen = weakref.ref(copy)
+    del copy
+    assert seen() is None
+    loss.backward()
+    assert master.grad.any()
 
 
 def test_weight_grad_refuses_a_factor():
