@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..linear_logprobs import linear_logprobs
+from ._trl_loss import FusedLoss, check_fused_loss
 
 try:
     import trl
@@ -27,6 +29,7 @@ __all__ = ["Patch", "patch_grpo_trainer"]
 
 KNOWN_VERSIONS = "1.16.0"
 METHOD = "_get_per_token_logps_and_entropies"
+LOSS = "_compute_loss"
 HEAD = "_ChunkedLogProbFunction"
 HEAD_ARGUMENTS = [
     "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
@@ -56,7 +59,7 @@ class Patch:
         self()
 
 
-def patch_grpo_trainer(trainer: GRPOTrainer | None = None) -> Patch:
+def patch_grpo_trainer(trainer: GRPOTrainer | None = None, *, fused_loss: bool = False) -> Patch:
     """Let TRL's GRPOTrainer take log-probabilities and entropies from ``linear_logprobs``.
 
     TRL keeps its forward, its losses and its metrics; only the projection through the lm_head and what follows from the
@@ -73,29 +76,55 @@ def patch_grpo_trainer(trainer: GRPOTrainer | None = None) -> Patch:
     Args:
         trainer: The trainer to patch, a GRPOTrainer or a subclass. None: the class, so every GRPOTrainer of this
             process, including those that exist.
+        fused_loss: Take the gradient from ``linear_grpo_loss``, 6NDV instead of 8NDV. TRL still computes the value of
+            the loss and every metric, and each step checks that both values agree. For the losses grpo, bnpo, dr_grpo,
+            dapo and cispo and for ratios of sequences, with delta, and with KL where ``use_bias_correction_kl`` is
+            off; not for entropy bonuses and masks, and not where a subclass has a loss of its own.
 
     Returns:
         Patch, whose call or end as a context manager undoes it.
 
     Raises:
-        ValueError: If it is patched already, or is no GRPOTrainer.
+        ValueError: If it is patched already, is no GRPOTrainer, or has a loss that ``fused_loss`` does not cover; for
+            the class, the last is known in its first step.
         RuntimeError: On a version of TRL whose loss head is not the one expected. Also in training: for parameters
-            sharded by DeepSpeed ZeRO-3, or where a subclass does not use TRL's head.
+            sharded by DeepSpeed ZeRO-3, where a subclass does not use TRL's head, or where the losses differ.
     """
     _check_trl()
-    owner = GRPOTrainer if trainer is None else trainer
     if trainer is not None and not isinstance(trainer, GRPOTrainer):
         raise ValueError(f"trainer must be a trl.GRPOTrainer, got {type(trainer).__name__}; pass none for the class")
-    original = getattr(owner, METHOD)
-    if hasattr(original, "_srft_patched"):
+    if trainer is not None and fused_loss:
+        check_fused_loss(trainer)
+    owner, kind = (GRPOTrainer, GRPOTrainer) if trainer is None else (trainer, type(trainer))
+    if hasattr(getattr(owner, METHOD), "_srft_patched"):
         raise ValueError("GRPOTrainer is patched already; undo the first patch, or keep it")
+    originals = {}
+    for name, function in _replacements(kind, fused_loss).items():
+        originals[name] = getattr(kind, name)
+        setattr(owner, name, function if trainer is None else types.MethodType(function, trainer))
+
+    def undo() -> None:
+        for name, original in originals.items():
+            if trainer is None:
+                setattr(GRPOTrainer, name, original)
+            else:
+                delattr(trainer, name)
+
+    return Patch(undo)
+
+
+def _replacements(kind: type, fused_loss: bool) -> dict[str, Callable[..., Any]]:
+    """By name, the methods that stand in for those of the trainer class ``kind``."""
+    original, original_loss = getattr(kind, METHOD), getattr(kind, LOSS)
+    # the fused loss that is being computed, if any
+    current: list[FusedLoss] = []
 
     @functools.wraps(original)
-    def with_our_head(*args: Any, **kwargs: Any) -> Any:
-        head, theirs = _Head(), getattr(trl_utils, HEAD)
+    def with_our_head(self: GRPOTrainer, *args: Any, **kwargs: Any) -> Any:
+        head, theirs = _Head(current[-1].statistics if current else None), getattr(trl_utils, HEAD)
         setattr(trl_utils, HEAD, head)
         try:
-            result = original(*args, **kwargs)
+            result = original(self, *args, **kwargs)
         finally:
             setattr(trl_utils, HEAD, theirs)
         if not head.used:
@@ -103,13 +132,22 @@ def patch_grpo_trainer(trainer: GRPOTrainer | None = None) -> Patch:
                 f"GRPOTrainer.{METHOD} did not call TRL's fused lm_head, so the patch has no effect; "
                 f"undo it, or use TRL {KNOWN_VERSIONS}"
             )
+        if current:
+            current[-1].collect(result[0])
         return result
 
+    @functools.wraps(original_loss)
+    def with_our_loss(self: GRPOTrainer, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if not torch.is_grad_enabled():
+            return original_loss(self, model, inputs)
+        current.append(FusedLoss(self, inputs))
+        try:
+            return current[-1].attach(original_loss(self, model, inputs))
+        finally:
+            current.pop()
+
     with_our_head._srft_patched = True  # type: ignore[attr-defined]
-    setattr(owner, METHOD, with_our_head)
-    if trainer is None:
-        return Patch(lambda: setattr(GRPOTrainer, METHOD, original))
-    return Patch(lambda: delattr(trainer, METHOD))
+    return {METHOD: with_our_head, LOSS: with_our_loss} if fused_loss else {METHOD: with_our_head}
 
 
 def _check_trl() -> None:
@@ -124,10 +162,11 @@ def _check_trl() -> None:
 
 
 class _Head:
-    """Stands in for TRL's ChunkedLogProbFunction: the same arguments and results, from ``linear_logprobs``."""
+    """Stands in for TRL's ChunkedLogProbFunction: the same arguments and results, from our ops."""
 
-    def __init__(self) -> None:
+    def __init__(self, statistics: Callable[..., tuple[Tensor, Tensor]] | None = None) -> None:
         self.used = False
+        self._statistics = statistics
 
     # under torch.compile a graph break here spares tracing a loop over chunks
     @torch.compiler.disable
@@ -157,13 +196,10 @@ class _Head:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         # c tanh(s z / c) / T = (c / s) tanh(z / (c / s)) / (T / s): the scale is part of cap and temperature
         softcap = None if final_logit_softcapping is None else final_logit_softcapping / logit_scale
-        logprobs, entropy = linear_logprobs(
-            hidden.to(dtype),
-            weight.to(dtype),
-            targets,
-            bias=bias,
-            temperature=temperature / logit_scale,
-            logit_softcap=softcap,
-            entropy_grad="entropy" in outputs,
-        )
+        head: dict[str, Any] = {"bias": bias, "temperature": temperature / logit_scale, "logit_softcap": softcap}
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if self._statistics is None:
+            logprobs, entropy = linear_logprobs(hidden, weight, targets, entropy_grad="entropy" in outputs, **head)
+        else:
+            logprobs, entropy = self._statistics(hidden, weight, targets, **head)
         return logprobs, entropy if "entropy" in outputs else None, None, None, None
