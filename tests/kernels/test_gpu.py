@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import _chunked_head, objectives, row_kernels
+from srft_kernels import LoraDelta, _chunked_head, _one_pass, objectives, row_kernels
 from srft_kernels._row_cpu import Rows
 from tests.kernels.cases import (
     Case,
@@ -17,9 +17,11 @@ from tests.kernels.cases import (
     logprobs,
     make_case,
     policy,
+    run,
     srft,
 )
 from tests.kernels.test_logits import OPTIONS, assert_logits_match, make_logits, run_logits
+from tests.kernels.test_scopes import SCOPES, long_case, scopes, with_ref
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -43,6 +45,48 @@ def test_ops_match_the_reference(op, dtype, workspace, monkeypatch):
     assert_matches_reference(op, on_gpu(make_case((257, 1031, 96), dtype)))
 
 
+@scopes
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("budget", [0, 2**31], ids=["stats-first", "deferred"])
+def test_scopes_match_the_reference(op, options, dtype, budget, monkeypatch):
+    """Sequences longer than a chunk and the batch scope, over chunks of 16 rows."""
+    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(_one_pass, "GPU_DEFERRED_BYTES", budget)
+    case = on_gpu(long_case(dtype))
+    assert_matches_reference(op, case, **with_ref(case, options))
+
+
+@each_op
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
+def test_options_of_the_head(op, dtype, monkeypatch):
+    """LoRA, rounded logits and a buffer for the weight gradient run, and agree with the plain call."""
+    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 0)
+    case = on_gpu(make_case((130, 257, 64), dtype))
+    lora = LoraDelta(torch.randn(2, 64, device="cuda"), torch.randn(257, 2, device="cuda"), 0.02)
+    assert_matches_reference(op, case, lora=lora)
+    exact, rounded = run(op, srft_kernels, case), run(op, srft_kernels, case, logits_dtype=dtype)
+    for name in ("dhidden", "dweight"):
+        error = (exact[name].float() - rounded[name].float()).norm() / exact[name].float().norm()
+        assert 0 < error < 0.05
+    buffer = torch.zeros(257, 64, device="cuda")
+    case.weight.requires_grad_()
+    result = op(srft_kernels, case, weight_grad=buffer)
+    (result if isinstance(result, torch.Tensor) else result.loss).backward()
+    expected = exact["dweight"].float() / -1.7
+    assert (buffer - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_frozen_head(dtype):
+    """The gradient of the hidden states alone is that of the full call."""
+    case = on_gpu(make_case((130, 257, 64), dtype))
+    full = run(logprobs, srft_kernels, case, entropy_grad=False)
+    case.hidden.requires_grad_()
+    (logprobs(srft_kernels, case, entropy_grad=False).loss * -1.7).backward()
+    error = (case.hidden.grad - full["dhidden"]).norm() / full["dhidden"].norm()
+    assert error < 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("op", [grpo, srft], ids=lambda op: op.__name__)
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 def test_real_vocabulary(op, dtype):
@@ -51,17 +95,23 @@ def test_real_vocabulary(op, dtype):
     assert_matches_reference(op, case, temperature=0.8, logit_softcap=20.0, entropy_coef=0.01)
 
 
-@pytest.mark.parametrize("op", [cross_entropy, grpo, srft], ids=lambda op: op.__name__)
-def test_no_host_sync(op):
-    """Forward and backward never wait for the GPU."""
-    case = on_gpu(make_case((257, 1031, 96), torch.bfloat16))
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [(cross_entropy, {}), (grpo, {}), (srft, {"preset": "official"}), (logprobs, {}), *SCOPES[:-1]],
+    ids=lambda x: x.__name__ if callable(x) else case_id(x),
+)
+def test_no_host_sync(op, options, monkeypatch):
+    """Forward and backward never wait for the GPU, over many chunks and in every scope."""
+    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 0)
+    case = on_gpu(long_case(torch.bfloat16))
+    options = with_ref(case, options)
     case.hidden.requires_grad_()
     case.weight.requires_grad_()
-    op(srft_kernels, case)
+    op(srft_kernels, case, **options)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = op(srft_kernels, case)
+        result = op(srft_kernels, case, **options)
         (result if isinstance(result, torch.Tensor) else result.loss).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
