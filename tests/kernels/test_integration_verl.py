@@ -18,7 +18,7 @@ from srft_kernels.integrations.verl import FusedLinearForPPO, linear_cross_entro
 from tests.numerics import assert_accurate
 
 needs_verl = pytest.mark.skipif(
-    importlib.util.find_spec("verl") is None, reason="needs verl's files, which the peers' lock installs"
+    importlib.util.find_spec("verl") is None, reason="needs the files of verl: pip install --no-deps verl==0.9.1"
 )
 ROOT = Path(__file__).resolve().parents[2]
 H, V = 24, 53
