@@ -99,6 +99,9 @@ def test_any_logits(data):
     rows, steps, vocab = (data.draw(st.integers(1, high)) for high in (9, 7, 70))
     dtype = data.draw(st.sampled_from(DTYPES))
     seed, scale = data.draw(st.integers(0, 10**6)), data.draw(st.sampled_from([0.0, 1.0, 30.0]))
+    if dtype == torch.float16:
+        # gradients below what fp16 can hold have no relative error
+        scale = min(scale, 1.0)
     ignored = data.draw(st.sampled_from([0.0, 0.4, 1.0]))
     logits, labels = make_logits((rows, steps, vocab), dtype, scale=scale, ignored=ignored, seed=seed)
     layout = data.draw(st.sampled_from(["whole", "shifted", "transposed", "flat"]))
@@ -112,7 +115,7 @@ def test_any_logits(data):
         "temperature": data.draw(
             st.sampled_from([1.0, 0.6, torch.tensor(1.7), torch.rand(labels.shape) + 0.5])
         ),
-        "logit_softcap": data.draw(st.sampled_from([None, 5.0])),
+        "logit_softcap": data.draw(st.sampled_from([None, 5.0 + scale])),
         "entropy_grad": data.draw(st.booleans()),
     }
     with pytest.MonkeyPatch.context() as patch:

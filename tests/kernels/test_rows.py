@@ -34,7 +34,7 @@ def expected_rows(z, rows: Rows, dlogp, dentropy) -> list[torch.Tensor]:
     top = logits.amax(1)
     log_sum = (logits - top[:, None]).exp().sum(1).log()
     logp = label_logit - top - log_sum
-    entropy = -(logprobs.exp() * logprobs).sum(1)
+    entropy = -(logprobs.exp() * logprobs.clamp(min=-1e30)).sum(1)
     loss = logp * dlogp.to(z) + (0.0 if dentropy is None else entropy * dentropy.to(z))
     (grad,) = torch.autograd.grad((loss * rows.grad_scale)[kept].sum(), z)
     return [*(torch.where(kept, x, 0.0).detach() for x in (logp, entropy, top, log_sum)), grad]
@@ -56,11 +56,14 @@ def random_rows(dtype, *, entropy=False, temperature=False, bias=False, grad_sca
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 @pytest.mark.parametrize("options", ROW_OPTIONS.values(), ids=ROW_OPTIONS)
 @pytest.mark.parametrize("overwrite", [False, True], ids=["kept", "overwritten"])
-def test_rows_match_float64(dtype, options, overwrite, monkeypatch):
+@pytest.mark.parametrize("exp2_vocab", [0] if row_kernels.INTERPRETED else [0, 2**15], ids="exp2-from-{}".format)
+def test_rows_match_float64(dtype, options, overwrite, exp2_vocab, monkeypatch):
     """Statistics and gradient of scores of any dtype, with absent and ignored labels, in several blocks."""
     monkeypatch.setattr(_row_cpu, "BLOCK_BYTES", 4 * 201 * 4)
+    monkeypatch.setattr(_row_cpu, "EXP2_VOCAB", exp2_vocab)
     monkeypatch.setattr(row_kernels, "_MAX_BLOCK_V", 64)
     z, rows, dlogp, dentropy = random_rows(dtype, **options)
+    z[7, 50:] = -torch.inf if rows.softcap is None else -50.0
     if overwrite and (dentropy is not None or rows.softcap is not None):
         pytest.skip("the caller promises not to")
     gold = expected_rows(z.double(), rows, dlogp, dentropy)
@@ -109,3 +112,20 @@ def test_one_launch_is_two_passes(dtype, monkeypatch):
     )
     assert dz.data_ptr() == z.data_ptr() and torch.equal(dz, out)
     assert all(torch.equal(x, y) for x, y in zip(known, expected, strict=True))
+
+
+@pytest.mark.skipif(row_kernels.INTERPRETED, reason="of the CPU path, at its full size")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
+def test_long_rows_do_not_depend_on_each_other(dtype):
+    """Rows that several threads share, of a length that fills no vector, have the same bits alone."""
+    z, labels, dlogp = torch.randn(5, 70_001).mul(3).to(dtype), torch.randint(0, 70_001, (5,)), torch.randn(5)
+
+    def compute(part):
+        rows = Rows(labels[part], None, None, None, -100, dtype)
+        known = _row_cpu.stats(z[part], rows, False)
+        return *known, _row_cpu.gradient(z[part].clone(), rows, known, dlogp[part], dlogp[part], False)
+
+    together = compute(slice(0, 5))
+    for i in range(5):
+        alone = compute(slice(i, i + 1))
+        assert all(torch.equal(x[i : i + 1], y) for x, y in zip(together, alone, strict=True))
