@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._chunked_head import Head, Live, compute_dtype, low_rank_input, vocab_tiles
 
-# Numbers that are rounded through a temporary, 64 MiB of it at most.
+# Numbers that are rounded at a time, the first of them through a temporary.
 _ROUNDED_AT_ONCE = 2**24
 # Columns of a 16-bit gradient of the scores that are upcast at a time for a thin product on CPU.
 _THIN_TILE = 8192
@@ -252,9 +252,11 @@ def _rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
         return total.to(dtype)
     wide = total.view(-1)
     narrow = wide.new_empty(0, dtype=dtype).set_(total.untyped_storage(), 0, wide.shape, (1,))
-    # a part is read before it is written, and covers nothing that is read later
-    for part, source in zip(narrow.split(_ROUNDED_AT_ONCE), wide.split(_ROUNDED_AT_ONCE), strict=True):
-        part.copy_(source.to(dtype))
+    # only the first part covers its own source, and none what is read later
+    first, *others = zip(narrow.split(_ROUNDED_AT_ONCE), wide.split(_ROUNDED_AT_ONCE), strict=True)
+    first[0].copy_(first[1].to(dtype))
+    for part, source in others:
+        part.copy_(source)
     return narrow.view(total.shape)
 
 

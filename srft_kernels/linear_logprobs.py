@@ -52,7 +52,12 @@ def make_head(
     dtype = compute_dtype(hidden_states.dtype)
     inv_temperature = None
     if isinstance(temperature, Tensor) or temperature != 1.0:
-        temperature = torch.as_tensor(temperature, dtype=dtype, device=hidden_states.device).detach()
+        device = hidden_states.device
+        if isinstance(temperature, Tensor):
+            temperature = temperature.detach().to(device, dtype, non_blocking=True)
+        else:
+            # a copy from the host would make a GPU wait
+            temperature = torch.full((), temperature, dtype=dtype, device=device)
         inv_temperature = tokens.select(temperature.reciprocal().expand(labels.shape))
     kept_labels = tokens.select(labels).contiguous()
     if vocab_parallel is not None:
