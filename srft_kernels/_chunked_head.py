@@ -115,7 +115,8 @@ class Live(NamedTuple):
 # Rows that one product adds to the weight gradient on CPU. The library sums a block of at most 192 fp32 rows
 # one by one, so that rows of zeros can be left out without a change of any bit; measured, it costs no time.
 _BLOCK_ROWS = 128
-# A product of a multiple of 16 rows gives each row the same bits, whatever the number of rows.
+# A CPU's product of a multiple of 16 rows gives each row the same bits, whatever the number of rows; found so for
+# fp32, fp64 and bf16, odd sizes and one or several threads, and tested.
 _ROW_MULTIPLE = 16
 
 
@@ -139,7 +140,7 @@ def live_rows(count: int, dlogp: Tensor | None, dentropy: Tensor | None, drop: b
     if dentropy is not None:
         live |= dentropy != 0
     number = int(live.sum())
-    padded = min(count, -(-number // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+    padded = min(count, _padded(number))
     if padded == count:
         return Live(None, _blocks(count))
     live[(~live).nonzero()[: padded - number, 0]] = True
@@ -187,9 +188,13 @@ def even_chunks(start: int, stop: int, limit: int) -> list[slice]:
     return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
+def _padded(rows: int) -> int:
+    return -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
 def workspace(head: Head, chunks: list[slice]) -> Tensor:
-    """Uninitialised [rows, V] scores for the largest chunk."""
-    rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    """Uninitialised [rows, V] scores for the largest chunk, with room for ``project`` to pad it."""
+    rows = _padded(max((chunk.stop - chunk.start for chunk in chunks), default=0))
     return torch.empty(rows, head.weight.shape[0], dtype=head.scores_dtype, device=head.hidden.device)
 
 
@@ -207,8 +212,15 @@ def low_rank_input(head: Head) -> Tensor:
 
 
 def project(head: Head, space: Tensor) -> Tensor:
-    """Scores hidden @ weight.T, [C, V], in the first rows of ``space``."""
-    hidden, weight = head.hidden, head.weight
+    """Scores hidden @ weight.T, [C, V], in the first rows of ``space``.
+
+    On a CPU rows of zeros fill up the last block of rows, so that the scores of a token do not depend on how many
+    others there are (but for the thin products of LoRA).
+    """
+    rows, hidden, weight = head.hidden.shape[0], head.hidden, head.weight
+    if not hidden.is_cuda and rows % _ROW_MULTIPLE:
+        hidden = torch.cat([hidden, hidden.new_zeros(_padded(rows) - rows, hidden.shape[1])])
+        head = head._replace(hidden=hidden)
     scores = space[: hidden.shape[0]]
     if hidden.dtype == scores.dtype:
         torch.mm(hidden, weight.t(), out=scores)
@@ -220,7 +232,7 @@ def project(head: Head, space: Tensor) -> Tensor:
             torch.mm(hidden, weight[tile].to(scores.dtype).t(), out=scores[:, tile])
     if head.lora is not None:
         scores.addmm_(low_rank_input(head).to(scores.dtype), head.lora.b.to(scores.dtype).t())
-    return scores
+    return scores[:rows]
 
 
 def row_stats(head: Head, scores: Tensor, overwrite: bool) -> Stats:

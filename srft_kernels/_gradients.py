@@ -286,7 +286,6 @@ def _tiled_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
-
 def _add_weight_products(
     total: Tensor, part: Head, dscores: Tensor, hidden: Tensor, blocks: list[slice], alpha: float, first: bool
 ) -> None:

@@ -16,7 +16,7 @@ OPS = [name for name in srft_kernels.__all__ if name.startswith("linear_")]
 
 
 def test_every_op_is_exported():
-    """The five ops, their result and the reference."""
+    """The five ops, the one for logits, what they take and give, the head and the reference."""
     assert set(OPS) == {
         "linear_logprobs",
         "linear_cross_entropy",
@@ -24,7 +24,8 @@ def test_every_op_is_exported():
         "linear_srft_loss",
         "linear_policy_loss",
     }
-    assert {"PolicyLoss", "reference"} <= set(srft_kernels.__all__)
+    others = {"FusedLMHead", "LoraDelta", "PolicyLoss", "VocabParallel", "logprobs_from_logits", "reference"}
+    assert set(srft_kernels.__all__) == {*OPS, *others}
 
 
 @pytest.mark.parametrize("name", OPS)

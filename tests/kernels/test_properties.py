@@ -132,6 +132,22 @@ def test_row_is_independent_of_its_chunk(overwrite):
         assert all(torch.equal(x[i : i + 1], y) for x, y in zip(together, alone, strict=True))
 
 
+@pytest.mark.skipif(row_kernels.INTERPRETED, reason="the products are those of the CPU path")
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("rounded", [False, True], ids=["exact", "rounded"])
+def test_forward_is_independent_of_the_batch(dtype, rounded, monkeypatch):
+    """A token's log-probability and entropy have the same bits alone, in company, and whatever the chunks."""
+    case = make_case((150, 257, 53), dtype, ignored=0.0)
+    head = {"bias": case.bias, "logits_dtype": dtype if rounded else None}
+    expected = srft_kernels.linear_logprobs(case.hidden, case.weight, case.labels, **head)
+    for workspace in (2**28, 0):
+        monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", workspace)
+        for start, stop in ((0, 1), (3, 5), (7, 18), (20, 149)):
+            rows = slice(start, stop)
+            actual = srft_kernels.linear_logprobs(case.hidden[rows], case.weight, case.labels[rows], **head)
+            assert all(torch.equal(x, y[rows]) for x, y in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize(
     ("op", "options"),
     [
