@@ -219,12 +219,10 @@ class Gradients:
         assert self._dhidden is not None
         return self._dhidden
 
-    def finish(
-        self, put: Callable[[Tensor], Tensor], scale: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients times ``scale``, each in its dtype, that of hidden through ``put``; may run once.
+    def totals(self, put: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+        """Gradients in the compute dtype, that of hidden through ``put``; may run once.
 
-        With ``weight_grad`` the gradient of the weight is there already, whatever ``scale``.
+        With ``weight_grad`` the gradient of the weight is there already, and None here.
         """
         assert self._sums is not None
         sums, self._sums, self._deferred = self._sums, None, []
@@ -236,7 +234,14 @@ class Gradients:
         for i, x in enumerate(self._like):
             # no row took part
             if self._wanted[i] and totals[i] is None and not (i == 1 and self.external):
-                totals[i] = torch.zeros_like(x, device=self._device)
+                totals[i] = torch.zeros_like(x, dtype=sums._dtype, device=self._device)
+        return totals
+
+    def finish(
+        self, put: Callable[[Tensor], Tensor], scale: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """``totals`` times ``scale``, each in its dtype; may run once."""
+        totals = self.totals(put)
         if scale is not None:
             for total in totals:
                 if total is not None:

@@ -21,6 +21,7 @@ from ._chunked_head import (
     rows_backend,
     workspace,
 )
+from ._compiled import logprobs_op
 from ._gradients import Gradients, Inputs, Wanted
 from ._row_cpu import Stats
 from .vocab_parallel import VocabParallel, local_labels
@@ -196,6 +197,7 @@ class _FrozenLogprobs(torch.autograd.Function):
         return ctx.tokens.put((directions * dlogp[:, None]).to(ctx.dtype)), None, None
 
 
+@logprobs_op
 def linear_logprobs(
     hidden_states: Tensor,
     lm_head_weight: Tensor,

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ._checks import check_count, check_grpo, check_srft
 from ._chunked_head import LoraDelta, Tokens, compute_dtype
+from ._compiled import GRPO_TERMS, SRFT_TERMS, loss_op, user_loss_op
 from ._one_pass import CallableObjective, PolicyLoss, policy_loss
 from ._presets import srft_switches
-from .linear_logprobs import make_head
+from .linear_logprobs import linear_logprobs, make_head
 from .objectives import (
     GRPO_FORMULAS,
     SRFT_FORMULAS,
@@ -54,6 +55,7 @@ def _pack(tokens: Tokens, dtype: torch.dtype, *vectors: Tensor | None) -> Tensor
     return torch.stack([zeros if x is None else tokens.take(x.detach().to(dtype)) for x in vectors])
 
 
+@loss_op()
 def linear_cross_entropy(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -108,6 +110,7 @@ def linear_cross_entropy(
     return policy_loss(inputs, head, tokens, objective, None, weight_grad).loss
 
 
+@loss_op(*GRPO_TERMS)
 def linear_grpo_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -237,6 +240,7 @@ def _host_bounds(objective: TokenObjective, cu_seqlens: Tensor | None) -> list[i
     return cu_seqlens.tolist() if cu_seqlens.device.type == "cpu" else None
 
 
+@loss_op(*SRFT_TERMS)
 def linear_srft_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -396,6 +400,7 @@ def linear_srft_loss(
     return policy_loss(inputs, head, tokens, objective, bounds, weight_grad)
 
 
+@user_loss_op(linear_logprobs)
 def linear_policy_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -415,7 +420,8 @@ def linear_policy_loss(
 
     ``objective`` is differentiated by autograd on two [N] vectors, once the logits of all rows have been seen. It
     costs 6NDV where they fit in one workspace, and up to 8NDV otherwise: all but the last chunk of logits are
-    computed twice.
+    computed twice. Under torch.compile it is traced into the graph, at 8NDV, and backward fills
+    ``weight_grad``.
 
     Args:
         hidden_states: [N, D], see ``linear_logprobs``, as for every argument that is not described here.
