@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,10 @@ from ._chunked_head import Head, Live, compute_dtype, low_rank_input, vocab_tile
 _ROUNDED_AT_ONCE = 2**24
 # Columns of a 16-bit gradient of the scores that are upcast at a time for a thin product on CPU.
 _THIN_TILE = 8192
+
+
+# Rows that one product takes: a run of them, or positions, whose scores are then copied.
+Block = slice | Tensor
 
 
 class Inputs(NamedTuple):
@@ -54,7 +58,9 @@ class _Sums:
         self.da: Tensor | None = None
         self.db: Tensor | None = None
 
-    def add(self, part: Head, dscores: Tensor, blocks: list[slice], alpha: float, by: Tensor | None) -> None:
+    def add(
+        self, part: Head, dscores: Tensor, blocks: Sequence[Block], alpha: float, by: Tensor | None
+    ) -> None:
         """Add the share of some rows, each times ``by`` [m] where it is given.
 
         Args:
@@ -65,7 +71,7 @@ class _Sums:
             by: Moves a coefficient of each row from ``dscores`` onto the hidden states, which are fewer.
         """
         if by is not None and not by.is_cuda:
-            blocks = [block for block in blocks if by[block].any()]
+            blocks = [rows for block in blocks if (rows := _nonzero(by, block)) is not None]
         if not blocks or not any(self._wanted[1:]):
             return
         hidden = part.hidden
@@ -81,7 +87,7 @@ class _Sums:
         self._empty = False
 
     def _add_small(
-        self, part: Head, dscores: Tensor, blocks: list[slice], alpha: float, by: Tensor | None
+        self, part: Head, dscores: Tensor, blocks: Sequence[Block], alpha: float, by: Tensor | None
     ) -> None:
         if self._wanted.bias:
             if by is None:
@@ -265,7 +271,16 @@ def _rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow.view(total.shape)
 
 
-def _column_sums(dscores: Tensor, blocks: list[slice], dtype: torch.dtype) -> Tensor:
+def _nonzero(by: Tensor, block: Block) -> Block | None:
+    """The rows of ``block`` where ``by`` is not 0: all of them, some, or None."""
+    rows = by[block].nonzero()[:, 0]
+    if rows.numel() == by[block].numel():
+        return block
+    assert isinstance(block, slice)
+    return rows + block.start if rows.numel() else None
+
+
+def _column_sums(dscores: Tensor, blocks: Sequence[Block], dtype: torch.dtype) -> Tensor:
     """Sum over rows [V]; on CPU one row after another within a block, so that rows of zeros change no bit."""
     if dscores.is_cuda:
         return dscores.sum(0, dtype=dtype)
@@ -292,7 +307,7 @@ def _tiled_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _add_weight_products(
-    total: Tensor, part: Head, dscores: Tensor, hidden: Tensor, blocks: list[slice], alpha: float, first: bool
+    total: Tensor, part: Head, dscores: Tensor, hidden: Tensor, blocks: Sequence[Block], alpha: float, first: bool
 ) -> None:
     """Add dscores.T @ hidden to ``total`` [V, D], block of rows by block; ``first`` overwrites it instead."""
     if part.weight.dtype == total.dtype or dscores.is_cuda:

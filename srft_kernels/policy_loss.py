@@ -1,8 +1,8 @@
 """Losses that are known in advance: loss and gradient in one sweep over chunks of logits, 6NDV.
 
-Rows whose gradient depends on tokens outside their chunk (a sequence longer than a chunk, the batch) cost more: on
-CPU their weight gradients wait for the entropy weights, in a buffer a weight, and tokens with several parts
-(demonstrations) have one product more; on a GPU, or where the buffers are too large, their logits are computed twice.
+Rows whose gradient depends on tokens outside their chunk (a sequence longer than a chunk, the batch) cost more. Their
+logits are computed twice, but for the last chunk's: up to 8NDV. Or, on a CPU and over many chunks, their weight gradients
+wait for the entropy weights, in a buffer a weight, and tokens with several parts (demonstrations) have one product more.
 Without a gradient to compute every op costs 2NDV, with a frozen head 4NDV.
 """
 

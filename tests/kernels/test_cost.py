@@ -76,8 +76,8 @@ def test_any_loss():
 def test_scopes_without_a_second_projection(monkeypatch):
     """With chunks of 16 rows a batch of one kind of rollouts costs 6; demonstrations add a product of theirs."""
     monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(_one_pass, "DEFERRED_CHUNKS", 3)
     case = case_with("hidden", "weight")
-    # aligned with the blocks of rows of one product
     case.is_demo, case.is_correct = torch.arange(N) < 64, torch.arange(N) < 192
     case.cu_seqlens = torch.tensor([0, 64, 192, 320], dtype=torch.int32)
     for scope in ("batch", "sequence"):

@@ -52,6 +52,7 @@ def test_scopes_match_the_reference(op, options, dtype, budget, monkeypatch):
     """Sequences longer than a chunk and the batch scope, over chunks of 16 rows."""
     monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(_one_pass, "GPU_DEFERRED_BYTES", budget)
+    monkeypatch.setattr(_one_pass, "DEFERRED_CHUNKS", 3)
     case = on_gpu(long_case(dtype, ignored=0.0, scale=3.0))
     assert_matches_reference(op, case, **with_ref(case, options))
 

@@ -208,6 +208,7 @@ def faulty_package(folder: Path, file: str, text: str, replacement: str):
     spec.loader.exec_module(module)
     # small chunks and blocks, so that every loop runs more than once: 32 rows of 97 words
     sys.modules[f"{name}._chunked_head"].CPU_WORKSPACE_BYTES = 32 * 97 * 4
+    sys.modules[f"{name}._one_pass"].DEFERRED_CHUNKS = 3
     sys.modules[f"{name}.row_kernels"]._MAX_BLOCK_V = 32
     return module
 

@@ -415,4 +415,5 @@ def test_any_shape_and_options(data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", data.draw(st.sampled_from([0, 2**20])))
         patch.setattr(_one_pass, "CPU_DEFERRED_BYTES", data.draw(st.sampled_from([0, 2**30])))
+        patch.setattr(_one_pass, "DEFERRED_CHUNKS", 2)
         assert_matches_reference(op, case, **options)

@@ -46,8 +46,9 @@ def with_ref(case, options):
 
 @pytest.fixture
 def sweeps(monkeypatch):
-    """Chunks of 16 rows, and the names of the sweeps that ran."""
+    """Chunks of 16 rows, of which three may wait, and the names of the sweeps that ran."""
     monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(_one_pass, "DEFERRED_CHUNKS", 3)
     seen = set()
     for name in ("one_chunk", "stats_first", "deferred"):
         method = getattr(_one_pass._Sweep, name)
