@@ -24,6 +24,7 @@ def check_head(
     temperature: float | Tensor,
     logit_softcap: float | None,
     lora: LoraDelta | None,
+    ignore_index: int,
 ) -> None:
     """Raise ValueError unless the arguments that every op shares fit together."""
     for name, x in (
@@ -96,15 +97,27 @@ def check_head(
         check_positive("logit_softcap", logit_softcap)
         if math.isinf(logit_softcap):
             raise ValueError(f"logit_softcap must be finite, got {logit_softcap}; None turns it off")
-
-
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index must be an int, got {ignore_index!r}")
     if lora is not None:
         _check_lora(lora, lm_head_weight)
 
 
+def check_labels(labels: Tensor, ignore_index: int, vocab: int) -> None:
+    """Raise ValueError for a label on CPU that is neither in [0, vocab) nor ``ignore_index``."""
+    if labels.device.type != "cpu":
+        return
+    wrong = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"labels must be in [0, V={vocab}) or ignore_index={ignore_index}, "
+            f"got {int(labels[wrong][0])}; mask such rows with ignore_index"
+        )
+
+
 def _check_lora(lora: LoraDelta, lm_head_weight: Tensor) -> None:
     vocab, hidden_size = lm_head_weight.shape
-    if not isinstance(lora, tuple) or len(lora) != 3:
+    if not isinstance(lora, tuple) or not hasattr(lora, "_fields"):
         raise ValueError(f"lora must be a LoraDelta(a, b, scale), got {type(lora).__name__}")
     a, b, scale = lora
     for name, x in (("a", a), ("b", b)):
@@ -133,9 +146,11 @@ def check_mechanism(
     """Raise ValueError unless the arguments fit that say where things are kept."""
     vocab, dtype = lm_head_weight.shape[0], hidden_states.dtype
     if vocab_parallel is not None:
-        if not isinstance(vocab_parallel, tuple) or len(vocab_parallel) != 3:
+        if not isinstance(vocab_parallel, tuple) or not hasattr(vocab_parallel, "_fields"):
             raise ValueError("vocab_parallel must be a VocabParallel(group, vocab_start, vocab_size)")
-        _, start, size = vocab_parallel
+        group, start, size = vocab_parallel
+        if not hasattr(group, "size"):
+            raise ValueError(f"vocab_parallel.group must be a process group, got {type(group).__name__}")
         if not (isinstance(start, int) and isinstance(size, int) and 0 <= start <= start + vocab <= size):
             raise ValueError(
                 f"vocab_parallel must hold this rank's {vocab} rows of the weight, "
@@ -148,6 +163,10 @@ def check_mechanism(
             raise ValueError(
                 f"weight_grad must be a {accumulator} tensor {list(lm_head_weight.shape)} beside the weight"
             )
+        if weight_grad.requires_grad or not weight_grad.is_contiguous():
+            raise ValueError("weight_grad must be contiguous and need no gradient; pass a plain buffer")
+        if weight_grad.untyped_storage().data_ptr() == lm_head_weight.untyped_storage().data_ptr():
+            raise ValueError("weight_grad must not share the memory of lm_head_weight; pass a buffer of its own")
         if torch.is_grad_enabled() and not lm_head_weight.requires_grad:
             raise ValueError("weight_grad is given, but lm_head_weight does not require a gradient; drop one")
     if logits_dtype not in (None, dtype, torch.promote_types(dtype, torch.float32)):
@@ -198,7 +217,7 @@ def check_count(name: str, value: float | Tensor | None) -> None:
         return
     if isinstance(value, Tensor):
         raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {list(value.shape)}; sum it")
-    if not isinstance(value, int | float) or value < 0:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a number >= 0 or a 0-d tensor, got {value!r}")
 
 

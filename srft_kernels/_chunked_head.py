@@ -113,10 +113,11 @@ class Live(NamedTuple):
 
 
 # Rows that one product adds to the weight gradient on CPU. The library sums a block of at most 192 fp32 rows
-# one by one, so that rows of zeros can be left out without a change of any bit; measured, it costs no time.
+# one by one, so that rows of zeros can be left out without a change of any bit; measured, it costs no time. Logits
+# in 16 bits and LoRA have other products, where the last bits may change.
 _BLOCK_ROWS = 128
-# A CPU's product of a multiple of 16 rows gives each row the same bits, whatever the number of rows; found so for
-# fp32, fp64 and bf16, odd sizes and one or several threads, and tested.
+# A CPU's product of a multiple of 16 rows gives each row the same bits, whatever the number of rows: found so for
+# fp32, fp64 and bf16 and one or several threads. For some D that are no multiple of 4 the place of a row counts too.
 _ROW_MULTIPLE = 16
 
 

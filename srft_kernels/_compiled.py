@@ -251,7 +251,8 @@ def logprobs_op(function: Callable[P, R]) -> Callable[P, R]:
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-        saved, known = ctx.saved_tensors[: len(ctx.others)], list(ctx.saved_tensors[len(ctx.others) :])
+        tensors = ctx.saved_tensors
+        saved, known = tensors[: len(ctx.others)], list(tensors[len(ctx.others) :])
         flat = [other if x is None else x for x, other in zip(saved, ctx.others, strict=True)]
         parts, needs = schema.named(flat), schema.named(ctx.needs_input_grad[1:])
         dlogprobs, dentropy, *_ = grads

@@ -161,7 +161,7 @@ class _Sweep:
         self._overwrite = not objective.entropy_grad and head.softcap is None and head.vocab_parallel is None
         # fp16 ends at 2^-24 and 2^16: a token in a mean over thousands needs the room below, one in a sum that above
         self._alpha = 1.0
-        if self._backend is row_kernels and head.hidden.dtype == torch.float16:
+        if torch.float16 in (head.scores_dtype, head.hidden.dtype if self._backend is row_kernels else None):
             self._alpha = 2.0**-8
 
     def one_chunk(self, rows: slice) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._checks import check_head, check_mechanism
+from ._checks import check_head, check_labels, check_mechanism
 from ._chunked_head import (
     Head,
     LoraDelta,
@@ -24,7 +24,7 @@ from ._chunked_head import (
 from ._compiled import logprobs_op
 from ._gradients import Gradients, Inputs, Wanted
 from ._row_cpu import Stats
-from .vocab_parallel import VocabParallel, local_labels
+from .vocab_parallel import IGNORED, VocabParallel, local_labels
 
 __all__ = ["linear_logprobs"]
 
@@ -47,8 +47,9 @@ def make_head(
     if tensors and torch.is_autocast_enabled(hidden_states.device.type):
         # the body of a model leaves 16-bit states there, beside a weight in fp32
         lm_head_weight = lm_head_weight.to(hidden_states.dtype)
-    check_head(hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, lora)
+    check_head(hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, lora, ignore_index)
     check_mechanism(hidden_states, lm_head_weight, vocab_parallel, weight_grad, logits_dtype)
+    check_labels(labels, ignore_index, vocab_parallel.vocab_size if vocab_parallel else lm_head_weight.shape[0])
     tokens = Tokens(labels, ignore_index)
     dtype = compute_dtype(hidden_states.dtype)
     inv_temperature = None
@@ -63,6 +64,7 @@ def make_head(
     kept_labels = tokens.select(labels).contiguous()
     if vocab_parallel is not None:
         kept_labels = local_labels(kept_labels, vocab_parallel, lm_head_weight.shape[0], ignore_index)
+        ignore_index = IGNORED
     head = Head(
         tokens.select(hidden_states.detach()),
         lm_head_weight.detach(),
@@ -151,11 +153,12 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx, hidden, weight, bias, lora_a, lora_b, head: Head, tokens: Tokens, weight_grad, entropy_grad: bool
     ):
         known = stats_sweep(head)
-        logprobs, entropy = tokens.put(known.logprobs), tokens.put(known.entropy)
+        # results of their own, which the caller may write to
+        logprobs, entropy = tokens.put(known.logprobs.clone()), tokens.put(known.entropy.clone())
         ctx.inputs_given = tuple(x is not None for x in (bias, lora_a, lora_b))
         # the inputs are saved for autograd's check that nobody wrote to them meanwhile
         given = [x for x in (bias, lora_a, lora_b) if x is not None]
-        ctx.save_for_backward(*known, hidden, weight, *given)
+        ctx.save_for_backward(*known, head.labels, hidden, weight, *given)
         ctx.head, ctx.tokens, ctx.weight_grad = head, tokens, weight_grad
         ctx.set_materialize_grads(False)
         if not entropy_grad:
@@ -165,7 +168,8 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogprobs, dentropy):
-        known, saved = Stats(*ctx.saved_tensors[:4]), list(ctx.saved_tensors[4:])
+        logprobs, entropy, top, log_sum, _, *saved = ctx.saved_tensors
+        known = Stats(logprobs, entropy, top, log_sum)
         optional = [saved.pop(2) if given else None for given in ctx.inputs_given]
         tokens = ctx.tokens
         dlogp = torch.zeros_like(known.logprobs) if dlogprobs is None else tokens.take(dlogprobs)
@@ -231,7 +235,8 @@ def linear_logprobs(
     Args:
         hidden_states: [N, D] bf16, fp16, fp32 (fp64 on CPU); final normed states, batch and time flattened.
         lm_head_weight: [V, D], dtype of ``hidden_states``; a plain tensor, not a DTensor.
-        labels: [N] int64 in [0, V), already shifted. Not checked, since that would wait for the GPU.
+        labels: [N] int64 in [0, V), already shifted. On a GPU they are not checked, since that would make the host
+            wait: what another label gives there is undefined.
         bias: [V], added to the logits.
         temperature: Divides the logits, > 0; a float, or [N] with one value per token. No gradient flows to
             it.
@@ -242,7 +247,8 @@ def linear_logprobs(
         vocab_parallel: VocabParallel(group, vocab_start, vocab_size) where ``lm_head_weight``, ``bias`` and
             ``lora.b`` are this rank's rows of a head that a process group shares; labels stay global.
         weight_grad: [V, D] fp32 (fp64 for fp64 inputs) buffer that the gradient of the weight is added to;
-            ``lm_head_weight`` then gets none from autograd.
+            ``lm_head_weight`` then gets none from autograd. Not inside activation checkpointing, which runs
+            the op twice.
         logits_dtype: None keeps logits in fp32. The 16-bit dtype of ``hidden_states`` rounds them to it,
             which is faster and, in bf16, moves a log-probability by up to 0.1 nats.
         entropy_grad: Let the entropy carry a gradient.
@@ -256,7 +262,10 @@ def linear_logprobs(
         positive, or one of the last arguments that does not fit the head.
 
     Numerics: logits, softmax and sums in fp32; the weight gradient is added up in fp32 and rounded once.
-    Deterministic: yes. Peak extra memory: one workspace of logits, the gradients, O(N).
+    Deterministic: yes; on a CPU, for D a multiple of 4, the results of a token do not depend on the others.
+    Peak extra memory: one workspace of logits (256 MiB on a CPU, 1 GiB on a GPU), the gradients, of which those
+    of a 16-bit head keep the fp32 memory they were added up in, and O(N); with a frozen head N D in fp32 until
+    backward.
     Eager twin: ``reference.linear_logprobs``.
     """
     inputs, head, tokens = make_head(

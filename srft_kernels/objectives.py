@@ -27,7 +27,16 @@ except ImportError:
 
 __all__ = ["GrpoObjective", "SrftObjective", "TokenObjective"]
 
-_EAGER_NAMES: dict[str, object] = {"tl": torch, "__builtins__": __builtins__}
+
+def _where(condition: Tensor | bool, x: Tensor, y: Tensor | float) -> Tensor:
+    """``tl.where`` of the eager form, where a loss parameter is a Python number."""
+    if isinstance(condition, bool):
+        return x if condition else torch.zeros_like(x) + y
+    return torch.where(condition, x, y)
+
+
+_EAGER_TL = types.SimpleNamespace(exp=torch.exp, where=_where)
+_EAGER_NAMES: dict[str, object] = {"tl": _EAGER_TL, "__builtins__": __builtins__}
 
 
 class Formula(Protocol):
@@ -120,8 +129,19 @@ def srft_ratio(logp, log_ratio, advantage, correct, weight_entropy, rl_coef):
 
 # fmt: off
 # --- whole tokens: (loss, dloss/dlogp, dloss/dentropy, ratio, clipped) ---
-# off_policy and with_ref are 1.0, or 0.0 where the log-probability is absent, which makes that log-ratio
-# exactly 0.
+# off_policy and with_ref are 1.0, or 0.0 where the log-probability is absent.
+
+
+@_formula
+def log_ratio_if(present, logp, other):
+    # exactly 0 where the other is absent, also for a logp of -inf
+    return tl.where(present > 0, logp - other, 0.0)
+
+
+@_formula
+def weighted(weight, loss):
+    # a weight of 0 keeps out an infinite loss
+    return tl.where(weight != 0, weight * loss, 0.0)
 
 
 @_formula
@@ -133,7 +153,7 @@ def cross_entropy_token(logp, entropy, weight):
 def _grpo_sum(
     logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight, kl_coef, with_ref, entropy_coef
 ):
-    kl, dkl = k3((ref_logp - logp) * with_ref)
+    kl, dkl = k3(log_ratio_if(with_ref, ref_logp, logp))
     loss = weight * (rollout_weight * policy + kl_coef * kl - entropy_coef * entropy)
     return loss, weight * (rollout_weight * dpolicy + kl_coef * dkl), -weight * entropy_coef
 
@@ -144,7 +164,7 @@ def clip_token(
     clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef,
 ):
     policy, dpolicy, ratio, clipped = clip_policy(
-        logp, (logp - old_logp) * off_policy, advantage, clip_low, clip_high, dual_clip)
+        logp, log_ratio_if(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip)
     loss, dlogp, dentropy = _grpo_sum(
         logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight,
         kl_coef, with_ref, entropy_coef)
@@ -157,7 +177,7 @@ def cispo_token(
     clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef,
 ):
     policy, dpolicy, ratio, clipped = cispo_policy(
-        logp, (logp - old_logp) * off_policy, advantage, clip_low, clip_high, dual_clip)
+        logp, log_ratio_if(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip)
     loss, dlogp, dentropy = _grpo_sum(
         logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight,
         kl_coef, with_ref, entropy_coef)
@@ -170,7 +190,7 @@ def reinforce_token(
     clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef,
 ):
     policy, dpolicy, ratio, clipped = reinforce_policy(
-        logp, (logp - old_logp) * off_policy, advantage, clip_low, clip_high, dual_clip)
+        logp, log_ratio_if(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip)
     loss, dlogp, dentropy = _grpo_sum(
         logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight,
         kl_coef, with_ref, entropy_coef)
@@ -185,8 +205,8 @@ def srft_likelihood_token(
     weight_entropy = scope_entropy + own_entropy * entropy
     sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
     rollout, drollout, ratio, positive = srft_likelihood(
-        logp, (logp - old_logp) * off_policy, advantage, correct, weight_entropy, rl_coef)
-    loss = demo_weight * (sft + rl) + rollout_weight * rollout - entropy_weight * entropy
+        logp, log_ratio_if(off_policy, logp, old_logp), advantage, correct, weight_entropy, rl_coef)
+    loss = weighted(demo_weight, sft + rl) + weighted(rollout_weight, rollout) - entropy_weight * entropy
     return loss, demo_weight * (dsft + drl) + rollout_weight * drollout, -entropy_weight, ratio, ratio < 0
 
 
@@ -198,8 +218,8 @@ def srft_ratio_token(
     weight_entropy = scope_entropy + own_entropy * entropy
     sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
     rollout, drollout, ratio, positive = srft_ratio(
-        logp, (logp - old_logp) * off_policy, advantage, correct, weight_entropy, rl_coef)
-    loss = demo_weight * (sft + rl) + rollout_weight * rollout - entropy_weight * entropy
+        logp, log_ratio_if(off_policy, logp, old_logp), advantage, correct, weight_entropy, rl_coef)
+    loss = weighted(demo_weight, sft + rl) + weighted(rollout_weight, rollout) - entropy_weight * entropy
     return loss, demo_weight * (dsft + drl) + rollout_weight * drollout, -entropy_weight, ratio, ratio < 0
 
 
@@ -323,7 +343,7 @@ class GrpoObjective(TokenObjective):
         weight, advantage, old_logp, _, rollout_weight = self._inputs(logp, entropy, rows)
         clip_low, clip_high, dual_clip, off_policy, *_ = self.params
         _, dpolicy, _, _ = self.policy.eager(
-            logp, (logp - old_logp) * off_policy, advantage, clip_low, clip_high, dual_clip
+            logp, log_ratio_if.eager(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip
         )
         valid = self.valid[rows]
         mean = sequence_mean(weight * rollout_weight * dpolicy, valid, _local_offsets(self.offsets, rows))
@@ -332,7 +352,7 @@ class GrpoObjective(TokenObjective):
     def _kl_derivative(self, logp: Tensor, rows: slice) -> Tensor:
         weight, _, _, ref_logp, _ = self.inputs[:, rows]
         kl_coef, with_ref = self.params[4:6]
-        return weight * kl_coef * k3.eager((ref_logp - logp) * with_ref)[1]
+        return weight * kl_coef * k3.eager(log_ratio_if.eager(with_ref, ref_logp, logp))[1]
 
     @property
     def deferred(self) -> int:
@@ -362,9 +382,9 @@ class GrpoObjective(TokenObjective):
         )
         clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef = self.params
         policy, _, ratio, clipped = self.policy.eager(
-            logp, (logp - old_logp) * off_policy, advantage, clip_low, clip_high, dual_clip
+            logp, log_ratio_if.eager(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip
         )
-        kl, _ = k3.eager((ref_logp - logp) * with_ref)
+        kl, _ = k3.eager(log_ratio_if.eager(with_ref, ref_logp, logp))
         terms = {
             "policy": (weight * rollout_weight * policy).sum(),
             "kl": kl_coef * (weight * kl).sum(),
@@ -431,7 +451,7 @@ class SrftObjective(TokenObjective):
         )
         sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy = self.params
         weight_entropy = scope_entropy + own_entropy * entropy
-        log_ratio = (logp - old_logp) * off_policy
+        log_ratio = log_ratio_if.eager(off_policy, logp, old_logp)
         is_demo, is_rollout = self.is_demo & self.valid, ~self.is_demo & self.valid
         terms = {}
         # an entropy of 0 and coefficients of 1 make both weights 1
@@ -441,10 +461,11 @@ class SrftObjective(TokenObjective):
         ):
             sft, _, rl, _ = srft_demo.eager(logp, advantage, h, sft_scale, sft_sign, gamma_p, gamma)
             rollout, _, ratio, positive = self.rollout.eager(logp, log_ratio, advantage, correct, h, rl_scale)
-            terms["demo_sft" + suffix] = (demo_weight * sft).sum()
-            terms["demo_rl" + suffix] = (demo_weight * rl).sum()
-            terms["rollout_positive" + suffix] = (rollout_weight * torch.where(positive, rollout, 0.0)).sum()
-            terms["rollout_negative" + suffix] = (rollout_weight * torch.where(positive, 0.0, rollout)).sum()
+            terms["demo_sft" + suffix] = weighted.eager(demo_weight, sft).sum()
+            terms["demo_rl" + suffix] = weighted.eager(demo_weight, rl).sum()
+            rollout = weighted.eager(rollout_weight, rollout)
+            terms["rollout_positive" + suffix] = torch.where(positive, rollout, 0.0).sum()
+            terms["rollout_negative" + suffix] = torch.where(positive, 0.0, rollout).sum()
         terms["entropy_bonus"] = -(entropy_weight * entropy).sum()
         loss = sum(terms[name] for name in SRFT_LOSS_TERMS)
         terms["sum_weight_sft"] = torch.where(

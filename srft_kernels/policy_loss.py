@@ -1,9 +1,9 @@
 """Losses that are known in advance: loss and gradient in one sweep over chunks of logits, 6NDV.
 
 Rows whose gradient depends on tokens outside their chunk (a sequence longer than a chunk, the batch) cost more. Their
-logits are computed twice, but for the last chunk's: up to 8NDV. Or, on a CPU and over many chunks, their weight gradients
-wait for the entropy weights, in a buffer a weight, and tokens with several parts (demonstrations) have one product more.
-Without a gradient to compute every op costs 2NDV, with a frozen head 4NDV.
+logits are computed twice, but for the last chunk's: up to 8NDV. Or, on a CPU and over many chunks, their weight
+gradients wait for the entropy weights, in a buffer a weight, and tokens with several parts (demonstrations) have one
+product more. Without a gradient to compute every op costs 2NDV, with a frozen head 4NDV.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def linear_cross_entropy(
         hidden_states: [N, D], see ``linear_logprobs``, as for every argument that is not described here.
         lm_head_weight: [V, D].
         labels: [N] int64, already shifted.
-        num_tokens: Denominator, counted over micro-batches and ranks; int or 0-d tensor. None: the valid
-            tokens of this call.
+        num_tokens: Denominator, counted over micro-batches and ranks; int or 0-d tensor, 0 counts as 1. None:
+            the valid tokens of this call.
         bias: [V].
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.
@@ -169,8 +169,8 @@ def linear_grpo_loss(
         cu_seqlens: [B+1] int32 sequence bounds from 0 to N, for gspo, on CPU where possible: chunks of logits
             can then end where sequences do.
         token_weights: [N] multiplies all terms of a token (1 / length gives a mean over sequences).
-        num_tokens: Denominator, counted over micro-batches and ranks; int or 0-d tensor. None: the valid
-            tokens of this call.
+        num_tokens: Denominator, counted over micro-batches and ranks; int or 0-d tensor, 0 counts as 1. None:
+            the valid tokens of this call.
         bias: [V].
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.
@@ -182,9 +182,10 @@ def linear_grpo_loss(
         logits_dtype: 16-bit dtype to round the logits to, or None.
 
     Returns:
-        PolicyLoss. ``terms``: "policy", "kl" and "entropy_bonus" as they enter the loss, whose sum is the
-        loss; "clip_low_sum" and "clip_high_sum", counts of clipped tokens with a ratio below and above 1;
-        "sum_entropy" over the valid tokens. Each adds up over micro-batches when ``num_tokens`` is given.
+        PolicyLoss. ``terms``: "policy", "kl" (0 where ``kl_coef`` is) and "entropy_bonus" as they enter the
+        loss, whose sum is the loss; "clip_low_sum" and "clip_high_sum", counts of clipped tokens with a ratio
+        below and above 1; "sum_entropy" over the valid tokens. Each adds up over micro-batches when ``num_tokens``
+        is given.
 
     Raises:
         ValueError: As ``linear_logprobs``, or for an argument out of the ranges above.
@@ -213,7 +214,7 @@ def linear_grpo_loss(
         ones if rollout_weights is None else rollout_weights,
     )
     vectors[0] *= _reciprocal(_count(num_tokens, tokens.valid, dtype))
-    off_policy, with_ref = float(old_logprobs is not None), float(ref_logprobs is not None)
+    off_policy, with_ref = float(old_logprobs is not None), float(ref_logprobs is not None and kl_coef != 0)
     dual_clip = float("inf") if dual_clip is None else dual_clip
     params = (clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef)
     formula, policy = GRPO_FORMULAS[loss_type]
@@ -320,7 +321,7 @@ def linear_srft_loss(
         entropy_coef: Weight of the entropy bonus, which has a gradient. None: by preset.
         token_weights: [N] multiplies the terms of a token (1 / length gives a mean over sequences).
         num_rollout_tokens: Denominator of rollout terms, counted over micro-batches and ranks; int or 0-d
-            tensor. None: the valid rollout tokens of this call.
+            tensor, 0 counts as 1. None: the valid rollout tokens of this call.
         num_demo_tokens: The same for demonstrations.
         bias: [V].
         temperature: Divides the logits, > 0; a float or [N].
@@ -359,7 +360,7 @@ def linear_srft_loss(
     demo = tokens.select(is_demo)
     num_demo = _count(num_demo_tokens, demo & tokens.valid, dtype)
     num_rollout = _count(num_rollout_tokens, ~demo & tokens.valid, dtype)
-    weight = tokens.valid.to(dtype) if token_weights is None else tokens.take(token_weights.to(dtype))
+    weight = tokens.valid.to(dtype) if token_weights is None else tokens.take(token_weights.detach().to(dtype))
     given_entropy = switches.entropy_scope == "batch" and batch_entropy is not None
     scope_entropy = _scalar(0.0 if batch_entropy is None else batch_entropy, dtype, labels.device).expand(labels.shape)
     demo_n = is_demo.to(dtype)
@@ -428,7 +429,7 @@ def linear_policy_loss(
         lm_head_weight: [V, D].
         labels: [N] int64, already shifted.
         objective: Takes logprobs [N] and entropy [N], fp32 in nats and 0 where ignored, and returns a 0-d
-            loss. Called once.
+            loss. Called once; other tensors that it reads get no gradient.
         bias: [V].
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.

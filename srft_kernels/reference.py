@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._checks import check_grpo, check_head, check_srft
+from ._checks import check_grpo, check_head, check_labels, check_srft
 from ._chunked_head import LoraDelta
 from ._one_pass import PolicyLoss
 from ._presets import srft_switches
@@ -40,7 +40,8 @@ def linear_logprobs(
     hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
     logits_dtype, entropy_grad: as in ``srft_kernels.linear_logprobs``.
     """
-    check_head(hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, lora)
+    check_head(hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, lora, ignore_index)
+    check_labels(labels, ignore_index, lm_head_weight.shape[0])
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     logits = hidden_states.to(dtype) @ lm_head_weight.to(dtype).t()
     if lora is not None:
@@ -177,7 +178,7 @@ def linear_grpo_loss(
     terms = {"policy": (w * rho * policy).sum()}
     kl = (
         torch.zeros_like(logp)
-        if ref_logprobs is None
+        if ref_logprobs is None or kl_coef == 0
         else k3.eager(_valid(ref_logprobs, valid, logp) - logp)[0]
     )
     terms["kl"] = kl_coef * (w * kl).sum()

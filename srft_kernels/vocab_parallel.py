@@ -29,19 +29,22 @@ class VocabParallel(NamedTuple):
     """V of the whole weight; labels are in [0, V). Ranks may hold different numbers of rows."""
 
 
+# labels of a shard that are no column of it: those to skip, and those of other ranks
+IGNORED, ELSEWHERE = -1, -2
+
+
 def local_labels(labels: Tensor, shard: VocabParallel, rows: int, ignore_index: int) -> Tensor:
-    """Labels counted from this rank's first row; those of other ranks become a negative number.
+    """Labels counted from this rank's first row; those of other ranks are ELSEWHERE.
 
     Args:
-        labels: [n] int64 in the whole vocabulary, or ``ignore_index``, which is kept.
+        labels: [n] int64 in the whole vocabulary, or ``ignore_index``, which becomes IGNORED.
         shard: Where this rank's rows are.
         rows: How many there are.
         ignore_index: Label of rows that are skipped.
     """
-    elsewhere = -1 if ignore_index != -1 else -2
     local = labels - shard.vocab_start
-    local = torch.where((local >= 0) & (local < rows), local, elsewhere)
-    return torch.where(labels == ignore_index, labels, local)
+    local = torch.where((local >= 0) & (local < rows), local, ELSEWHERE)
+    return torch.where(labels == ignore_index, IGNORED, local)
 
 
 def merge(known: Stats, here: Tensor, shard: VocabParallel) -> Stats:

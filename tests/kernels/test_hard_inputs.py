@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import srft_kernels
-from tests.kernels.cases import assert_matches_reference, cross_entropy, grpo, logprobs, make_case, srft
+from srft_kernels import reference
+from tests.kernels.cases import assert_matches_reference, cross_entropy, grpo, logprobs, make_case, run, srft
 
 OPS = [cross_entropy, grpo, srft, logprobs]
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
@@ -102,3 +103,30 @@ def test_non_contiguous_inputs(op):
     )
     assert not strided.hidden.is_contiguous() and not strided.labels.is_contiguous()
     assert_matches_reference(op, strided)
+
+
+def test_label_that_is_masked_out():
+    """A label with a logit of -inf: an infinite negative log-likelihood, and ratios of 0 that stay finite."""
+    case = make_case((19, 97, 24), ignored=0.0)
+    case.bias[5] = -float("inf")
+    case.labels[4] = 5
+    case.old_logprobs = case.old_logprobs.clamp(min=-8)
+    assert srft_kernels.linear_cross_entropy(case.hidden, case.weight, case.labels, bias=case.bias) == float("inf")
+    for loss_type in ("grpo", "reinforce"):
+        out = run(grpo, srft_kernels, case, loss_type=loss_type)
+        assert loss_type == "reinforce" or torch.isfinite(out["loss"])
+        assert torch.isfinite(out["dweight"]).all() and torch.isfinite(out["dhidden"]).all()
+    case.is_demo[4] = False
+    out = run(srft, srft_kernels, case, preset="official", off_policy=True)
+    assert torch.isfinite(out["loss"]) and torch.isfinite(out["dweight"]).all()
+
+
+def test_reference_that_is_not_used():
+    """Log-probabilities of a reference far away change nothing while the KL has no weight."""
+    case = make_case((19, 97, 24), scale=40.0)
+    case.ref_logprobs = torch.full((19,), -1.0)
+    expected = run(grpo, srft_kernels, case)
+    for module in (srft_kernels, reference):
+        out = run(grpo, module, case, ref_logprobs=case.ref_logprobs)
+        assert torch.isfinite(out["loss"]) and out["terms/kl"] == 0
+        torch.testing.assert_close(out["loss"], expected["loss"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import LoraDelta, _chunked_head, _gradients, reference
+from srft_kernels import LoraDelta, VocabParallel, _chunked_head, _gradients, reference
 from tests.kernels.cases import (
     assert_matches_reference,
     case_id,
@@ -23,6 +23,14 @@ from tests.numerics import assert_accurate
 
 OPS = [cross_entropy, grpo, srft, policy, logprobs]
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+
+
+class NoGroup:
+    """Looks like a process group."""
+
+    def size(self):
+        """One rank."""
+        return 1
 
 
 def loss_of(result):
@@ -108,6 +116,14 @@ def test_weight_gradient_is_rounded_once(op, dtype, monkeypatch):
     assert torch.equal(case.weight.grad, buffer.to(dtype)) and buffer.any()
 
 
+def test_weight_grad_is_not_the_weight():
+    """A buffer in the memory of the weight would overwrite it."""
+    case = make_case()
+    case.weight.requires_grad_()
+    with pytest.raises(ValueError, match="must not share the memory"):
+        grpo(srft_kernels, case, weight_grad=case.weight.detach())
+
+
 def test_weight_may_go_before_backward():
     """A loss keeps its gradients, not the weight they are of: a cast copy is freed when the op returns."""
     case = make_case(dtype=torch.bfloat16)
@@ -184,9 +200,13 @@ def test_autocast_takes_a_weight_in_fp32(op):
         ({"weight_grad": torch.zeros(4, 11)}, r"weight_grad must be a torch.float32 tensor \[11, 4\]"),
         ({"weight_grad": torch.zeros(11, 4).bfloat16()}, "weight_grad must be a torch.float32"),
         ({"weight_grad": torch.zeros(11, 4)}, "lm_head_weight does not require a gradient"),
+        ({"weight_grad": torch.zeros(11, 4, requires_grad=True)}, "weight_grad must be contiguous and need no"),
+        ({"weight_grad": torch.zeros(1, 4).expand(11, 4)}, "weight_grad must be contiguous"),
         ({"logits_dtype": torch.bfloat16}, "logits_dtype must be None, torch.float32 or the dtype of hidden"),
         ({"vocab_parallel": 3}, "vocab_parallel must be a VocabParallel"),
-        ({"vocab_parallel": (None, 5, 11)}, "this rank's 11 rows of the weight, got vocab_start=5"),
+        ({"vocab_parallel": VocabParallel(None, 0, 11)}, "vocab_parallel.group must be a process group"),
+        ({"vocab_parallel": VocabParallel(NoGroup(), 5, 11)}, "this rank's 11 rows of the weight, got vocab_start=5"),
+        ({"ignore_index": None}, "ignore_index must be an int"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import srft_kernels
 from srft_kernels import LoraDelta, _chunked_head, _one_pass, _row_cpu, reference, row_kernels
@@ -137,7 +138,7 @@ def test_row_is_independent_of_its_chunk(overwrite):
 @pytest.mark.parametrize("rounded", [False, True], ids=["exact", "rounded"])
 def test_forward_is_independent_of_the_batch(dtype, rounded, monkeypatch):
     """A token's log-probability and entropy have the same bits alone, in company, and whatever the chunks."""
-    case = make_case((150, 257, 53), dtype, ignored=0.0)
+    case = make_case((150, 257, 56), dtype, ignored=0.0)
     head = {"bias": case.bias, "logits_dtype": dtype if rounded else None}
     expected = srft_kernels.linear_logprobs(case.hidden, case.weight, case.labels, **head)
     for workspace in (2**28, 0):
@@ -327,6 +328,49 @@ def test_entropy_carries_a_gradient_only_where_asked():
     result = grpo(srft_kernels, case)
     tensors = [result.logprobs, result.entropy, result.ratio, result.clipped, *result.terms.values()]
     assert result.loss.requires_grad and not any(x.requires_grad for x in tensors)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@each_op
+def test_inside_activation_checkpointing(op, reentrant):
+    """A checkpointed op runs twice and gives the gradient of one run."""
+    case = make_case()
+    expected = run(op, srft_kernels, case)
+    hidden, weight = (x.clone().requires_grad_() for x in (case.hidden, case.weight))
+
+    def region(hidden, weight):
+        result = op(srft_kernels, replace(case, hidden=hidden, weight=weight))
+        # saves a tensor after the op, so that all of the region is computed again
+        return (result if isinstance(result, torch.Tensor) else result.loss) * torch.tensor(-1.7)
+
+    checkpoint(region, hidden, weight, use_reentrant=reentrant).backward()
+    assert_close(hidden.grad, expected["dhidden"])
+    assert_close(weight.grad, expected["dweight"])
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_results_may_be_written_to(ignored):
+    """Masking log-probabilities and entropies in place leaves the gradients alone, ignored tokens or not."""
+    case = make_case(ignored=ignored)
+    expected = run(logprobs, srft_kernels, case)
+    leaf = case.hidden.clone().requires_grad_()
+    case.weight.requires_grad_()
+    logp, entropy = srft_kernels.linear_logprobs(leaf, case.weight, case.labels, bias=case.bias, entropy_grad=True)
+    loss = (logp * case.advantages).sum() + (entropy * case.ref_logprobs).sum()
+    logp.detach().zero_()
+    entropy.detach().zero_()
+    (-1.7 * loss).backward()
+    assert_close(leaf.grad, expected["dhidden"])
+
+
+def test_labels_must_stay_until_backward():
+    """Writing to the labels between forward and backward is an error, not another gradient."""
+    case = make_case(ignored=0.0)
+    case.weight.requires_grad_()
+    logp, _ = srft_kernels.linear_logprobs(case.hidden, case.weight, case.labels)
+    case.labels.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logp.sum().backward()
 
 
 def test_retained_graph_of_linear_logprobs():

@@ -34,6 +34,8 @@ class FakeDTensor(torch.Tensor):
         ({"labels": CASE.labels[:-1]}, r"labels must be \[N\]=\[8\], got \[7\]"),
         ({"labels": CASE.labels.int()}, "labels must be int64, got torch.int32"),
         ({"labels": CASE.labels.tolist()}, "labels must be a tensor, got list"),
+        ({"labels": CASE.labels.clone().fill_(11)}, r"labels must be in \[0, V=11\) or ignore_index=-100, got 11"),
+        ({"labels": CASE.labels.clone().fill_(-1)}, r"labels must be in \[0, V=11\) or ignore_index=-100, got -1"),
         ({"bias": CASE.bias[:-1]}, r"bias must be floating point \[V\]=\[11\]"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -55,6 +55,9 @@ RUNS = {
     "policy": (policy, plain_case, {}, True),
     "logprobs": (logprobs, plain_case, {}, True),
     "ignore-minus-one": (grpo, lambda: minus_one(plain_case()), {"ignore_index": -1}, False),
+    # the label CUT + 3 has this number on the second rank, and 0 is its own first row
+    "ignore-three": (grpo, lambda: relabelled(3), {"ignore_index": 3}, True),
+    "ignore-zero": (logprobs, lambda: relabelled(0), {"ignore_index": 0}, False),
     "bf16": (grpo, lambda: plain_case(dtype=torch.bfloat16), {"entropy_coef": 0.1}, True),
     "masked": (srft, masked_case, {"preset": "official", "off_policy": True}, False),
     "low": (logprobs, low_case, {}, False),
@@ -66,6 +69,13 @@ RUNS = {
 def minus_one(case):
     """-1 as the label of ignored rows."""
     return replace(case, labels=torch.where(case.labels == -100, -1, case.labels))
+
+
+def relabelled(index):
+    """``index`` as the label of ignored rows, and labels that have this number among the second rank's rows."""
+    case = plain_case()
+    case.labels[4], case.labels[5] = CUT + index, index
+    return replace(case, labels=torch.where(case.labels == -100, index, case.labels))
 
 
 def results(module, name, shard=None):
