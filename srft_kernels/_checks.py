@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ._chunked_head import LoraDelta
     from .vocab_parallel import VocabParallel
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_head(
@@ -50,7 +50,7 @@ def check_head(
         raise ValueError(
             f"hidden_states must be [N, D], got {list(hidden_states.shape)}; flatten batch and time first"
         )
-    if hidden_states.dtype not in _DTYPES:
+    if hidden_states.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"hidden_states must be bf16, fp16, fp32 or fp64, got {hidden_states.dtype}; cast it"
         )

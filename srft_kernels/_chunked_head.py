@@ -72,7 +72,7 @@ class Tokens:
         """Rows of ``labels`` [N] that are not ``ignore_index``."""
         self.mask = labels != ignore_index
         self.kept = None
-        if not labels.is_cuda and not row_kernels.INTERPRETED and not bool(self.mask.all()):
+        if rows_backend(labels) is row_cpu and not bool(self.mask.all()):
             self.kept = self.mask.nonzero()[:, 0]
         self.valid = self.mask if self.kept is None else self.mask[self.kept]
 
@@ -167,9 +167,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``value`` as a tensor on ``device``; a copy of a Python number would make a GPU wait."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, dtype, non_blocking=True)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def rows_backend(like: Tensor):
+    """The module whose ``stats`` and ``gradient`` work on rows on the device of ``like``."""
+    return row_kernels if like.is_cuda or row_kernels.INTERPRETED else row_cpu
+
+
 def drops_dead_rows(head: Head) -> bool:
     """Rows without a gradient can be left out of products without making the host wait."""
-    return not head.hidden.is_cuda and not row_kernels.INTERPRETED
+    return rows_backend(head.hidden) is row_cpu
 
 
 def max_rows(head: Head) -> int:
@@ -239,11 +251,6 @@ def project(head: Head, space: Tensor) -> Tensor:
 def row_stats(head: Head, scores: Tensor, overwrite: bool) -> Stats:
     """Statistics of whole rows from the scores of this rank's columns, [C, V]; see the backends' ``stats``."""
     if head.vocab_parallel is None:
-        return rows_backend(head).stats(scores, head.rows(), overwrite)
-    known = rows_backend(head).stats(scores, head.rows(), overwrite=False)
+        return rows_backend(scores).stats(scores, head.rows(), overwrite)
+    known = rows_backend(scores).stats(scores, head.rows(), overwrite=False)
     return merge(known, head.labels >= 0, head.vocab_parallel)
-
-
-def rows_backend(head: Head):
-    """The module whose ``stats`` and ``gradient`` work on rows of ``head``."""
-    return row_kernels if head.hidden.is_cuda or row_kernels.INTERPRETED else row_cpu

@@ -16,7 +16,6 @@ _ROUNDED_AT_ONCE = 2**24
 # Columns of a 16-bit gradient of the scores that are upcast at a time for a thin product on CPU.
 _THIN_TILE = 8192
 
-
 # Rows that one product takes: a run of them, or positions, whose scores are then copied.
 Block = slice | Tensor
 
@@ -130,6 +129,7 @@ class Gradients:
     def __init__(self, head: Head, inputs: Inputs, wanted: Wanted, weight_grad: Tensor | None):
         """Of the rows of ``head``; ``weight_grad`` [V, D] takes the gradient of the weight, if given."""
         self._wanted, self.external = wanted, weight_grad is not None
+        self._returned = wanted._replace(weight=wanted.weight and not self.external)
         self._group = None if head.vocab_parallel is None else head.vocab_parallel.group
         # shapes and dtypes alone: a weight that was gathered or cast may then go before backward
         self._device = head.hidden.device
@@ -239,7 +239,7 @@ class Gradients:
         self._dhidden = sums.dweight = sums.dbias = sums.da = sums.db = None
         for i, x in enumerate(self._like):
             # no row took part
-            if self._wanted[i] and totals[i] is None and not (i == 1 and self.external):
+            if self._returned[i] and totals[i] is None:
                 totals[i] = torch.zeros_like(x, dtype=sums._dtype, device=self._device)
         return totals
 

@@ -13,9 +13,9 @@ from . import row_kernels
 from ._chunked_head import (
     Head,
     Tokens,
+    compute_dtype,
     drops_dead_rows,
     even_chunks,
-    keep_live,
     live_rows,
     max_rows,
     project,
@@ -25,7 +25,7 @@ from ._chunked_head import (
 )
 from ._gradients import Gradients, Inputs
 from ._row_cpu import Stats
-from .linear_logprobs import stats_sweep
+from .linear_logprobs import add_chunk, stats_sweep
 from .objectives import TokenObjective
 
 # Weight gradients that wait for a scalar, where each saves a second projection. A fixed number, so that a result
@@ -154,8 +154,8 @@ class _Sweep:
 
     def __init__(self, head: Head, objective: TokenObjective | CallableObjective, grads: Gradients, space: Tensor):
         self._head, self._objective, self._grads, self._space = head, objective, grads, space
-        self._backend = rows_backend(head)
-        dtype = torch.promote_types(head.hidden.dtype, torch.float32)
+        self._backend = rows_backend(space)
+        dtype = compute_dtype(head.hidden.dtype)
         self.logp, self.entropy = (space.new_empty(head.labels.numel(), dtype=dtype) for _ in range(2))
         # the CPU rows then keep exp(logit - top) in place of the scores
         self._overwrite = not objective.entropy_grad and head.softcap is None and head.vocab_parallel is None
@@ -188,7 +188,9 @@ class _Sweep:
         known = row_stats(head, scores, self._overwrite)
         self._keep(rows, known)
         dlogp, dentropy = objective.coefficients(known.logprobs, known.entropy, rows)
-        self._add(head, scores, rows, known, dlogp, dentropy, self._overwrite)
+        add_chunk(
+            self._grads, self._head, rows, known, dlogp, dentropy, self._space, scores, self._overwrite, self._alpha
+        )
 
     def stats_first(self, chunks: list[slice]) -> None:
         """A unit of several chunks whose scores, but for the last chunk's, are computed twice."""
@@ -203,8 +205,9 @@ class _Sweep:
         for rows, part in zip(reversed(chunks), reversed(known), strict=True):
             own = slice(rows.start - unit.start, rows.stop - unit.start)
             de = None if dentropy is None else dentropy[own]
-            self._add(
-                self._head.at(rows), scores if rows is chunks[-1] else None, rows, part, dlogp[own], de, False
+            kept = scores if rows is chunks[-1] else None
+            add_chunk(
+                self._grads, self._head, rows, part, dlogp[own], de, self._space, scores=kept, alpha=self._alpha
             )
 
     def deferred(self, chunks: list[slice]) -> None:
@@ -229,30 +232,6 @@ class _Sweep:
     def _keep(self, rows: slice, known: Stats) -> None:
         self.logp[rows], self.entropy[rows] = known.logprobs, known.entropy
 
-    def _add(
-        self,
-        head: Head,
-        scores: Tensor | None,
-        rows: slice,
-        known: Stats,
-        dlogp: Tensor,
-        dentropy: Tensor | None,
-        overwritten: bool,
-    ) -> None:
-        """Gradients of a chunk, projected again where ``scores`` is None."""
-        live = live_rows(dlogp.numel(), dlogp, dentropy, drops_dead_rows(head))
-        if live.positions is not None:
-            head, known = head.at(live.positions), Stats(*(x[live.positions] for x in known))
-            dlogp, dentropy = dlogp[live.positions], None if dentropy is None else dentropy[live.positions]
-            if scores is not None:
-                scores = keep_live(scores, live.positions)
-        if scores is None:
-            scores = project(head, self._space)
-        dscores = self._backend.gradient(
-            scores, head.rows(1 / self._alpha), known, dlogp, dentropy, overwritten
-        )
-        self._grads.add(head, dscores, rows, live, self._alpha)
-
 
 def _can_defer(objective: TokenObjective | CallableObjective, head: Head, wants_weight: bool) -> bool:
     """Coefficients that are not known in time may wait: cheaper than a second projection, and in memory."""
@@ -262,7 +241,7 @@ def _can_defer(objective: TokenObjective | CallableObjective, head: Head, wants_
     if not drops_dead_rows(head) and objective.products > 1:
         return False
     limit = GPU_DEFERRED_BYTES if head.hidden.is_cuda else CPU_DEFERRED_BYTES
-    size = head.weight.numel() * torch.promote_types(head.hidden.dtype, torch.float32).itemsize
+    size = head.weight.numel() * compute_dtype(head.hidden.dtype).itemsize
     return not wants_weight or objective.deferred * size <= limit
 
 

@@ -14,11 +14,13 @@ from ._chunked_head import (
     compute_dtype,
     drops_dead_rows,
     even_chunks,
+    keep_live,
     live_rows,
     max_rows,
     project,
     row_stats,
     rows_backend,
+    scalar,
     workspace,
 )
 from ._compiled import logprobs_op
@@ -54,13 +56,8 @@ def make_head(
     dtype = compute_dtype(hidden_states.dtype)
     inv_temperature = None
     if isinstance(temperature, Tensor) or temperature != 1.0:
-        device = hidden_states.device
-        if isinstance(temperature, Tensor):
-            temperature = temperature.detach().to(device, dtype, non_blocking=True)
-        else:
-            # a copy from the host would make a GPU wait
-            temperature = torch.full((), temperature, dtype=dtype, device=device)
-        inv_temperature = tokens.select(temperature.reciprocal().expand(labels.shape))
+        reciprocal = scalar(temperature, dtype, hidden_states.device).reciprocal()
+        inv_temperature = tokens.select(reciprocal.expand(labels.shape))
     kept_labels = tokens.select(labels).contiguous()
     if vocab_parallel is not None:
         kept_labels = local_labels(kept_labels, vocab_parallel, lm_head_weight.shape[0], ignore_index)
@@ -110,17 +107,48 @@ def gradient_sweep(
     grads = Gradients(head, inputs, wanted, weight_grad)
     with torch.autocast(space.device.type, enabled=False):
         for rows in chunks:
-            part, own, a = head.at(rows), Stats(*(x[rows] for x in known)), dlogp[rows]
-            e = None if dentropy is None else dentropy[rows]
-            live = live_rows(a.numel(), a, e, drops_dead_rows(head))
-            if live.positions is not None:
-                part, own, a = part.at(live.positions), Stats(*(x[live.positions] for x in own)), a[live.positions]
-                e = None if e is None else e[live.positions]
-            scores = project(part, space)
-            dscores = rows_backend(head).gradient(scores, part.rows(), own, a, e, overwritten=False)
-            grads.add(part, dscores, rows, live)
+            own = Stats(*(x[rows] for x in known))
+            de = None if dentropy is None else dentropy[rows]
+            add_chunk(grads, head, rows, own, dlogp[rows], de, space)
         grads.reduce()
     return grads
+
+
+def add_chunk(
+    grads: Gradients,
+    head: Head,
+    rows: slice,
+    known: Stats,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    space: Tensor,
+    scores: Tensor | None = None,
+    overwritten: bool = False,
+    alpha: float = 1.0,
+) -> None:
+    """Add the gradients of a chunk's live rows.
+
+    Args:
+        grads: What they are added to.
+        head: All rows.
+        rows: The chunk.
+        known: Its statistics.
+        dlogp: [C] derivative of the loss by logp.
+        dentropy: [C] the same by the entropy, or None for zero.
+        space: Workspace, where ``scores`` are.
+        scores: [C, V] of the whole chunk; None to project its live rows.
+        overwritten: As passed to ``row_stats`` for ``scores``.
+        alpha: Gradients of the scores are divided by it, a power of two.
+    """
+    part, live = head.at(rows), live_rows(dlogp.numel(), dlogp, dentropy, drops_dead_rows(head))
+    if live.positions is not None:
+        part, known = part.at(live.positions), Stats(*(x[live.positions] for x in known))
+        dlogp, dentropy = dlogp[live.positions], None if dentropy is None else dentropy[live.positions]
+        scores = None if scores is None else keep_live(scores, live.positions)
+    if scores is None:
+        scores = project(part, space)
+    dscores = rows_backend(scores).gradient(scores, part.rows(1 / alpha), known, dlogp, dentropy, overwritten)
+    grads.add(part, dscores, rows, live, alpha)
 
 
 def directions_sweep(head: Head, inputs: Inputs) -> tuple[Stats, Tensor]:
@@ -139,7 +167,7 @@ def directions_sweep(head: Head, inputs: Inputs) -> tuple[Stats, Tensor]:
             for total, x in zip(out, known, strict=True):
                 total[rows] = x
             ones = torch.ones_like(known.logprobs)
-            dscores = rows_backend(head).gradient(scores, part.rows(), known, ones, None, overwrite)
+            dscores = rows_backend(scores).gradient(scores, part.rows(), known, ones, None, overwrite)
             grads.add(part, dscores, rows, live_rows(ones.numel(), None, None, drop=False))
         grads.reduce()
     return out, grads.directions()

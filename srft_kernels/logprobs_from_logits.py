@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _row_cpu as row_cpu
-from . import row_kernels
-from ._checks import check_positive
+from ._checks import FLOAT_DTYPES, check_positive
+from ._chunked_head import compute_dtype, rows_backend
 from ._row_cpu import Rows, Stats
 
 __all__ = ["logprobs_from_logits"]
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_logits(
@@ -27,7 +24,7 @@ def check_logits(
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if hasattr(x, "full_tensor"):
             raise ValueError(f"{name} must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in FLOAT_DTYPES:
         raise ValueError(f"logits must be bf16, fp16, fp32 or fp64, got {logits.dtype}; cast them")
     if logits.is_cuda and logits.dtype == torch.float64:
         raise ValueError(
@@ -106,20 +103,16 @@ def _pieces(logits: Tensor, rows: Rows) -> list[tuple[Tensor, slice, Rows]]:
     return pieces
 
 
-def _backend(logits: Tensor):
-    return row_kernels if logits.is_cuda or row_kernels.INTERPRETED else row_cpu
-
-
 class _LogprobsFromLogits(torch.autograd.Function):
     """Saves the logits and, of each row, the largest logit, log-sum-exp, entropy and label."""
 
     @staticmethod
     def forward(ctx, logits, rows: Rows, entropy_grad: bool, inplace_backward: bool):
         logits_only = logits.detach()
-        stats = _backend(logits).stats
+        stats = rows_backend(logits).stats
         with torch.autocast(logits.device.type, enabled=False):
             parts = [stats(z, part_rows, False) for z, _, part_rows in _pieces(logits_only, rows)]
-        dtype = torch.promote_types(logits.dtype, torch.float32)
+        dtype = compute_dtype(logits.dtype)
         empty = Stats(*(logits.new_empty(0, dtype=dtype) for _ in range(4)))
         known = parts[0] if len(parts) == 1 else Stats(*map(torch.cat, zip(empty, *parts, strict=True)))
         # the caller may write to what it gets
@@ -148,7 +141,7 @@ class _LogprobsFromLogits(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             targets = dlogits.view(-1, logits.shape[-1]) if not ctx.inplace else None
             for z, part, rows in _pieces(logits.detach(), ctx.rows):
-                _backend(z).gradient(
+                rows_backend(z).gradient(
                     z,
                     rows,
                     Stats(*(x[part] for x in known)),
@@ -214,7 +207,7 @@ def logprobs_from_logits(
     """
     check_logits(logits, labels, temperature, logit_softcap)
     _check_layout(logits, inplace_backward)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = compute_dtype(logits.dtype)
     inv_temperature = None
     if isinstance(temperature, Tensor):
         # one value for all may come from the CPU

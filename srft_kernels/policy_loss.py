@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_count, check_grpo, check_srft
-from ._chunked_head import LoraDelta, Tokens, compute_dtype
+from ._chunked_head import LoraDelta, Tokens, compute_dtype, scalar
 from ._compiled import GRPO_TERMS, SRFT_TERMS, loss_op, user_loss_op
 from ._one_pass import CallableObjective, PolicyLoss, policy_loss
 from ._presets import srft_switches
@@ -32,16 +32,9 @@ from .vocab_parallel import VocabParallel
 __all__ = ["linear_cross_entropy", "linear_grpo_loss", "linear_policy_loss", "linear_srft_loss"]
 
 
-def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``value`` as a 0-d tensor; a copy of a Python number would make a GPU wait."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device, dtype, non_blocking=True)
-    return torch.full((), value, dtype=dtype, device=device)
-
-
 def _count(given: int | Tensor | None, counted: Tensor, dtype: torch.dtype) -> Tensor:
     """``given``, or the number of true entries of ``counted``, as a 0-d tensor beside ``counted``."""
-    return _scalar(counted.sum() if given is None else given, dtype, counted.device)
+    return scalar(counted.sum() if given is None else given, dtype, counted.device)
 
 
 def _reciprocal(count: Tensor) -> Tensor:
@@ -362,7 +355,7 @@ def linear_srft_loss(
     num_rollout = _count(num_rollout_tokens, ~demo & tokens.valid, dtype)
     weight = tokens.valid.to(dtype) if token_weights is None else tokens.take(token_weights.detach().to(dtype))
     given_entropy = switches.entropy_scope == "batch" and batch_entropy is not None
-    scope_entropy = _scalar(0.0 if batch_entropy is None else batch_entropy, dtype, labels.device).expand(labels.shape)
+    scope_entropy = scalar(0.0 if batch_entropy is None else batch_entropy, dtype, labels.device).expand(labels.shape)
     demo_n = is_demo.to(dtype)
     vectors = _pack(
         tokens, dtype, demo_n, 1 - demo_n, None, advantages, is_correct, old_logprobs, scope_entropy

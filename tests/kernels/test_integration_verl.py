@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +13,11 @@ import torch.distributed as dist
 from srft_kernels.integrations.liger import LigerFusedLinearScaledCrossEntropyTPFunction
 from srft_kernels.integrations.verl import FusedLinearForPPO, linear_cross_entropy
 from tests.numerics import assert_accurate
+from tests.ranks import results_of_two_ranks
 
 needs_verl = pytest.mark.skipif(
     importlib.util.find_spec("verl") is None, reason="needs the files of verl: pip install --no-deps verl==0.9.1"
 )
-ROOT = Path(__file__).resolve().parents[2]
 H, V = 24, 53
 
 
@@ -195,20 +192,7 @@ def rank_main(rank: int, folder: Path) -> None:
 
 def test_two_ranks_share_the_vocabulary(tmp_path):
     """Both ranks get the whole head's results; verl's gradients of hidden sum to it, Liger's are summed already."""
-    command = "import sys, pathlib; from tests.kernels.test_integration_verl import rank_main; "
-    command += "rank_main(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([sys.executable, "-c", command, str(rank), str(tmp_path)], env=environment, cwd=ROOT)
-        for rank in range(2)
-    ]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = results_of_two_ranks("tests.kernels.test_integration_verl", tmp_path)
     hidden, weight, ids, *upstream = make_case((3, 5))
     weight, ids = weight[:52], ids.clamp(max=51)
     gold = run(lambda h, w, i: plain(h, w, i, 0.7), hidden, weight, ids, upstream)

@@ -1,8 +1,5 @@
 """A head whose rows are spread over two gloo ranks gives every rank the result of the whole head."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +11,8 @@ import srft_kernels
 from srft_kernels import LoraDelta, VocabParallel, _chunked_head, _one_pass, reference
 from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft
 from tests.numerics import assert_accurate
+from tests.ranks import results_of_two_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 N, V, D = 70, 101, 24
 # uneven: the second rank has fewer rows, as where the padding of a vocabulary is cut off
 CUT = 60
@@ -123,20 +120,7 @@ def rank_main(rank: int, folder: Path) -> None:
 def ranks(tmp_path_factory) -> list[dict]:
     """Results of both ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = "import sys, pathlib; from tests.kernels.test_vocab_parallel import rank_main; "
-    command += "rank_main(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([sys.executable, "-c", command, str(rank), str(folder)], env=environment, cwd=ROOT)
-        for rank in range(2)
-    ]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return results_of_two_ranks("tests.kernels.test_vocab_parallel", folder)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -1,0 +1,36 @@
+"""Two gloo ranks, each a process of its own on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def results_of_two_ranks(module: str, folder: Path) -> list[Any]:
+    """What ``rank_main(rank, folder)`` of a test module saves as rank0.pt and rank1.pt; no process is left.
+
+    Args:
+        module: Its name, such as tests.kernels.test_vocab_parallel.
+        folder: An empty folder, which also holds the store where the ranks meet.
+    """
+    command = f"import sys, pathlib; from {module} import rank_main; "
+    command += "rank_main(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", command, str(rank), str(folder)], env=environment, cwd=ROOT)
+        for rank in range(2)
+    ]
+    try:
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
