@@ -17,8 +17,9 @@ TEST := $(VENV)/test-$(HOME_ID).stamp
 train: $(TRAIN)
 	$(RUN) -m srft.train $(ARGS)
 
+# a worker a core; ARGS="-n 0" runs in one process, as plain pytest does
 test: $(TEST)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --benchmark-disable $(ARGS)
 
 bench: $(TRAIN)
 	$(RUN) -m pytest benchmarks/ --benchmark-only $(ARGS)

@@ -44,6 +44,7 @@ setup(
             "pytest>=9",
             "pytest-benchmark",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "tiktoken",
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import random
@@ -12,16 +13,56 @@ from typing import Any
 # read when the libraries are imported, so set before any test module is
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # there is a worker a core: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import numpy as np
+import psutil
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
-KERNEL_TESTS = Path(__file__).parent / "kernels"
+TESTS = Path(__file__).parent
+KERNEL_TESTS = TESTS / "kernels"
+# of a worker together with what its tests start: two trainers, an engine, an inner pytest
+WORKER_BYTES = 3 * 2**30
 
 hypothesis.settings.register_profile("srft", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("srft")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Say how many workers ``-n auto`` starts: one a core that this process may use, if the memory is there."""
+    return max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // WORKER_BYTES))
+
+
+class ByWhatTheyShare(LoadScopeScheduling):
+    """Hands out the tests one by one, except that some stay together in one worker.
+
+    A module whose tests share a fixture is one unit, so that the fixture is made once, and all modules with a real
+    vLLM are one, so that no two engines start at once. ``--dist loadgroup`` is meant for this, but pytest 9.2 does
+    not show it the groups (pytest-xdist 3.8).
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        shared = _shared_by(module)
+        return nodeid if shared == "nothing" else module if shared == "fixture" else shared
+
+
+@functools.cache
+def _shared_by(module: str) -> str:
+    text = (TESTS.parent / module).read_text()
+    return "vllm" if "pytest.mark.vllm" in text else "fixture" if 'scope="module"' in text else "nothing"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    """Replace ``--dist load``, which ``-n`` asks for, by the above."""
+    return ByWhatTheyShare(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
