@@ -1,229 +1,32 @@
-"""Every loss formula, once, and what surrounds it on [N] vectors.
-
-A formula is a scalar function of one token: it takes the log-probability and the entropy of the token, its
-inputs and the loss parameters, and returns the loss together with its closed-form derivatives. It is written
-against ``tl``; the same code object also runs on torch vectors, with ``tl`` meaning ``torch``, as
-``formula.eager``. Only functions that mean the same in both (exp, where) may be used. The row kernel inlines
-the device form, the CPU path calls the eager form, and the reference differentiates the eager *loss* by
-autograd, so each derivative is checked against the loss written above it.
-"""
+"""A loss on [N] vectors: its formula, inputs and scalars, and what one token sees of the others."""
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-    tl = None
+from .formulas import (
+    Formula,
+    cispo_policy,
+    cispo_token,
+    clip_policy,
+    clip_token,
+    k3,
+    log_ratio_if,
+    reinforce_policy,
+    reinforce_token,
+    srft_demo,
+    srft_likelihood,
+    srft_likelihood_token,
+    srft_ratio,
+    srft_ratio_token,
+    weighted,
+)
 
 __all__ = ["GrpoObjective", "SrftObjective", "TokenObjective"]
 
-
-def _where(condition: Tensor | bool, x: Tensor, y: Tensor | float) -> Tensor:
-    """``tl.where`` of the eager form, where a loss parameter is a Python number."""
-    if isinstance(condition, bool):
-        return x if condition else torch.zeros_like(x) + y
-    return torch.where(condition, x, y)
-
-
-_EAGER_TL = types.SimpleNamespace(exp=torch.exp, where=_where)
-_EAGER_NAMES: dict[str, object] = {"tl": _EAGER_TL, "__builtins__": __builtins__}
-
-
-class Formula(Protocol):
-    """A formula in both forms: the object itself is the device form."""
-
-    eager: Callable[..., Any]
-
-    def __call__(self, *args: Any) -> Any:
-        """Device form, inside a kernel."""
-
-
-def _formula(function: Callable[..., Any]) -> Formula:
-    """Compile ``function`` for the device and attach its torch form as ``.eager``."""
-    eager = types.FunctionType(function.__code__, _EAGER_NAMES, function.__name__)
-    _EAGER_NAMES[function.__name__] = eager
-    device: Any = function if triton is None else triton.jit(function)
-    device.eager = eager
-    return cast(Formula, device)
-
-
-# --- policy terms: (loss, dloss/dlogp, ratio, clipped); log_ratio is logp - old_logp, or its sequence mean
-# (GSPO) ---
-
-
-@_formula
-def clip_policy(logp, log_ratio, advantage, clip_low, clip_high, dual_clip):
-    # -min(r A, clip(r) A); with A < 0 the ratio also stops at dual_clip, so one token's loss is bounded by -A
-    # dual_clip
-    ratio = tl.exp(log_ratio)
-    low = 1.0 - clip_low
-    high = 1.0 + clip_high
-    below = (advantage < 0) & (ratio < low)
-    above = (advantage > 0) & (ratio > high)
-    far = (advantage < 0) & (ratio > dual_clip)
-    clipped = below | above | far
-    kept = tl.where(below, low, tl.where(above, high, tl.where(far, dual_clip, ratio)))
-    return -kept * advantage, tl.where(clipped, 0.0, -ratio * advantage), ratio, clipped
-
-
-@_formula
-def cispo_policy(logp, log_ratio, advantage, clip_low, clip_high, dual_clip):
-    # -clip(sg r) A logp: the clip bounds the weight of the token, never removes its gradient direction
-    ratio = tl.exp(log_ratio)
-    low = 1.0 - clip_low
-    high = 1.0 + clip_high
-    kept = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-    clipped = ((ratio < low) | (ratio > high)) & (advantage != 0)
-    return -kept * advantage * logp, -kept * advantage, ratio, clipped
-
-
-@_formula
-def reinforce_policy(logp, log_ratio, advantage, clip_low, clip_high, dual_clip):
-    ratio = tl.exp(log_ratio)
-    return -advantage * logp, -advantage, ratio, ratio < 0
-
-
-@_formula
-def k3(log_ratio):
-    # log_ratio = ref_logp - logp; the derivative is with respect to logp
-    ratio = tl.exp(log_ratio)
-    return ratio - log_ratio - 1.0, 1.0 - ratio
-
-
-# --- SRFT terms ---
-
-
-@_formula
-def srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma):
-    # -s logp and -A f(p), with s = sft_coef exp(sign H) and f(p) = p / (gamma_p p + gamma)
-    weight = sft_coef * tl.exp(sft_sign * weight_entropy)
-    p = tl.exp(logp)
-    shape = gamma_p * p + gamma
-    return -weight * logp, -weight, -advantage * p / shape, -advantage * p * gamma / (shape * shape)
-
-
-@_formula
-def srft_likelihood(logp, log_ratio, advantage, correct, weight_entropy, rl_coef):
-    # -c logp for a correct rollout, +logp for an incorrect one, with c = rl_coef exp(H)
-    sign = tl.where(correct > 0, -rl_coef * tl.exp(weight_entropy), 1.0)
-    return sign * logp, sign, tl.exp(log_ratio), correct > 0
-
-
-@_formula
-def srft_ratio(logp, log_ratio, advantage, correct, weight_entropy, rl_coef):
-    # -A r c for A > 0 and -A r otherwise
-    ratio = tl.exp(log_ratio)
-    weight = tl.where(advantage > 0, rl_coef * tl.exp(weight_entropy), 1.0)
-    return -advantage * ratio * weight, -advantage * ratio * weight, ratio, advantage > 0
-
-
-# fmt: off
-# --- whole tokens: (loss, dloss/dlogp, dloss/dentropy, ratio, clipped) ---
-# off_policy and with_ref are 1.0, or 0.0 where the log-probability is absent.
-
-
-@_formula
-def log_ratio_if(present, logp, other):
-    # exactly 0 where the other is absent, also for a logp of -inf
-    return tl.where(present > 0, logp - other, 0.0)
-
-
-@_formula
-def weighted(weight, loss):
-    # a weight of 0 keeps out an infinite loss
-    return tl.where(weight != 0, weight * loss, 0.0)
-
-
-@_formula
-def cross_entropy_token(logp, entropy, weight):
-    return -weight * logp, -weight, 0.0, 1.0, False
-
-
-@_formula
-def _grpo_sum(
-    logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight, kl_coef, with_ref, entropy_coef
-):
-    kl, dkl = k3(log_ratio_if(with_ref, ref_logp, logp))
-    loss = weight * (rollout_weight * policy + kl_coef * kl - entropy_coef * entropy)
-    return loss, weight * (rollout_weight * dpolicy + kl_coef * dkl), -weight * entropy_coef
-
-
-@_formula
-def clip_token(
-    logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
-    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef,
-):
-    policy, dpolicy, ratio, clipped = clip_policy(
-        logp, log_ratio_if(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip)
-    loss, dlogp, dentropy = _grpo_sum(
-        logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight,
-        kl_coef, with_ref, entropy_coef)
-    return loss, dlogp, dentropy, ratio, clipped
-
-
-@_formula
-def cispo_token(
-    logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
-    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef,
-):
-    policy, dpolicy, ratio, clipped = cispo_policy(
-        logp, log_ratio_if(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip)
-    loss, dlogp, dentropy = _grpo_sum(
-        logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight,
-        kl_coef, with_ref, entropy_coef)
-    return loss, dlogp, dentropy, ratio, clipped
-
-
-@_formula
-def reinforce_token(
-    logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
-    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef,
-):
-    policy, dpolicy, ratio, clipped = reinforce_policy(
-        logp, log_ratio_if(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip)
-    loss, dlogp, dentropy = _grpo_sum(
-        logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight,
-        kl_coef, with_ref, entropy_coef)
-    return loss, dlogp, dentropy, ratio, clipped
-
-
-@_formula
-def srft_likelihood_token(
-    logp, entropy, demo_weight, rollout_weight, entropy_weight, advantage, correct, old_logp, scope_entropy,
-    sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy,
-):
-    weight_entropy = scope_entropy + own_entropy * entropy
-    sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
-    rollout, drollout, ratio, positive = srft_likelihood(
-        logp, log_ratio_if(off_policy, logp, old_logp), advantage, correct, weight_entropy, rl_coef)
-    loss = weighted(demo_weight, sft + rl) + weighted(rollout_weight, rollout) - entropy_weight * entropy
-    return loss, demo_weight * (dsft + drl) + rollout_weight * drollout, -entropy_weight, ratio, ratio < 0
-
-
-@_formula
-def srft_ratio_token(
-    logp, entropy, demo_weight, rollout_weight, entropy_weight, advantage, correct, old_logp, scope_entropy,
-    sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy,
-):
-    weight_entropy = scope_entropy + own_entropy * entropy
-    sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
-    rollout, drollout, ratio, positive = srft_ratio(
-        logp, log_ratio_if(off_policy, logp, old_logp), advantage, correct, weight_entropy, rl_coef)
-    loss = weighted(demo_weight, sft + rl) + weighted(rollout_weight, rollout) - entropy_weight * entropy
-    return loss, demo_weight * (dsft + drl) + rollout_weight * drollout, -entropy_weight, ratio, ratio < 0
-
-
-# fmt: on
 # loss_type or self_rollout -> (formula of a whole token, formula of its policy term)
 GRPO_FORMULAS = {
     "grpo": (clip_token, clip_policy),

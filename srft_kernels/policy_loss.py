@@ -18,6 +18,7 @@ from ._chunked_head import LoraDelta, Tokens, compute_dtype, scalar
 from ._compiled import GRPO_TERMS, SRFT_TERMS, loss_op, user_loss_op
 from ._one_pass import CallableObjective, PolicyLoss, policy_loss
 from ._presets import srft_switches
+from .formulas import cross_entropy_token
 from .linear_logprobs import linear_logprobs, make_head
 from .objectives import (
     GRPO_FORMULAS,
@@ -25,7 +26,6 @@ from .objectives import (
     GrpoObjective,
     SrftObjective,
     TokenObjective,
-    cross_entropy_token,
 )
 from .vocab_parallel import VocabParallel
 

@@ -2,7 +2,7 @@
 
 Only the arguments that say where things are kept are absent: vocab_parallel and weight_grad.
 
-The only things taken from ``objectives`` are loss values; every derivative here comes from autograd, and
+The only things taken from ``formulas`` are loss values; every derivative here comes from autograd, and
 every weight that must carry no gradient is detached where it is made. fp64 inputs are computed in fp64, all
 others in fp32.
 """
@@ -18,8 +18,9 @@ from ._checks import check_grpo, check_head, check_labels, check_srft
 from ._chunked_head import LoraDelta
 from ._one_pass import PolicyLoss
 from ._presets import srft_switches
+from .formulas import k3, srft_demo
 from .logprobs_from_logits import check_logits
-from .objectives import GRPO_FORMULAS, SRFT_FORMULAS, k3, srft_demo
+from .objectives import GRPO_FORMULAS, SRFT_FORMULAS
 
 
 def linear_logprobs(

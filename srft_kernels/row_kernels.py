@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._row_cpu import LOWEST_LOGPROB, Rows, Stats
-from .objectives import Formula
+from .formulas import Formula
 
 try:
     import triton
@@ -299,7 +299,7 @@ def objective_gradient(
     Args:
         z: [C, V] fp32, bf16 or fp16 scores; the gradient takes their memory, in ``rows.grad_dtype``.
         rows: Labels and logit transforms.
-        formula: Device form of a token formula of ``objectives``.
+        formula: Device form of a token formula of ``formulas``.
         inputs: [K, C] fp32, per-token arguments of ``formula``.
         params: Its scalar arguments.
         entropy_grad: The formula has a derivative by the entropy that is not zero.

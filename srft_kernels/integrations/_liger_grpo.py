@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..objectives import clip_policy, k3
+from ..formulas import clip_policy, k3
 from ..policy_loss import linear_grpo_loss, linear_policy_loss
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from srft_kernels import objectives, row_kernels
+from srft_kernels import formulas, row_kernels
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(row_kernels.INTERPRETED, reason="the interpreter does not compile")
@@ -97,7 +97,7 @@ def assert_clean(kernel, target: str, tmp_path) -> None:
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "odd-vocabulary"])
 def test_srft_kernel_compiles(target, options, aligned, tmp_path):
     """The one-launch kernel with the largest objective, bf16 gradient in half a row."""
-    formula = objectives.srft_likelihood_token
+    formula = formulas.srft_likelihood_token
     kernel = compile_row_kernel(TARGETS[target], formula, 7, 7, aligned=aligned, **options)
     assert_clean(kernel, target, tmp_path)
 
@@ -105,11 +105,11 @@ def test_srft_kernel_compiles(target, options, aligned, tmp_path):
 @pytest.mark.parametrize(
     ("formula", "num_inputs", "num_params"),
     [
-        (objectives.cross_entropy_token, 1, 0),
-        (objectives.clip_token, 5, 7),
-        (objectives.cispo_token, 5, 7),
-        (objectives.reinforce_token, 5, 7),
-        (objectives.srft_ratio_token, 7, 7),
+        (formulas.cross_entropy_token, 1, 0),
+        (formulas.clip_token, 5, 7),
+        (formulas.cispo_token, 5, 7),
+        (formulas.reinforce_token, 5, 7),
+        (formulas.srft_ratio_token, 7, 7),
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
@@ -137,7 +137,7 @@ def test_passes_compile(dtype, flags, tmp_path):
 )
 def test_16_bit_scores_compile(target, dtype, flags, tmp_path):
     """Scores and gradient of 16 bits, with all options."""
-    formula, sizes = (None, (0, 0)) if flags else (objectives.srft_likelihood_token, (7, 7))
+    formula, sizes = (None, (0, 0)) if flags else (formulas.srft_likelihood_token, (7, 7))
     kernel = compile_row_kernel(TARGETS[target], formula, *sizes, dtype=dtype, scores=dtype, **OPTIONS, **flags)
     assert_clean(kernel, target, tmp_path)
 
@@ -153,7 +153,7 @@ def split_at_gradient_loop(ptx: str) -> tuple[list[str], list[str]]:
 
 def test_in_place_gradient_waits_for_the_label():
     """Before the gradient is written over a row, every thread has read the score of the label."""
-    formula = objectives.cross_entropy_token
+    formula = formulas.cross_entropy_token
     kernel = compile_row_kernel(TARGETS["sm_90"], formula, 1, scores="bf16", **PLAIN)
     before, _ = split_at_gradient_loop(kernel.asm["ptx"])
     # the only load of a single 16-bit number

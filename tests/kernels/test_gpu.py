@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import LoraDelta, _chunked_head, _one_pass, objectives, row_kernels
+from srft_kernels import LoraDelta, _chunked_head, _one_pass, formulas, row_kernels
 from srft_kernels._row_cpu import Rows
 from tests.kernels.cases import (
     Case,
@@ -174,7 +174,7 @@ def test_one_launch_is_the_same_every_time(dtype):
     z, labels = (x.cuda() for x in make_logits((4096, 32003), dtype))
     rows = Rows(labels, None, None, None, -100, dtype)
     weight = torch.randn(1, 4096, device="cuda")
-    arguments = (rows, objectives.cross_entropy_token, weight, (), False)
+    arguments = (rows, formulas.cross_entropy_token, weight, (), False)
     known, dz = row_kernels.objective_gradient(z.clone(), *arguments)
     expected = row_kernels.gradient(z, rows, known, -weight[0], None, False, out=torch.empty_like(z))
     torch.testing.assert_close(dz, expected)

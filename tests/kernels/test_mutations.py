@@ -109,35 +109,35 @@ SWEEP_FAULTS = {
 }
 FORMULA_FAULTS = {
     "swap the clip bounds": (
-        "objectives.py",
+        "formulas.py",
         "low = 1.0 - clip_low",
         "low = 1.0 - clip_high",
         grpo,
         {"clip_low": 0.05},
     ),
     "flip the sign of an entropy weight": (
-        "objectives.py",
+        "formulas.py",
         "-rl_coef * tl.exp(weight_entropy)",
         "-rl_coef * tl.exp(-weight_entropy)",
         srft,
         {},
     ),
     "lose the chain rule of f": (
-        "objectives.py",
+        "formulas.py",
         "-advantage * p * gamma / (shape * shape)",
         "-advantage * p / shape",
         srft,
         {"preset": "upt"},
     ),
     "flip the sign of the entropy bonus": (
-        "objectives.py",
+        "formulas.py",
         "-weight * entropy_coef\n",
         "weight * entropy_coef\n",
         grpo,
         {"entropy_coef": 0.5},
     ),
     "lose the constant of the KL gradient": (
-        "objectives.py",
+        "formulas.py",
         "1.0 - ratio",
         "-ratio",
         grpo,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from srft_kernels import _row_cpu, objectives, row_kernels
+from srft_kernels import _row_cpu, formulas, row_kernels
 from srft_kernels._row_cpu import Rows
 from tests.kernels.cases import case_id
 from tests.numerics import assert_accurate
@@ -108,7 +108,7 @@ def test_one_launch_is_two_passes(dtype, monkeypatch):
     expected = BACKEND.stats(z, rows, False)
     out = BACKEND.gradient(z, rows, expected, -weight, None, False, out=torch.empty_like(z))
     known, dz = row_kernels.objective_gradient(
-        z, rows, objectives.cross_entropy_token, weight[None], (), False
+        z, rows, formulas.cross_entropy_token, weight[None], (), False
     )
     assert dz.data_ptr() == z.data_ptr() and torch.equal(dz, out)
     assert all(torch.equal(x, y) for x, y in zip(known, expected, strict=True))
