@@ -23,6 +23,7 @@ def check_head(
     bias: Tensor | None,
     temperature: float | Tensor,
     logit_softcap: float | None,
+    logit_scale: float,
     lora: LoraDelta | None,
     ignore_index: int,
 ) -> None:
@@ -97,6 +98,9 @@ def check_head(
         check_positive("logit_softcap", logit_softcap)
         if math.isinf(logit_softcap):
             raise ValueError(f"logit_softcap must be finite, got {logit_softcap}; None turns it off")
+    check_positive("logit_scale", logit_scale)
+    if math.isinf(logit_scale):
+        raise ValueError(f"logit_scale must be finite, got {logit_scale}; a model that divides has 1 / its divisor")
     if not isinstance(ignore_index, int):
         raise ValueError(f"ignore_index must be an int, got {ignore_index!r}")
     if lora is not None:

@@ -38,6 +38,7 @@ def make_head(
     bias: Tensor | None,
     temperature: float | Tensor,
     logit_softcap: float | None,
+    logit_scale: float,
     ignore_index: int,
     lora: LoraDelta | None,
     vocab_parallel: VocabParallel | None,
@@ -49,14 +50,18 @@ def make_head(
     if tensors and torch.is_autocast_enabled(hidden_states.device.type):
         # the body of a model leaves 16-bit states there, beside a weight in fp32
         lm_head_weight = lm_head_weight.to(hidden_states.dtype)
-    check_head(hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, lora, ignore_index)
+    check_head(
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, lora, ignore_index
+    )
     check_mechanism(hidden_states, lm_head_weight, vocab_parallel, weight_grad, logits_dtype)
     check_labels(labels, ignore_index, vocab_parallel.vocab_size if vocab_parallel else lm_head_weight.shape[0])
     tokens = Tokens(labels, ignore_index)
     dtype = compute_dtype(hidden_states.dtype)
+    # c tanh(s x / c) / T = (c / s) tanh(x / (c / s)) / (T / s): the scale is part of cap and temperature
+    softcap = None if logit_softcap is None else logit_softcap / logit_scale
     inv_temperature = None
-    if isinstance(temperature, Tensor) or temperature != 1.0:
-        reciprocal = scalar(temperature, dtype, hidden_states.device).reciprocal()
+    if isinstance(temperature, Tensor) or temperature != logit_scale:
+        reciprocal = scalar(temperature, dtype, hidden_states.device).reciprocal() * logit_scale
         inv_temperature = tokens.select(reciprocal.expand(labels.shape))
     kept_labels = tokens.select(labels).contiguous()
     if vocab_parallel is not None:
@@ -68,7 +73,7 @@ def make_head(
         kept_labels,
         None if bias is None else bias.detach().to(dtype),
         inv_temperature,
-        logit_softcap,
+        softcap,
         ignore_index,
         None if lora is None else LoraDelta(lora.a.detach(), lora.b.detach(), lora.scale),
         vocab_parallel,
@@ -238,6 +243,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     lora: LoraDelta | None = None,
     vocab_parallel: VocabParallel | None = None,
@@ -251,7 +257,7 @@ def linear_logprobs(
 
         weight = lm_head_weight.float() + lora.scale * lora.b.float() @ lora.a.float()
         logits = hidden_states.float() @ weight.T + bias
-        logits = logit_softcap * tanh(logits / logit_softcap) / temperature
+        logits = logit_softcap * tanh(logit_scale * logits / logit_softcap) / temperature
         logprobs = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
         entropy = Categorical(logits=logits).entropy()
 
@@ -269,6 +275,7 @@ def linear_logprobs(
         temperature: Divides the logits, > 0; a float, or [N] with one value per token. No gradient flows to
             it.
         logit_softcap: c > 0 in z = c tanh(z / c), applied before the temperature. None: no cap.
+        logit_scale: s > 0 in z = s (hidden weight^T + bias), applied before the softcap.
         ignore_index: Label of rows to skip: log-probability 0, entropy 0, no gradient.
         lora: LoraDelta(a [r, D], b [V, r], scale): the weight is lm_head_weight + scale b a. ``a`` and ``b``
             may need gradients and may be of another floating dtype than the weight.
@@ -286,7 +293,7 @@ def linear_logprobs(
         only with ``entropy_grad``.
 
     Raises:
-        ValueError: On a wrong rank, shape, dtype or device, a DTensor, a temperature or softcap that is not
+        ValueError: On a wrong rank, shape, dtype or device, a DTensor, a temperature, softcap or scale that is not
         positive, or one of the last arguments that does not fit the head.
 
     Numerics: logits, softmax and sums in fp32; the weight gradient is added up in fp32 and rounded once.
@@ -297,7 +304,7 @@ def linear_logprobs(
     Eager twin: ``reference.linear_logprobs``.
     """
     inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
         vocab_parallel, weight_grad, logits_dtype,
     )  # fmt: skip
     wanted = inputs.wanted()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ._checks import check_choice, check_positive
 from ._chunked_head import LoraDelta
 
-__all__ = ["FusedLMHead"]
+__all__ = ["FusedLMHead", "logit_options"]
 
 _T = TypeVar("_T")
 
@@ -56,6 +56,7 @@ class FusedLMHead(nn.Module):
         bias: nn.Parameter | None = None,
         *,
         logit_softcap: float | None = None,
+        logit_scale: float = 1.0,
         grad_reduction: str = "mean",
     ):
         """Share ``weight`` and ``bias`` with whoever holds them.
@@ -64,13 +65,14 @@ class FusedLMHead(nn.Module):
             weight: [V, D] floating point.
             bias: [V], added to the logits.
             logit_softcap: Cap of the logits, > 0, or None.
+            logit_scale: Multiplies the logits before the cap, > 0; ``logit_options`` reads both from a config.
             grad_reduction: "mean" or "sum": how the gradient of a DTensor that the head gathers itself is reduced
                 over the ranks of its mesh, each of which computes a loss of its own. "mean" is FSDP2's default;
                 "sum" belongs to ``set_gradient_divide_factor(1.0)`` and losses divided by global token counts.
 
         Raises:
-            ValueError: On a weight or bias that is no parameter of the right shape and kind, a softcap that is not
-            positive, or an unknown reduction.
+            ValueError: On a weight or bias that is no parameter of the right shape and kind, a softcap or scale that is
+            not positive, or an unknown reduction.
         """
         super().__init__()
         _check_parameter("weight", weight, 2)
@@ -80,17 +82,24 @@ class FusedLMHead(nn.Module):
                 raise ValueError(f"bias must be [V]=[{weight.shape[0]}], got {list(bias.shape)}")
         if logit_softcap is not None:
             check_positive("logit_softcap", logit_softcap)
+        check_positive("logit_scale", logit_scale)
         check_choice("grad_reduction", grad_reduction, ("mean", "sum"))
         self.weight = weight
         self.register_parameter("bias", bias)
         self.logit_softcap = logit_softcap
+        self.logit_scale = logit_scale
         self.grad_reduction = grad_reduction
         self._source: weakref.ref[nn.Module] | None = None
         self._lora_layer: tuple[Any, ...] = ()
 
     @classmethod
     def from_linear(
-        cls, module: nn.Module, *, logit_softcap: float | None = None, grad_reduction: str = "mean"
+        cls,
+        module: nn.Module,
+        *,
+        logit_softcap: float | None = None,
+        logit_scale: float = 1.0,
+        grad_reduction: str = "mean",
     ) -> FusedLMHead:
         """Make a head that shares the parameters of a linear layer.
 
@@ -103,6 +112,7 @@ class FusedLMHead(nn.Module):
         Args:
             module: The lm_head, an ``nn.Linear`` or peft's LoRA layer around one.
             logit_softcap: As for the class.
+            logit_scale: As for the class.
             grad_reduction: As for the class.
 
         Raises:
@@ -117,7 +127,9 @@ class FusedLMHead(nn.Module):
                 "pass the linear layer inside it"
             )
         weight: Any = layer.weight  # torch declares it as a tensor
-        head = cls(weight, layer.bias, logit_softcap=logit_softcap, grad_reduction=grad_reduction)
+        head = cls(
+            weight, layer.bias, logit_softcap=logit_softcap, logit_scale=logit_scale, grad_reduction=grad_reduction
+        )
         head._source = weakref.ref(layer)
         if is_lora:
             head.lora_A, head.lora_B = module.lora_A, module.lora_B
@@ -126,13 +138,14 @@ class FusedLMHead(nn.Module):
         return head
 
     def forward(self, hidden_states: Tensor, op: Callable[..., _T]) -> _T:
-        """Call ``op`` with the hidden states, the weight, and the bias, softcap and LoRA that the head has.
+        """Call ``op`` with the hidden states, the weight, and the bias, softcap, scale and LoRA that the head has.
 
         Args:
             hidden_states: [N, D], as the ops take them; their dtype is that of the computation.
-            op: Called as ``op(hidden_states, lm_head_weight, bias=bias, logit_softcap=logit_softcap, lora=lora)``,
-                without those keywords that are None here. One of this package's ops with its other arguments bound by
-                ``functools.partial``, or any function; one that calls several ops gathers the weight once.
+            op: Called as ``op(hidden_states, lm_head_weight, bias=bias, logit_softcap=logit_softcap,
+                logit_scale=logit_scale, lora=lora)``, without a scale of 1 and keywords that are None here. One of this
+                package's ops with its other arguments bound by ``functools.partial``, or any function; one that calls
+                several ops gathers the weight once.
 
         Returns:
             What ``op`` returns. For FSDP2 that should be tensors, or tuples and dicts of them.
@@ -162,6 +175,8 @@ class FusedLMHead(nn.Module):
             options["bias"] = _whole(self.bias, self.bias.dtype, self.grad_reduction)
         if self.logit_softcap is not None:
             options["logit_softcap"] = self.logit_softcap
+        if self.logit_scale != 1.0:
+            options["logit_scale"] = self.logit_scale
         lora = self._active_lora() if self._lora_layer else None
         if lora is not None:
             options["lora"] = lora
@@ -199,11 +214,49 @@ class FusedLMHead(nn.Module):
         """Sizes and options, as ``nn.Linear`` shows them."""
         out_features, in_features = self.weight.shape
         softcap = "" if self.logit_softcap is None else f", logit_softcap={self.logit_softcap}"
-        return f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}{softcap}"
+        scale = "" if self.logit_scale == 1.0 else f", logit_scale={self.logit_scale}"
+        return f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}{softcap}{scale}"
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy stands alone; weak references cannot be pickled."""
         return {**self.__dict__, "_source": None}
+
+
+class LogitOptions(TypedDict):
+    """What a model does to the logits of its head, as keywords of ``FusedLMHead`` and of every ``linear_`` op."""
+
+    logit_scale: float
+    logit_softcap: float | None
+
+
+# what transformers' models multiply their logits by: a config's name for it, and whether that is the divisor
+_SCALES = {"logit_scale": False, "output_multiplier": False, "lm_head_multiplier": False, "logits_scaling": True}
+
+
+def logit_options(config: Any) -> LogitOptions:
+    """Scale and softcap of a model of transformers, as its config has them.
+
+    Cohere, Muse Glimmer, Falcon-H1 and HyperCLOVA X multiply their logits, Granite and MiniCPM3 divide them; Gemma and
+    RecurrentGemma cap them. Code that comes with a checkpoint may do so under other names: compare with its own logits.
+
+    Args:
+        config: A PretrainedConfig, that of a text model or of one that contains it.
+
+    Raises:
+        ValueError: Where two scales are set.
+    """
+    text = config.get_text_config()
+    # of these transformers' MPT has the name and does not read it
+    names = [name for name in _SCALES if getattr(text, name, None) is not None and text.model_type != "mpt"]
+    if len(names) > 1:
+        raise ValueError(f"{text.model_type} sets {' and '.join(names)}; pass logit_scale yourself")
+    scale = 1.0
+    for name in names:
+        # HyperCLOVA X multiplies by what has the name of Granite's divisor
+        divides = _SCALES[name] and text.model_type != "hyperclovax"
+        scale = 1.0 / getattr(text, name) if divides else float(getattr(text, name))
+    softcap = getattr(text, "final_logit_softcapping", getattr(text, "logits_soft_cap", None))
+    return {"logit_scale": scale, "logit_softcap": softcap}
 
 
 def _check_parameter(name: str, x: object, dim: int) -> None:

@@ -58,6 +58,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     lora: LoraDelta | None = None,
     vocab_parallel: VocabParallel | None = None,
@@ -77,6 +78,7 @@ def linear_cross_entropy(
         bias: [V].
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.
+        logit_scale: Multiplies the logits, > 0.
         ignore_index: Label of rows to skip.
         lora: Low-rank change of the weight.
         vocab_parallel: Where this rank's rows of the weight are.
@@ -93,7 +95,7 @@ def linear_cross_entropy(
     Eager twin: ``reference.linear_cross_entropy``.
     """
     inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
         vocab_parallel, weight_grad, logits_dtype,
     )  # fmt: skip
     check_count("num_tokens", num_tokens)
@@ -125,6 +127,7 @@ def linear_grpo_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     lora: LoraDelta | None = None,
     vocab_parallel: VocabParallel | None = None,
@@ -167,6 +170,7 @@ def linear_grpo_loss(
         bias: [V].
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.
+        logit_scale: Multiplies the logits, > 0.
         ignore_index: Label of rows to skip.
         lora: Low-rank change of the weight.
         vocab_parallel: Where this rank's rows of the weight are.
@@ -188,7 +192,7 @@ def linear_grpo_loss(
     ``reference.linear_grpo_loss``.
     """
     inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
         vocab_parallel, weight_grad, logits_dtype,
     )  # fmt: skip
     check_grpo(
@@ -260,6 +264,7 @@ def linear_srft_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     lora: LoraDelta | None = None,
     vocab_parallel: VocabParallel | None = None,
@@ -319,6 +324,7 @@ def linear_srft_loss(
         bias: [V].
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.
+        logit_scale: Multiplies the logits, > 0.
         ignore_index: Label of rows to skip.
         lora: Low-rank change of the weight.
         vocab_parallel: Where this rank's rows of the weight are.
@@ -341,7 +347,7 @@ def linear_srft_loss(
     ``reference.linear_srft_loss``.
     """
     inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
         vocab_parallel, weight_grad, logits_dtype,
     )  # fmt: skip
     switches = srft_switches(preset, self_rollout, sft_entropy_sign, entropy_scope, demo_gamma, entropy_coef)
@@ -404,6 +410,7 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     lora: LoraDelta | None = None,
     vocab_parallel: VocabParallel | None = None,
@@ -426,6 +433,7 @@ def linear_policy_loss(
         bias: [V].
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.
+        logit_scale: Multiplies the logits, > 0.
         ignore_index: Label of rows to skip.
         lora: Low-rank change of the weight.
         vocab_parallel: Where this rank's rows of the weight are.
@@ -442,7 +450,7 @@ def linear_policy_loss(
     Eager twin: ``reference.linear_policy_loss``.
     """
     inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
         vocab_parallel, weight_grad, logits_dtype,
     )  # fmt: skip
     if not callable(objective):

@@ -31,6 +31,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     lora: LoraDelta | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -38,10 +39,12 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label and entropy, from materialised logits.
 
-    hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, ignore_index, lora,
-    logits_dtype, entropy_grad: as in ``srft_kernels.linear_logprobs``.
+    hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index,
+    lora, logits_dtype, entropy_grad: as in ``srft_kernels.linear_logprobs``.
     """
-    check_head(hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, lora, ignore_index)
+    check_head(
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, lora, ignore_index
+    )
     check_labels(labels, ignore_index, lm_head_weight.shape[0])
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     logits = hidden_states.to(dtype) @ lm_head_weight.to(dtype).t()
@@ -51,6 +54,7 @@ def linear_logprobs(
         logits = logits.to(logits_dtype).to(dtype)
     if bias is not None:
         logits = logits + bias.to(dtype)
+    logits = logit_scale * logits
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
     if isinstance(temperature, Tensor):
@@ -104,18 +108,19 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     lora: LoraDelta | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Mean cross-entropy, from materialised logits.
 
-    hidden_states, lm_head_weight, labels, num_tokens, bias, temperature, logit_softcap, ignore_index,
-    lora, logits_dtype: as in ``srft_kernels.linear_cross_entropy``.
+    hidden_states, lm_head_weight, labels, num_tokens, bias, temperature, logit_softcap, logit_scale,
+    ignore_index, lora, logits_dtype: as in ``srft_kernels.linear_cross_entropy``.
     """
     logprobs, _ = linear_logprobs(
         hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
-        logit_softcap=logit_softcap,
+        logit_softcap=logit_softcap, logit_scale=logit_scale,
         ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype,
     )  # fmt: skip
     return -logprobs.sum() / _at_least_one(num_tokens, labels != ignore_index)
@@ -142,6 +147,7 @@ def linear_grpo_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     lora: LoraDelta | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -150,12 +156,12 @@ def linear_grpo_loss(
 
     hidden_states, lm_head_weight, labels, advantages, old_logprobs, loss_type, clip_low, clip_high,
     dual_clip, ref_logprobs, kl_coef, rollout_weights, entropy_coef, cu_seqlens, token_weights,
-    num_tokens, bias, temperature, logit_softcap, ignore_index, lora,
+    num_tokens, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
     logits_dtype: as in ``srft_kernels.linear_grpo_loss``.
     """
     logp, entropy = linear_logprobs(
         hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
-        logit_softcap=logit_softcap,
+        logit_softcap=logit_softcap, logit_scale=logit_scale,
         ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype, entropy_grad=True,
     )  # fmt: skip
     check_grpo(
@@ -217,6 +223,7 @@ def linear_srft_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     lora: LoraDelta | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -226,11 +233,11 @@ def linear_srft_loss(
     hidden_states, lm_head_weight, labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs,
     preset, sft_coef, rl_coef, sft_entropy_sign, entropy_scope, batch_entropy, self_rollout, demo_gamma,
     entropy_coef, token_weights, num_rollout_tokens, num_demo_tokens, bias, temperature, logit_softcap,
-    ignore_index, lora, logits_dtype: as in ``srft_kernels.linear_srft_loss``.
+    logit_scale, ignore_index, lora, logits_dtype: as in ``srft_kernels.linear_srft_loss``.
     """
     logp, entropy = linear_logprobs(
         hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
-        logit_softcap=logit_softcap,
+        logit_softcap=logit_softcap, logit_scale=logit_scale,
         ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype, entropy_grad=True,
     )  # fmt: skip
     switches = srft_switches(preset, self_rollout, sft_entropy_sign, entropy_scope, demo_gamma, entropy_coef)
@@ -302,18 +309,19 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     lora: LoraDelta | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> PolicyLoss:
     """Any loss of (logprobs, entropy), from materialised logits.
 
-    hidden_states, lm_head_weight, labels, objective, bias, temperature, logit_softcap, ignore_index, lora,
-    logits_dtype: as in ``srft_kernels.linear_policy_loss``.
+    hidden_states, lm_head_weight, labels, objective, bias, temperature, logit_softcap, logit_scale,
+    ignore_index, lora, logits_dtype: as in ``srft_kernels.linear_policy_loss``.
     """
     logp, entropy = linear_logprobs(
         hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
-        logit_softcap=logit_softcap,
+        logit_softcap=logit_softcap, logit_scale=logit_scale,
         ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype, entropy_grad=True,
     )  # fmt: skip
     ones = torch.ones_like(logp)

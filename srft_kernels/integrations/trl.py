@@ -190,13 +190,14 @@ class _Head:
                 "the patched head reads lm_head.weight again in backward, which DeepSpeed ZeRO-3 has taken away by "
                 "then; use ZeRO-2 or FSDP2, or undo the patch"
             )
-        if not logit_scale > 0:
-            raise ValueError(f"the model's logit_scale must be > 0, got {logit_scale}; undo the patch")
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        # c tanh(s z / c) / T = (c / s) tanh(z / (c / s)) / (T / s): the scale is part of cap and temperature
-        softcap = None if final_logit_softcapping is None else final_logit_softcapping / logit_scale
-        head: dict[str, Any] = {"bias": bias, "temperature": temperature / logit_scale, "logit_softcap": softcap}
+        head: dict[str, Any] = {
+            "bias": bias,
+            "temperature": temperature,
+            "logit_softcap": final_logit_softcapping,
+            "logit_scale": logit_scale,
+        }
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         if self._statistics is None:
             logprobs, entropy = linear_logprobs(hidden, weight, targets, entropy_grad="entropy" in outputs, **head)

@@ -74,7 +74,7 @@ def test_lora_is_a_change_of_the_weight():
     case = make_case(dtype=torch.float64)
     a, b = torch.randn(2, 53, dtype=torch.float64), torch.randn(101, 2, dtype=torch.float64)
     merged = replace(case, weight=case.weight + 0.3 * b @ a)
-    for options in ({"loss_type": "gspo"}, {"everything": True, "logit_softcap": 4.0}):
+    for options in ({"loss_type": "gspo"}, {"everything": True, "logit_softcap": 4.0, "logit_scale": 1.7}):
         expected = run(grpo, srft_kernels, merged, **options)
         actual = run(grpo, srft_kernels, case, lora=LoraDelta(a, b, 0.3), **options)
         for name in ("loss", "dhidden", "dbias", "logprobs"):

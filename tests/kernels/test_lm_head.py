@@ -91,13 +91,13 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("name", ["logprobs", "cross_entropy", "grpo", "srft", "policy"])
 def test_call_is_the_bare_op(name):
-    """Same result and gradients, to the bit, with bias and softcap from the head."""
+    """Same result and gradients, to the bit, with bias, softcap and scale from the head."""
     case = make_case(SHAPE)
     op = ops(case)[name]
-    head = make_head(case, logit_softcap=3.0)
+    head = make_head(case, logit_softcap=3.0, logit_scale=0.7)
     mine, bare = case.hidden.clone().requires_grad_(), case.hidden.clone().requires_grad_()
     weight, bias = case.weight.clone().requires_grad_(), case.bias.clone().requires_grad_()
-    out, expected = head(mine, op), op(bare, weight, bias=bias, logit_softcap=3.0)
+    out, expected = head(mine, op), op(bare, weight, bias=bias, logit_softcap=3.0, logit_scale=0.7)
     scalar(out).backward()
     scalar(expected).backward()
     assert torch.equal(scalar(out), scalar(expected))
@@ -144,9 +144,9 @@ def test_from_linear_shares_and_keeps_the_keys():
 
 
 def test_repr():
-    """Sizes and the softcap are shown."""
-    assert repr(FusedLMHead.from_linear(nn.Linear(53, 101), logit_softcap=30.0)) == (
-        "FusedLMHead(in_features=53, out_features=101, bias=True, logit_softcap=30.0)"
+    """Sizes, the softcap and the scale are shown."""
+    assert repr(FusedLMHead.from_linear(nn.Linear(53, 101), logit_softcap=30.0, logit_scale=0.5)) == (
+        "FusedLMHead(in_features=53, out_features=101, bias=True, logit_softcap=30.0, logit_scale=0.5)"
     )
     assert "softcap" not in repr(FusedLMHead.from_linear(nn.Linear(53, 101)))
 
@@ -326,9 +326,10 @@ def test_reference_ops_take_the_same_head():
         ((nn.Parameter(torch.zeros(7, 5)), nn.Parameter(torch.zeros(6))), {}, r"bias must be \[V\]=\[7\], got \[6\]"),
         ((nn.Parameter(torch.zeros(7, 5)), torch.zeros(7)), {}, "bias must be .*nn.Parameter"),
         ((nn.Parameter(torch.zeros(7, 5)),), {"logit_softcap": 0.0}, "logit_softcap must be a number > 0"),
+        ((nn.Parameter(torch.zeros(7, 5)),), {"logit_scale": -1.0}, "logit_scale must be a number > 0"),
         ((nn.Parameter(torch.zeros(7, 5)),), {"grad_reduction": "avg"}, "grad_reduction must be one of 'mean', 'sum'"),
     ],
-    ids=["tensor", "rank", "quantised", "bias-shape", "bias-tensor", "softcap", "reduction"],
+    ids=["tensor", "rank", "quantised", "bias-shape", "bias-tensor", "softcap", "scale", "reduction"],
 )
 def test_wrong_parameters(arguments, options, message):
     """Each names what is wrong."""

@@ -38,11 +38,16 @@ def test_shapes_and_dtypes(op, shape, dtype):
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0.7}, {"logit_softcap": 2.0}, {"temperature": 1.3, "logit_softcap": 1.5}],
+    [
+        {"temperature": 0.7},
+        {"logit_softcap": 2.0},
+        {"logit_scale": 0.3},
+        {"temperature": 1.3, "logit_softcap": 1.5, "logit_scale": 2.5},
+    ],
     ids=case_id,
 )
 def test_logit_options(op, options):
-    """Temperature and softcap, with their chain rule, on every op."""
+    """Temperature, softcap and scale, with their chain rule, on every op."""
     assert_matches_reference(op, make_case(seed=3), **options)
 
 
@@ -51,7 +56,7 @@ def test_temperature_per_token(op):
     """One temperature per token."""
     case = make_case(seed=4)
     assert_matches_reference(op, case, temperature=case.temperature)
-    assert_matches_reference(op, case, temperature=case.temperature, logit_softcap=3.0)
+    assert_matches_reference(op, case, temperature=case.temperature, logit_softcap=3.0, logit_scale=0.7)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

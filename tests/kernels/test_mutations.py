@@ -64,6 +64,20 @@ CPU_FAULTS = {
     ),
 }
 SWEEP_FAULTS = {
+    "forget the scale in the softcap": (
+        "linear_logprobs.py",
+        "logit_softcap / logit_scale",
+        "logit_softcap",
+        cross_entropy,
+        {"logit_softcap": 2.0, "logit_scale": 1.5},
+    ),
+    "forget the scale beside the temperature": (
+        "linear_logprobs.py",
+        "temperature != logit_scale",
+        "temperature != 1.0",
+        cross_entropy,
+        {"logit_scale": 1.5},
+    ),
     "accumulate in bf16": (
         "_gradients.py",
         "torch.addmm(total, left, right, beta=beta, alpha=alpha, out=total)",

@@ -440,6 +440,7 @@ def test_any_shape_and_options(data):
     options = {
         "temperature": data.draw(st.sampled_from([1.0, 0.6, case.temperature])),
         "logit_softcap": data.draw(st.sampled_from([None, 5.0])),
+        "logit_scale": data.draw(st.sampled_from([1.0, 0.25])),
     }
     if data.draw(st.booleans()):
         a, b = (torch.randn(size, generator=generator) for size in ((2, shape[2]), (shape[1], 2)))

@@ -87,7 +87,7 @@ def assert_as_eager(op: Callable, case: Case, *, backend: str = "aot_eager", **o
     ("op", "options"),
     [
         (cross_entropy, {}),
-        (cross_entropy, {"num_tokens": 23, "temperature": 0.7, "logit_softcap": 5.0}),
+        (cross_entropy, {"num_tokens": 23, "temperature": 0.7, "logit_softcap": 5.0, "logit_scale": 0.3}),
         (grpo, {"everything": True}),
         (grpo, {"loss_type": "gspo", "clip_low": 0.1, "clip_high": 0.3}),
         (grpo, {"loss_type": "cispo", "on_policy": True, "dual_clip": 3.0}),
@@ -96,7 +96,7 @@ def assert_as_eager(op: Callable, case: Case, *, backend: str = "aot_eager", **o
         (srft, {"preset": "upt", "demo_gamma": None, "entropy_scope": "batch", "batch_entropy": 1.3}),
         (logprobs, {}),
         (logprobs, {"entropy_grad": False, "logit_softcap": 5.0}),
-        (policy, {"temperature": 0.7}),
+        (policy, {"temperature": 0.7, "logit_scale": 3.0}),
     ],
     ids=case_id,
 )

@@ -56,11 +56,14 @@ def test_head_arguments(module, op, changes, message):
         ({"temperature": torch.zeros(8)}, "temperature must be > 0"),
         ({"temperature": torch.ones(7)}, r"temperature must be a float or \[N\]=\[8\], got \[7\]"),
         ({"logit_softcap": -1.0}, "logit_softcap must be a number > 0"),
+        ({"logit_scale": 0.0}, "logit_scale must be a number > 0, got 0.0"),
+        ({"logit_scale": None}, "logit_scale must be a number > 0, got None"),
+        ({"logit_scale": float("inf")}, "logit_scale must be finite, got inf; a model that divides"),
     ],
     ids=str,
 )
 def test_logit_options(module, op, options, message):
-    """Temperature and softcap."""
+    """Temperature, softcap and scale."""
     with pytest.raises(ValueError, match=message):
         op(module, CASE, **options)
 

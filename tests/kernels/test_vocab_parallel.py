@@ -45,7 +45,7 @@ LORA = [torch.randn(size, generator=torch.Generator().manual_seed(0)) for size i
 RUNS = {
     "cross_entropy": (cross_entropy, plain_case, {}, False),
     "cross_entropy-chunks": (cross_entropy, plain_case, {"temperature": 0.7}, True),
-    "grpo": (grpo, plain_case, {"everything": True, "logit_softcap": 3.0}, True),
+    "grpo": (grpo, plain_case, {"everything": True, "logit_softcap": 3.0, "logit_scale": 0.6}, True),
     "gspo": (grpo, plain_case, {"loss_type": "gspo"}, True),
     "srft": (srft, plain_case, {}, True),
     "srft-batch": (srft, plain_case, {"entropy_scope": "batch", "preset": "upt"}, True),
