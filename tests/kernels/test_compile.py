@@ -50,7 +50,7 @@ def compile_row_kernel(
             "labels_ptr": "*i64",
             "z_ptr": f"*{scores}",
             "dz_ptr": f"*{dtype}",
-            "params": ("fp32",) * num_params,
+            "scalars": ("fp32",) * num_params,
             "softcap": "fp32",
             "grad_scale": "fp32",
         }
