@@ -23,6 +23,7 @@ test: $(TEST)
 	$(RUN) -m pytest -n auto --benchmark-disable $(ARGS)
 
 bench: $(TRAIN)
+	@echo "Loading torch and the other libraries; each step is said before it starts."
 	$(RUN) -m pytest benchmarks/ --benchmark-only $(ARGS)
 
 lint: $(TRAIN)

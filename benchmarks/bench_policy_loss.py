@@ -6,13 +6,14 @@ import math
 
 import pytest
 
-from benchmarks.measure import Table, specs
+from benchmarks.measure import Table, of_ours
+from benchmarks.options import specs
 
 pytestmark = pytest.mark.timeout(0)
 
 
 @pytest.fixture(scope="session")
-def measured(results) -> dict[tuple[str, int], dict]:
+def measured(results, progress) -> dict[tuple[str, int], dict]:
     """Every table, measured in one go before the first test: pytest-benchmark cannot interleave its tests."""
     found = {}
     for spec in specs(results["command"]):
@@ -22,7 +23,7 @@ def measured(results) -> dict[tuple[str, int], dict]:
         def save(result: dict, place: int = place) -> None:
             results["tables"][place] = result
 
-        found[spec.name, spec.tokens] = Table(spec, save).run()
+        found[spec.name, spec.tokens] = Table(spec, save, progress).run()
     return found
 
 
@@ -45,6 +46,8 @@ def test_loss_head(benchmark, measured, head, tokens, case, variant):
     table = measured[head, tokens]
     rows = {(row["case"], row["name"]): row for row in table["rows"]}
     row = rows.get((case, variant), {"status": "skipped", "reason": table.get("skipped", "does not fit")})
+    if of_ours({"name": variant, **row}):
+        pytest.fail(row.get("traceback", row["reason"]), pytrace=False)
     if row["status"] != "ok":
         pytest.skip(f"{row['status']}: {row['reason']}")
     times = iter(row["seconds"])

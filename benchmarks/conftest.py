@@ -1,24 +1,50 @@
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks import device, measure, table
+from benchmarks import device, table
+from benchmarks.heads import DTYPES
+from benchmarks.options import OPTIONS, QUICK, specs
+from benchmarks.progress import Progress
 from benchmarks.variants import variants
 
 FOUND = pytest.StashKey[dict]()
+PROGRESS = pytest.StashKey[Progress]()
 
 
 def _options(config) -> dict[str, str]:
-    return {option: config.getoption("head_" + option.replace("-", "_")) for option in measure.OPTIONS}
+    return {option: config.getoption("head_" + option.replace("-", "_")) for option in OPTIONS}
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("heads", "loss heads")
-    for option, (default, text) in measure.OPTIONS.items():
-        group.addoption(f"--head-{option}", default=default, help=text)
+    for option, (default, text) in OPTIONS.items():
+        given = f"; here by default {QUICK[option]}" if option in QUICK else ""
+        group.addoption(f"--head-{option}", default=QUICK.get(option, default), help=text + given)
     group.addoption("--head-out", type=Path, help="JSON to write; default: a dated name in results/")
+
+
+def _through_capture(config) -> Callable[[str], None]:
+    """Prints a line at once, whatever pytest withholds of a test's output."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+
+    def say(text: str) -> None:
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            print(text, file=sys.stdout, flush=True)
+
+    return say
+
+
+def pytest_configure(config):
+    try:
+        config.stash[PROGRESS] = Progress(float(config.getoption("head_minutes")), _through_capture(config))
+    except ValueError as error:
+        raise pytest.UsageError(f"--head-minutes: {error}") from error
 
 
 def pytest_collect_file(file_path, parent):
@@ -30,15 +56,16 @@ def pytest_collect_file(file_path, parent):
 def pytest_generate_tests(metafunc):
     if "variant" not in metafunc.fixturenames:
         return
+    config = metafunc.config
     try:
-        wanted = measure.specs(_options(metafunc.config))
+        wanted = specs(_options(config))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     found = []
     for spec in wanted:
         pairs = [("products", "chunked"), ("products", "unchunked")]
         for case in spec.cases:
-            names = variants(case, measure.DTYPES[spec.dtype], spec.device, spec.only)
+            names = variants(case, DTYPES[spec.dtype], spec.device, spec.only, config.stash[PROGRESS].say)
             pairs += [(case, name) for name in names]
         found += [(spec.name, spec.tokens, *pair) for pair in pairs]
     ids = [f"{name}-N{tokens}-{case}-{variant}" for name, tokens, case, variant in found]
@@ -53,12 +80,18 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
+def progress(request) -> Progress:
+    """Lines on what is being measured."""
+    return request.config.stash[PROGRESS]
+
+
+@pytest.fixture(scope="session")
 def results(request) -> dict:
     """Facts of this run and its tables, as written to results/ after every step."""
     options = _options(request.config)
     # without times there is nothing to hand to pytest-benchmark
     options["what"] = ",".join(dict.fromkeys(["time", *options["what"].split(",")]))
-    found = {**device.facts(measure.specs(options)[0].device), "command": options, "tables": []}
+    found = {**device.facts(specs(options)[0].device), "command": options, "tables": []}
     request.config.stash[FOUND] = found
     return found
 

@@ -7,11 +7,14 @@ python -m benchmarks.measure --names qwen2.5-0.5b --tokens 2048,16384 --what mem
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
+import functools
 import gc
 import math
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,9 @@ from torch import Tensor
 
 from benchmarks import device as devices
 from benchmarks import memory, table
-from benchmarks.heads import DTYPES, HEADS, Inputs, gradient_bytes, lacking, make_inputs
-from benchmarks.losses import CASES
+from benchmarks.heads import DTYPES, HEADS, Inputs, gradient_bytes, lacking
+from benchmarks.options import OPTIONS, Spec, specs
+from benchmarks.progress import Pair, Progress
 from benchmarks.variants import Variant, floor, gold, variants
 
 # Largest relative RMS error against float64, of loss and both gradients. The others show that they compute the
@@ -34,70 +38,10 @@ BOUNDS = {
 }
 # a GPU cools and clocks up again before a cold call, and heats up for as long before a hot one is timed
 IDLE_S, HOT_S = 0.3, 0.3
-
-# option: (default, help); the command line has them as they are, pytest with the prefix head-
-OPTIONS = {
-    "names": ("qwen2.5-0.5b", f"heads, comma-separated, or all; of {', '.join(HEADS)}"),
-    "tokens": ("2048", "numbers of tokens N, comma-separated, each a multiple of four sequences"),
-    "dtype": ("fp32", f"one of {', '.join(DTYPES)}"),
-    "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda; default: cuda if there is one"),
-    "cases": ("grpo", f"losses, comma-separated, of {', '.join(CASES)}"),
-    "variants": ("", "comma-separated; default: all that can run"),
-    "what": ("time,memory", "of check, time and memory; time checks first"),
-    "rounds": ("3", "timed calls of each variant"),
-    "sequence": ("", "tokens of a sequence; default: 128 on CPU, 512 on a GPU"),
-    "gate-tokens": ("", "N of the comparison with float64; default: four sequences"),
-}
-
-
-@dataclasses.dataclass
-class Spec:
-    """One table: a head at one number of tokens."""
-
-    name: str
-    tokens: int
-    dtype: str
-    device: torch.device
-    cases: list[str]
-    only: frozenset[str]  # names of variants; empty: all
-    what: set[str]
-    rounds: int
-    sequence: int
-    gate_tokens: int
-
-    def __post_init__(self):
-        for number in (self.tokens, self.gate_tokens):
-            if number % (4 * self.sequence):
-                raise ValueError(f"the numbers of tokens must be multiples of {4 * self.sequence}, got {number}")
-
-    def inputs(self, tokens: int) -> Inputs:
-        """Fresh inputs of this head."""
-        return make_inputs(HEADS[self.name], DTYPES[self.dtype], tokens, self.sequence, self.device)
-
-
-def specs(options: dict[str, str]) -> list[Spec]:
-    """The tables that the options of ``OPTIONS`` ask for."""
-    names = [name for name in HEADS if name != "tiny"] if options["names"] == "all" else options["names"].split(",")
-    unknown = {*names} - {*HEADS} | {options["dtype"]} - {*DTYPES} | {*options["cases"].split(",")} - {*CASES}
-    if unknown:
-        raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
-    sequence = int(options["sequence"] or (512 if options["device"] == "cuda" else 128))
-    return [
-        Spec(
-            name,
-            int(tokens),
-            options["dtype"],
-            torch.device(options["device"]),
-            options["cases"].split(","),
-            frozenset(filter(None, options["variants"].split(","))),
-            {*options["what"].split(",")},
-            int(options["rounds"]),
-            sequence,
-            int(options["gate-tokens"] or 4 * sequence),
-        )
-        for name in names
-        for tokens in options["tokens"].split(",")
-    ]
+# of a limit of time, what the comparison with float64 may take: each variant is to be called a second time
+GATE_SHARE = 0.5
+# calls in fp32 that one in float64 takes as long as, about
+FLOAT64 = 3
 
 
 def errors(actual: Tensor, expected: Tensor) -> tuple[float, float]:
@@ -113,27 +57,24 @@ def errors(actual: Tensor, expected: Tensor) -> tuple[float, float]:
     return math.sqrt(square / total), largest / scale
 
 
-def _attempt(row: dict, call: Callable[[], Any]) -> Any:
-    """The result of a call; where a peer fails, the row says so and None comes back. Ours must not fail."""
-    try:
-        return call()
-    except Exception as error:  # a peer may raise anything, and the others are still to be measured
-        if row["name"].startswith("ours") and not isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        row["status"], row["reason"] = "failed", f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return None
+def of_ours(row: dict) -> bool:
+    """Whether this row is a fault of this package, with which no run passes."""
+    return row["name"].startswith("ours") and row["status"] in ("failed", "wrong")
 
 
 class Table:
     """Measures what one ``Spec`` asks for; ``result`` grows step by step, and ``save`` is called at each."""
 
-    def __init__(self, spec: Spec, save: Callable[[dict], None] = lambda result: None):
+    def __init__(
+        self, spec: Spec, save: Callable[[dict], None] = lambda result: None, progress: Progress | None = None
+    ):
         self.spec, self.head, self.dtype = spec, HEADS[spec.name], DTYPES[spec.dtype]
         self.save = save
-        self.variants: dict[tuple[str, str], Variant] = {}
-        self.rows: dict[tuple[str, str], dict] = {}
+        self.progress = progress or Progress()
+        self.variants: dict[Pair, Variant] = {}
+        self.rows: dict[Pair, dict] = {}
         for case in spec.cases:
-            for name, variant in variants(case, self.dtype, spec.device, spec.only).items():
+            for name, variant in variants(case, self.dtype, spec.device, spec.only, self.progress.say).items():
                 self.variants[case, name] = variant
                 self.rows[case, name] = {"case": case, "name": name, "status": "ok"}
                 if variant.run is None:
@@ -148,6 +89,7 @@ class Table:
     def run(self) -> dict:
         """Everything, in order: correctness, time, memory."""
         spec = self.spec
+        self.say(f"{', '.join(sorted(spec.what))} of {', '.join(spec.cases)}")
         weight = self.head.vocab * self.head.width * self.dtype.itemsize
         if reason := lacking(3 * weight, spec.device):
             return self.skip(reason)
@@ -170,33 +112,84 @@ class Table:
         self.save(self.result)
         return self.result
 
+    def say(self, text: str) -> None:
+        """A line of progress that names this table."""
+        self.progress.say(f"{self.title()}: {text}")
+
+    def title(self) -> str:
+        """Head, tokens and dtype."""
+        return f"{self.spec.name} N={self.spec.tokens} {self.spec.dtype}"
+
     def skip(self, reason: str) -> dict:
         """Leave out this table."""
+        self.say(f"left out, {reason}")
         self.result |= {"skipped": reason, "rows": []}
         self.save(self.result)
         return self.result
 
-    def live(self) -> list[tuple[str, str]]:
+    def live(self) -> list[Pair]:
         """What is still to be measured."""
         return [pair for pair, row in self.rows.items() if row["status"] == "ok"]
 
-    def judge(self, pair: tuple[str, str], rms: float, bound: float, where: str) -> None:
-        """Ours must be within its bound; another that is not is reported as wrong, and not timed."""
-        if rms <= bound:
-            return
-        assert not pair[1].startswith("ours"), f"{pair}: relative RMS error {rms:.1e} {where}, bound {bound:.0e}"
-        self.rows[pair] |= {"status": "wrong", "reason": f"relative RMS error {rms:.1e} {where}, bound {bound:.0e}"}
+    def mark(self, pair: Pair, status: str, reason: str) -> None:
+        """Measure no more of a variant."""
+        self.rows[pair] |= {"status": status, "reason": reason}
+        self.progress.drop(pair)
+        self.say(f"{' '.join(pair)} {status}, {reason}")
+
+    def leave_out(self, pair: Pair, share: float = 1) -> bool:
+        """Whether this share of the time is over, and then the row says so; ours is never left out."""
+        progress = self.progress
+        if pair[1] == "ours" or not progress.over(60 * progress.minutes * (1 - share)):
+            return False
+        self.mark(pair, "skipped", f"no time left of {progress.minutes:g} minutes")
+        return True
+
+    def attempt(self, pair: Pair, call: Callable[[], Any]) -> Any:
+        """The result of a call, or None where it fails, and then its row says why."""
+        try:
+            return call()
+        except Exception as error:  # a peer may raise anything, and the others are still to be measured
+            self.rows[pair]["traceback"] = traceback.format_exc()
+            self.mark(pair, "failed", f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            return None
+
+    def judge(self, pair: Pair, rms: float, bound: float, where: str) -> None:
+        """What is not within its bound is reported as wrong, and not timed."""
+        if not rms <= bound:
+            self.mark(pair, "wrong", f"relative RMS error {rms:.1e} {where}, bound {bound:.0e}")
+
+    def plan(self) -> None:
+        """Tell the progress which calls are to come."""
+        spec, pairs = self.spec, self.live()
+        calls = [(("float64", case), FLOAT64 * spec.gate_tokens) for case in spec.cases]
+        calls += [(pair, spec.gate_tokens) for pair in pairs]
+        if "time" in spec.what:
+            warm_up = [] if spec.gate_tokens == spec.tokens else pairs
+            products = [("products", name) for name in floor(self.head, self.dtype, spec.device)]
+            calls += [(pair, spec.tokens) for pair in products + warm_up + (products + pairs) * spec.rounds]
+        self.progress.plan(calls)
+
+    def step(self, what: str, pair: Pair, tokens: int) -> contextlib.AbstractContextManager[None]:
+        """A call of ``pair`` in the progress."""
+        return self.progress.step(f"{self.title()}: {what}, {' '.join(pair)}", pair, tokens)
 
     def gate(self) -> None:
         """Compare loss and both gradients with float64 at the full V and D and a few hundred tokens or more."""
         spec = self.spec
+        self.plan()
         inputs = spec.inputs(spec.gate_tokens)
         double = [x.detach().double().requires_grad_() for x in inputs[:2]]
         for case in spec.cases:
-            expected = gold(case)(Inputs(*double, *inputs[2:]))
-            for pair in [pair for pair in self.live() if pair[0] == case]:
+            with self.step(f"gate at N={spec.gate_tokens}", ("float64", case), FLOAT64 * spec.gate_tokens):
+                expected = gold(case)(Inputs(*double, *inputs[2:]))
+            pairs = [pair for pair in self.live() if pair[0] == case]
+            for number, pair in enumerate(pairs, 1):
+                if self.leave_out(pair, GATE_SHARE):
+                    continue
                 row, variant = self.rows[pair], self.variants[pair]
-                actual = _attempt(row, lambda run=variant.run: run(inputs))
+                with self.step(f"gate {number} of {len(pairs)}", pair, spec.gate_tokens):
+                    actual = self.attempt(pair, lambda run=variant.run: run(inputs))
                 if actual is None:
                     continue
                 found = [errors(a, e) for a, e in zip(actual, expected, strict=True)]
@@ -210,28 +203,39 @@ class Table:
         """Rounds of one call of everything, every second one in reverse order, after one that is not timed."""
         spec = self.spec
         inputs = spec.inputs(spec.tokens)
-        calls: dict[tuple[str, str], Callable[[], Any]] = {}
+        calls: dict[Pair, Callable[[], Any]] = {}
         for name, run in floor(self.head, self.dtype, spec.device).items():
             rows = spec.tokens if name == "unchunked" else 0
             if lacking(rows * self.head.vocab * self.dtype.itemsize + 10**9, spec.device) is None:
-                calls["products", name] = lambda run=run: run(inputs)
-                self.rows["products", name] = {"case": "products", "name": name, "status": "ok"}
-                calls["products", name]()
+                pair = "products", name
+                calls[pair] = lambda run=run: run(inputs)
+                self.rows[pair] = {"case": "products", "name": name, "status": "ok"}
+                with self.step("warm-up", pair, spec.tokens):
+                    calls[pair]()
         for pair in [pair for pair in self.live() if pair[0] != "products"]:
             calls[pair] = lambda run=self.variants[pair].run: run(inputs)
-        self.agree(inputs, calls)
+        # at the size of the gate, each has been called and has agreed with float64
+        if spec.gate_tokens != spec.tokens:
+            self.agree(inputs, calls)
         self.result["load"].append(devices.load_average())
         kinds = ("seconds", "hot_seconds") if spec.device.type == "cuda" else ("seconds",)
         for number in range(spec.rounds):
             order = [pair for pair in calls if self.rows[pair]["status"] == "ok"]
-            for pair in order if number % 2 == 0 else order[::-1]:
-                for kind in kinds:
-                    self.clock(pair, calls[pair], kind)
+            if number > 0 and self.progress.over(self.progress.left([(pair, spec.tokens) for pair in order]) or 0):
+                self.say(f"round {number + 1} and on left out, not to take more than {self.progress.minutes:g} minutes")
+                self.result["rounds"] = number
+                break
+            for place, pair in enumerate(order if number % 2 == 0 else order[::-1], 1):
+                if number == 0 and pair[0] != "products" and self.leave_out(pair):
+                    continue
+                with self.step(f"round {number + 1} of {spec.rounds}, {place} of {len(order)}", pair, spec.tokens):
+                    for kind in kinds:
+                        self.clock(pair, calls[pair], kind)
                 inputs.hidden_states.grad = inputs.lm_head_weight.grad = None
             self.summarise(kinds)
             self.save(self.result)
 
-    def clock(self, pair: tuple[str, str], call: Callable[[], Any], kind: str) -> None:
+    def clock(self, pair: Pair, call: Callable[[], Any], kind: str) -> None:
         """Add one time to the row of ``pair``."""
         row, device, repeats = self.rows[pair], self.spec.device, 1
         if device.type == "cuda" and kind == "seconds":
@@ -242,13 +246,16 @@ class Table:
             devices.seconds(call, device, repeats)
         row.setdefault(kind, []).append(devices.seconds(call, device, repeats))
 
-    def agree(self, inputs: Inputs, calls: dict[tuple[str, str], Callable[[], Any]]) -> None:
+    def agree(self, inputs: Inputs, calls: dict[Pair, Callable[[], Any]]) -> None:
         """Warm up everything, and see that the gradients agree with each other at the timed size too."""
         bound = 2 * BOUNDS["others"][self.spec.dtype]
         for case in self.spec.cases:
             first = None
             for pair in [pair for pair in calls if pair[0] == case]:
-                result = _attempt(self.rows[pair], calls[pair])
+                if self.leave_out(pair):
+                    continue
+                with self.step("warm-up", pair, self.spec.tokens):
+                    result = self.attempt(pair, calls[pair])
                 if result is None:
                     continue
                 first = first or result
@@ -282,21 +289,31 @@ class Table:
         """Peak memory that a call adds: in all, and beyond the two gradients."""
         spec = self.spec
         inputs = spec.inputs(spec.tokens) if spec.device.type == "cuda" else None
-        for pair in [pair for pair in self.live() if pair[0] != "products"]:
-            row = self.rows[pair]
-            if inputs is None:
-                arguments = (*pair, spec.name, spec.dtype, spec.tokens, spec.sequence)
-                peak = _attempt(row, lambda arguments=arguments: memory.of_process(*arguments))
-            else:
-                run = self.variants[pair].run
-                # the first call of one that was not timed compiles and tunes
-                if "time" not in spec.what:
-                    _attempt(row, lambda run=run: run(inputs))
-                peak = _attempt(row, lambda run=run: memory.on_gpu(run, inputs)) if row["status"] == "ok" else None
+        pairs = [pair for pair in self.live() if pair[0] != "products"]
+        self.progress.plan([(pair, spec.tokens) for pair in pairs])
+        for number, pair in enumerate(pairs, 1):
+            if pair[1] != "ours" and self.progress.over():
+                self.say(f"memory of {' '.join(pair)} left out, no time left of {self.progress.minutes:g} minutes")
+                continue
+            with self.step(f"memory {number} of {len(pairs)}", pair, spec.tokens):
+                peak = self.attempt(pair, functools.partial(self.peak, pair, inputs))
             if peak is not None:
+                row = self.rows[pair]
                 row["peak_bytes"] = peak
                 row["beyond_gradients_bytes"] = peak - self.result["gradient_bytes"]
             self.save(self.result)
+
+    def peak(self, pair: Pair, inputs: Inputs | None) -> int:
+        """Bytes that a call adds at its peak: on a CPU, where ``inputs`` is None, that of a process of its own."""
+        spec = self.spec
+        if inputs is None:
+            return memory.of_process(*pair, spec.name, spec.dtype, spec.tokens, spec.sequence)
+        run = self.variants[pair].run
+        assert run is not None
+        # the first call of one that was not timed compiles and tunes
+        if "time" not in spec.what:
+            run(inputs)
+        return memory.on_gpu(run, inputs)
 
 
 def main() -> None:
@@ -308,6 +325,7 @@ def main() -> None:
     arguments = parser.parse_args()
     options = {option: getattr(arguments, option.replace("-", "_")) for option in OPTIONS}
     wanted = specs(options)
+    progress = Progress(float(options["minutes"]))
     found = {**devices.facts(wanted[0].device), "command": options, "tables": []}
     out = arguments.out or table.result_path(found)
     for spec in wanted:
@@ -317,9 +335,11 @@ def main() -> None:
             found["tables"][-1] = result
             table.write(found, out)
 
-        Table(spec, save).run()
+        Table(spec, save, progress).run()
     print(table.render(found))
     print(f"\nwritten to {out}")
+    if broken := [row for result in found["tables"] for row in result["rows"] if of_ours(row)]:
+        sys.exit("\n".join(row.get("traceback") or f"{row['name']}: {row['reason']}" for row in broken))
 
 
 if __name__ == "__main__":

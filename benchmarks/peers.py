@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.heads import Inputs
+from benchmarks.losses import CASES
 
 LogProbs = Callable[[Inputs, bool], tuple[Tensor, Tensor | None]]
 Loss = Callable[[Inputs], Tensor]
-PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl")
+PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl", "torchtitan", "xtuner", "fast-llm")
+# Fast-LLM's cross_entropy_splits has no default but none; so many as torchtitan has chunks
+FAST_LLM_SPLITS = 8
 
 
 class Unsuitable(Exception):
@@ -113,30 +116,117 @@ def _torch(device: torch.device, chunked: bool) -> Loss:
     return lambda x: function(x.hidden_states, x.lm_head_weight, x.labels, options=options)
 
 
-def _verl_module(name: str) -> types.ModuleType:
-    """Import a module of verl without running verl's own __init__, which asks for ray."""
-    package = "verl"
-    for part in ["", *name.split(".")[:-1]]:
-        package = f"{package}.{part}" if part else package
+def _module(name: str) -> types.ModuleType:
+    """Import a module without running the __init__ of the packages above it, which ask for what it does not need."""
+    parts = name.split(".")
+    for number in range(1, len(parts)):
+        package = ".".join(parts[:number])
         if package not in sys.modules:
             spec = importlib.util.find_spec(package)
             if spec is None:
-                raise ImportError("verl is not installed")
+                raise ImportError(f"{package} is not installed")
             module = types.ModuleType(package)
             module.__path__ = list(spec.submodule_search_locations or [])
             sys.modules[package] = module
-    return importlib.import_module(f"verl.{name}")
+    return importlib.import_module(name)
 
 
 def _verl_torch(device: torch.device) -> LogProbs:
-    function = _verl_module("utils.experimental.torch_functional").FusedLinearForPPOFunction
+    # without verl's own __init__, which asks for ray
+    function = _module("verl.utils.experimental.torch_functional").FusedLinearForPPOFunction
     return lambda x, want_entropy: function.apply(x.hidden_states, x.lm_head_weight, x.labels)
 
 
 def _verl_triton(device: torch.device) -> LogProbs:
     _only(device, "cuda")
-    function = _verl_module("utils.kernel.linear_cross_entropy").linear_cross_entropy
+    function = _module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
     return lambda x, want_entropy: function(x.hidden_states, x.lm_head_weight, x.labels, 1.0, "none", None)
+
+
+def _torchtitan(device: torch.device, case: str) -> Loss:
+    # PyPI's torchtitan 0.3.0. Its losses of RL lie in a package whose __init__ asks for vLLM.
+    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+
+    inner = CrossEntropyLoss if case == "cross_entropy" else _module("torchtitan.experiments.rl.losses.grpo").GRPOLoss
+
+    def loss(x: Inputs) -> Tensor:
+        # 8 chunks of the tokens, as in its trainer; the logits of a chunk grow with their number
+        head = ChunkedLossWrapper(ChunkedLossWrapper.Config(loss_fn=inner.Config()))
+        head.set_lm_head(lambda hidden: torch.nn.functional.linear(hidden, x.lm_head_weight))
+        given = {
+            "generator_logprobs": x.old_logprobs[None],
+            "advantages": x.advantages[None],
+            "loss_mask": torch.ones_like(x.labels, dtype=torch.bool)[None],
+        }
+        # it differentiates each chunk by the head's weight here; backward hands over the states' gradient alone
+        labels = x.labels[None]
+        return head(x.hidden_states[None], labels, len(x.labels), **(given if case == "grpo" else {}))[0]
+
+    return loss
+
+
+def _xtuner(device: torch.device, case: str) -> Loss:
+    # v1 of xtuner is not on PyPI, whose 0.2.0 ends before it; after InternLM/xtuner, xtuner/v1/loss/chunk_loss.py:
+    # apply(hidden [1, N, D], weight, no bias, function of a chunk, that function's arguments by chunk, rows)
+    from xtuner.v1.loss.chunk_loss import ChunkLoss
+
+    def of_chunk(hidden: Tensor, weight: Tensor, bias: None, x: Inputs) -> tuple[Tensor, tuple[None, dict]]:
+        # as xtuner's own losses take them: logits of the dtype of the inputs, rounded to fp32
+        logits = torch.nn.functional.linear(hidden, weight)[0].float()
+        logprobs = -torch.nn.functional.cross_entropy(logits, x.labels, reduction="none")
+        return CASES[case](logprobs, None, x) * len(x.labels), (None, {})
+
+    def loss(x: Inputs) -> Tensor:
+        rows = 1024  # its default
+        chunks = [
+            x._replace(
+                labels=x.labels[start : start + rows],
+                advantages=x.advantages[start : start + rows],
+                old_logprobs=x.old_logprobs[start : start + rows],
+            )
+            for start in range(0, len(x.labels), rows)
+        ]
+        total, _ = ChunkLoss.apply(x.hidden_states[None], x.lm_head_weight, None, of_chunk, chunks, rows)
+        return total / len(x.labels)
+
+    return loss
+
+
+class _FastLLM(torch.autograd.Function):
+    """Fast-LLM's head: each split of the tokens goes through products and loss kernel, forward and backward at once."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, x: Inputs, case: str, kernel: Callable) -> Tensor:
+        count, rows = len(x.labels), -(-len(x.labels) // FAST_LLM_SPLITS)
+        dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
+        total = torch.zeros((), device=hidden.device)
+        for start in range(0, count, rows):
+            part = slice(start, start + rows)
+            logits = torch.nn.functional.linear(hidden[part], weight)
+            given = {"ce": (1.0,)}
+            if case == "grpo":
+                given = {"grpo": (x.advantages[part], x.old_logprobs[part], 1.0, 0.2, 0.2, None)}
+            ce, _, grpo, _, dlogits, _, _ = kernel(logits, x.labels[part], None, 1.0, None, count, **given)
+            total += grpo if case == "grpo" else ce
+            torch.mm(dlogits, weight, out=dhidden[part])
+            # its gradient buffer has the dtype of the weight, or fp32 where a run asks for that
+            torch.addmm(dweight, dlogits.t(), hidden[part], beta=float(start > 0), out=dweight)
+        ctx.save_for_backward(dhidden, dweight)
+        return total
+
+    @staticmethod
+    def backward(ctx, dloss):
+        return *ctx.saved_tensors, None, None, None
+
+
+def _fast_llm(device: torch.device, case: str) -> Loss:
+    # Not on PyPI; after ServiceNow/Fast-LLM, fast_llm/functional/triton/monolithic_loss.py and functional/linear.py:
+    # kernel(logits, labels, None, scale, no group, divisor, ce=(gradient,) or grpo=(advantages, old log-probabilities,
+    # gradient, clip below, clip above, None)) returns seven things, with losses by kind and the gradient of the logits
+    _only(device, "cuda")
+    from fast_llm.functional.triton.monolithic_loss import triton_monolithic_loss_forward_backward as kernel
+
+    return lambda x: _FastLLM.apply(x.hidden_states, x.lm_head_weight, x, case, kernel)
 
 
 PEERS = {
@@ -155,18 +245,31 @@ PEERS = {
     "quack": Peer(_quack, "cross_entropy"),
     "verl-torch": Peer(_verl_torch, "logprobs"),
     "verl-triton": Peer(_verl_triton, "logprobs"),
+    "torchtitan-grpo": Peer(functools.partial(_torchtitan, case="grpo"), "grpo"),
+    "torchtitan-ce": Peer(functools.partial(_torchtitan, case="cross_entropy"), "cross_entropy"),
+    "xtuner-grpo": Peer(functools.partial(_xtuner, case="grpo"), "grpo"),
+    "xtuner-ce": Peer(functools.partial(_xtuner, case="cross_entropy"), "cross_entropy"),
+    "fast-llm-grpo": Peer(functools.partial(_fast_llm, case="grpo"), "grpo"),
+    "fast-llm-ce": Peer(functools.partial(_fast_llm, case="cross_entropy"), "cross_entropy"),
 }  # fmt: skip
 
 
-@functools.cache
-def load(name: str, device: torch.device) -> tuple[LogProbs | Loss | None, str]:
-    """The function of a peer and "", or None and why it is left out; tried once."""
-    try:
-        return PEERS[name].load(device), ""
-    except Unsuitable as error:
-        return None, str(error)
-    except Exception as error:  # the import of a package that is not ours may raise anything
-        return None, f"import failed: {type(error).__name__}: {error}".splitlines()[0]
+_LOADED: dict[tuple[str, torch.device], tuple[LogProbs | Loss | None, str]] = {}
+
+
+def load(
+    name: str, device: torch.device, say: Callable[[str], None] = lambda text: None
+) -> tuple[LogProbs | Loss | None, str]:
+    """The function of a peer and "", or None and why it is left out; tried once, and ``say`` is told before."""
+    if (name, device) not in _LOADED:
+        say(f"importing what {name} needs")
+        try:
+            _LOADED[name, device] = PEERS[name].load(device), ""
+        except Unsuitable as error:
+            _LOADED[name, device] = None, str(error)
+        except Exception as error:  # the import of a package that is not ours may raise anything
+            _LOADED[name, device] = None, f"import failed: {type(error).__name__}: {error}".splitlines()[0]
+    return _LOADED[name, device]
 
 
 def versions() -> dict[str, str]:

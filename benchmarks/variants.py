@@ -60,9 +60,9 @@ def _composed(logprobs: peers.LogProbs, case: str) -> Callable[[Inputs], Tensor]
     return lambda x: losses.CASES[case](*logprobs(x, case == "srft"), x)
 
 
-def _peer(name: str, case: str, device: torch.device) -> Variant:
+def _peer(name: str, case: str, device: torch.device, say: Callable[[str], None]) -> Variant:
     peer = peers.PEERS[name]
-    function, reason = peers.load(name, device)
+    function, reason = peers.load(name, device, say)
     if function is None:
         return Variant(None, reason)
     loss = function if peer.gives == case else _composed(function, case)
@@ -75,9 +75,16 @@ def gold(case: str) -> Run:
 
 
 def variants(
-    case: str, dtype: torch.dtype, device: torch.device, only: frozenset[str] = frozenset()
+    case: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    only: frozenset[str] = frozenset(),
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Variant]:
-    """Implementations of ``case`` by name, ours first; all, or those in ``only``, which saves the other imports."""
+    """Implementations of ``case`` by name, ours first; all, or those in ``only``, which saves the other imports.
+
+    ``say`` is told of each import of a peer before it starts.
+    """
     found = {"ours": Variant(_fused(srft_kernels, case), bound="ours")}
     if dtype.itemsize == 2:
         name = "ours-16bit-logits"
@@ -94,7 +101,7 @@ def variants(
     for name, peer in peers.PEERS.items():
         fits = peer.gives in ("logprobs", case) or (peer.gives == "logprobs without entropy" and case != "srft")
         if fits and (not only or name in only):
-            found[name] = _peer(name, case, device)
+            found[name] = _peer(name, case, device, say)
     return {name: variant for name, variant in found.items() if not only or name in only}
 
 

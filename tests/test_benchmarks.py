@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from benchmarks import heads, losses, measure, peers, plot, table
+from benchmarks.options import OPTIONS as ALL_OPTIONS
+from benchmarks.options import specs
+from benchmarks.progress import Progress
 from benchmarks.variants import Variant, gold
 from srft_kernels import reference
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 FAST = "ours,ours-16bit-logits,ours-logprobs,naive,trl,verl-torch,quack"
-OPTIONS = {option: default for option, (default, _) in measure.OPTIONS.items()} | {
+OPTIONS = {option: default for option, (default, _) in ALL_OPTIONS.items()} | {
     "names": "tiny", "tokens": "512", "sequence": "64", "device": "cpu", "variants": FAST, "rounds": "2",
     "what": "time",
 }  # fmt: skip
@@ -34,7 +37,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 def measured(**options: str) -> dict:
     """The table of the tiny head."""
-    (spec,) = measure.specs(OPTIONS | options)
+    (spec,) = specs(OPTIONS | options)
     return measure.Table(spec).run()
 
 
@@ -83,8 +86,8 @@ def test_a_wrong_peer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch)
     """A variant whose gradient is off by a factor of two has no time; one that raises has its message."""
     real = measure.variants
 
-    def broken(case: str, dtype: torch.dtype, device: torch.device, only: frozenset[str]) -> dict[str, Variant]:
-        found = real(case, dtype, device, only)
+    def broken(*given) -> dict[str, Variant]:
+        found = real(*given)
         honest = found["naive"].run
 
         def double(x: heads.Inputs):
@@ -103,11 +106,61 @@ def test_a_wrong_peer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch)
     assert "seconds" in rows["ours"]
 
 
-def test_ours_must_be_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run stops where ours is beyond its bound."""
+def test_ours_must_be_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where ours is beyond its bound it has no time, the others have theirs, and the command fails and says why."""
     monkeypatch.setitem(measure.BOUNDS, "ours", {"fp32": 1e-12})
-    with pytest.raises(AssertionError, match="relative RMS error"):
-        measured(variants="ours")
+    out = tmp_path / "result.json"
+    given = {**OPTIONS, "variants": "ours,naive", "out": str(out)}
+    monkeypatch.setattr(sys, "argv", ["measure", *(f"--{key}={value}" for key, value in given.items())])
+    with pytest.raises(SystemExit, match="ours: relative RMS error"):
+        measure.main()
+    rows = {row["name"]: row for row in json.loads(out.read_text())["tables"][0]["rows"]}
+    assert rows["ours"]["status"] == "wrong" and "seconds" not in rows["ours"]
+    assert len(rows["naive"]["seconds"]) == 2
+
+
+def test_where_ours_raises_its_traceback_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row has the whole traceback, counts as a fault of this package, and the others are measured."""
+
+    def fail(x: heads.Inputs):
+        raise RuntimeError("no driver")
+
+    real = measure.variants
+    monkeypatch.setattr(measure, "variants", lambda *given: real(*given) | {"ours": Variant(fail, bound="ours")})
+    rows = {row["name"]: row for row in measured(variants="ours,naive")["rows"]}
+    assert measure.of_ours(rows["ours"]) and "no driver" in rows["ours"]["reason"]
+    assert "Traceback" in rows["ours"]["traceback"] and "in fail" in rows["ours"]["traceback"]
+    assert "seconds" in rows["naive"] and not measure.of_ours(rows["naive"])
+
+
+def test_each_step_is_said_before_it_starts() -> None:
+    """Gate, warm-up and rounds of every variant have a line each, with an estimate from the second call on."""
+    lines: list[str] = []
+    (spec,) = specs(OPTIONS | {"variants": "ours,naive"})
+    measure.Table(spec, progress=Progress(say=lines.append)).run()
+    steps = [line.split(": ", 1)[1].split(";")[0] for line in lines[1:]]
+    calls = ["products chunked", "products unchunked", "grpo ours", "grpo naive"]
+    assert steps[:3] == ["gate at N=256, float64 grpo", "gate 1 of 2, grpo ours", "gate 2 of 2, grpo naive"]
+    assert steps[3:7] == [f"warm-up, {call}" for call in calls]
+    assert steps[7:11] == [f"round 1 of 2, {place} of 4, {call}" for place, call in enumerate(calls, 1)]
+    assert steps[11:] == [f"round 2 of 2, {place} of 4, {call}" for place, call in enumerate(calls[::-1], 1)]
+    assert all("about" in line and line.endswith("left") for line in lines[2:])
+
+
+def test_a_limit_of_time_leaves_out_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no time at all, ours is measured once; others, further rounds and their memory say why not."""
+    lines: list[str] = []
+    (spec,) = specs(OPTIONS | {"variants": "ours,naive,trl", "rounds": "3", "what": "time,memory"})
+    monkeypatch.setattr(measure.memory, "of_process", lambda *given: 2**30)
+    result = measure.Table(spec, progress=Progress(1e-9, lines.append)).run()
+    rows = {row["name"]: row for row in result["rows"]}
+    assert len(rows["ours"]["seconds"]) == len(rows["chunked"]["seconds"]) == result["rounds"] == 1
+    assert "peak_bytes" in rows["ours"]
+    for name in ("naive", "trl"):
+        assert rows[name]["status"] == "skipped" and "no time left of 1e-09 minutes" in rows[name]["reason"]
+    assert any("round 2 and on left out" in line for line in lines)
+    with pytest.raises(ValueError, match="minutes must be"):
+        Progress(-1)
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +213,7 @@ def test_pytest_benchmark_gets_the_times(tmp_path: Path) -> None:
     given = [f"--head-{key}={value}" for key, value in options.items()]
     done = run("-m", "pytest", "benchmarks/", "--benchmark-only", "-p", "no:cacheprovider", *given)
     assert done.returncode == 0 and "3 passed, 1 skipped" in done.stdout, done.stdout[-3000:]
+    assert "importing what quack needs" in done.stdout and "round 1 of 2, 3 of 3, cross_entropy ours" in done.stdout
     assert "runs on cuda only" in done.stdout
     assert json.loads((tmp_path / "result.json").read_text())["tables"][0]["rows"][0]["case"] == "products"
 
