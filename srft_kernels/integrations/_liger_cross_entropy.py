@@ -12,7 +12,19 @@ from ..policy_loss import linear_cross_entropy
 from ..vocab_parallel import VocabParallel
 
 
-class LigerFusedLinearScaledCrossEntropyFunction:
+class CalledByName:
+    """A function of Liger's whose ``apply`` is called: what a subclass overrides in Liger would not be read here."""
+
+    def __init_subclass__(cls) -> None:
+        """Refuse a subclass of a subclass."""
+        if CalledByName not in cls.__bases__:
+            raise ValueError(
+                f"{cls.__name__} cannot change {cls.__bases__[0].__name__}, which has no parts to override here; "
+                "derive it from liger_kernel's own class"
+            )
+
+
+class LigerFusedLinearScaledCrossEntropyFunction(CalledByName):
     """Negative log-likelihood of each token, as ``liger_kernel.ops`` has it; entropy with its gradient on demand."""
 
     @staticmethod
@@ -84,7 +96,7 @@ def _selected(
         return torch.where(valid[:, None], logprobs[:, None] + (others - own[:, None]) / scale, 0.0)
 
 
-class LigerFusedLinearScaledCrossEntropyTPFunction:
+class LigerFusedLinearScaledCrossEntropyTPFunction(CalledByName):
     """The same with the vocabulary spread over a tensor-parallel group, as ``liger_kernel.ops`` has it."""
 
     @staticmethod

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +14,46 @@ from torch import Tensor
 
 from ..policy_loss import linear_grpo_loss
 
+# what the fused loss stands in for, or is called by: somebody else's would be lost, or would change what it is told
+LOSS_METHODS = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
+TRAINER, MODULE = "GRPOTrainer", "trl.trainer.grpo_trainer"
 
-def check_fused_loss(trainer: Any) -> None:
-    """Raise ValueError unless ``linear_grpo_loss`` has all of the trainer's loss."""
+
+def is_trls_own(attribute: object, name: str) -> bool:
+    """``attribute`` is the function that TRL's source has as ``GRPOTrainer.name``, in no wrapper but TRL's."""
+    function = attribute
+    while isinstance(function, types.FunctionType):
+        module = function.__globals__.get("__name__", "")
+        if module.partition(".")[0] != "trl":
+            return False
+        if "__wrapped__" not in vars(function):
+            # functools.wraps gives a function another's name, but not its code
+            return module == MODULE and function.__code__.co_qualname == f"{TRAINER}.{name}"
+        function = vars(function)["__wrapped__"]
+    return False
+
+
+def _replaced_methods(trainer: Any, ours: Mapping[str, Callable[..., Any]]) -> list[str]:
+    """Those of LOSS_METHODS that are neither TRL's nor the functions ``ours`` of this patch."""
+    kind, found = type(trainer), []
+    for name in LOSS_METHODS:
+        own = getattr(vars(trainer).get(name), "__func__", None)
+        if name in vars(trainer) and (own is None or own is not ours.get(name)):
+            found.append(f"{name}, which was set on this trainer")
+        of_class = inspect.getattr_static(kind, name)
+        if of_class is not ours.get(name) and not is_trls_own(of_class, name):
+            owner = next(c for c in kind.__mro__ if name in vars(c))
+            found.append(f"{owner.__name__}.{name}, which is not TRL's own")
+    return found
+
+
+def check_fused_loss(trainer: Any, ours: Mapping[str, Callable[..., Any]]) -> None:
+    """Raise ValueError unless the trainer's loss is TRL's and ``linear_grpo_loss`` has all of it.
+
+    Args:
+        trainer: A GRPOTrainer.
+        ours: By name, the functions that the patch has put, or will put, in the place of TRL's.
+    """
     args, cispo = trainer.args, trainer.loss_type == "cispo"
     sequence = trainer.importance_sampling_level == "sequence"
     reasons = {
@@ -28,6 +68,7 @@ def check_fused_loss(trainer: Any) -> None:
         "router_aux_loss_coef": trainer.aux_loss_enabled,
     }
     found = [reason for reason, applies in reasons.items() if applies]
+    found += _replaced_methods(trainer, ours)
     if found:
         raise ValueError(f"fused_loss=True does not cover {', '.join(found)}; pass fused_loss=False")
 
@@ -39,9 +80,9 @@ class FusedLoss:
     distributed training see it leave through the model's output.
     """
 
-    def __init__(self, trainer: Any, inputs: dict[str, Any]) -> None:
-        """Of ``trainer`` for the micro-batch ``inputs``, both as ``_compute_loss`` has them."""
-        check_fused_loss(trainer)
+    def __init__(self, trainer: Any, inputs: dict[str, Any], ours: Mapping[str, Callable[..., Any]]) -> None:
+        """Of ``trainer`` for the micro-batch ``inputs``, both as ``_compute_loss`` has them; ``ours`` as above."""
+        check_fused_loss(trainer, ours)
         if "tool_mask" in inputs and trainer.importance_sampling_level == "sequence":
             raise ValueError(
                 "fused_loss=True does not cover tools with importance_sampling_level='sequence'; pass fused_loss=False"
@@ -49,6 +90,7 @@ class FusedLoss:
         self._trainer, self._inputs = trainer, inputs
         self._valid = inputs["completion_mask"]  # [B, C] positions that TRL scores
         self._mask = self._valid * inputs["tool_mask"] if "tool_mask" in inputs else self._valid
+        self._given: Tensor | None = None
         self._logprobs: Tensor | None = None
         self._loss: Tensor | None = None
 
@@ -89,6 +131,7 @@ class FusedLoss:
             **head,
         )
         self._loss = out.loss
+        self._given = out.logprobs if compact else out.logprobs[scored]
         return out.logprobs + (out.loss - out.loss.detach()), out.entropy
 
     def _token_weights(self) -> Tensor:
@@ -106,7 +149,13 @@ class FusedLoss:
         return mask * trainer.args.steps_per_generation / (num_tokens * steps)
 
     def collect(self, logprobs: Tensor) -> None:
-        """Keep ``logprobs`` [B, C], which the model returned."""
+        """Keep ``logprobs`` [B, C], which the model returned; raise RuntimeError where they are not the head's."""
+        assert self._given is not None
+        if not torch.equal(logprobs.detach()[self._valid.bool()], self._given):
+            raise RuntimeError(
+                "the model returns other log-probabilities than its lm_head gave it, so the gradient of "
+                "linear_grpo_loss is not that of TRL's loss; pass fused_loss=False"
+            )
         self._logprobs = logprobs
 
     def attach(self, value: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from .._checks import check_choice
 from .._chunked_head import compute_dtype
 from ..linear_logprobs import linear_logprobs
 from ._liger_cross_entropy import (
+    CalledByName,
     LigerFusedLinearCrossEntropyLoss,
     LigerFusedLinearScaledCrossEntropyFunction,
     LigerFusedLinearScaledCrossEntropyTPFunction,
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 
-class LigerFusedLinearGRPOFunction:
+class LigerFusedLinearGRPOFunction(CalledByName):
     """Functional form of ``LigerFusedLinearGRPOLoss``, as ``liger_kernel.chunked_loss.grpo_loss`` has it."""
 
     @staticmethod

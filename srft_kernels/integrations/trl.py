@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..linear_logprobs import linear_logprobs
-from ._trl_loss import FusedLoss, check_fused_loss
+from ._trl_loss import LOSS_METHODS, FusedLoss, check_fused_loss, is_trls_own
 
 try:
     import trl
@@ -30,6 +31,7 @@ __all__ = ["Patch", "patch_grpo_trainer"]
 KNOWN_VERSIONS = "1.16.0"
 METHOD = "_get_per_token_logps_and_entropies"
 LOSS = "_compute_loss"
+STEP = "training_step"
 HEAD = "_ChunkedLogProbFunction"
 HEAD_ARGUMENTS = [
     "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
@@ -79,7 +81,8 @@ def patch_grpo_trainer(trainer: GRPOTrainer | None = None, *, fused_loss: bool =
         fused_loss: Take the gradient from ``linear_grpo_loss``, 6NDV instead of 8NDV. TRL still computes the value of
             the loss and every metric, and each step checks that both values agree. For the losses grpo, bnpo, dr_grpo,
             dapo and cispo and for ratios of sequences, with delta, and with KL where ``use_bias_correction_kl`` is
-            off; not for entropy bonuses and masks, and not where a subclass has a loss of its own.
+            off; not for entropy bonuses and masks, and not where ``compute_loss``, ``_compute_loss`` or
+            ``_get_per_token_logps_and_entropies`` is a subclass's, was set on the trainer or was replaced in TRL.
 
     Returns:
         Patch, whose call or end as a context manager undoes it.
@@ -87,17 +90,24 @@ def patch_grpo_trainer(trainer: GRPOTrainer | None = None, *, fused_loss: bool =
     Raises:
         ValueError: If it is patched already, is no GRPOTrainer, or has a loss that ``fused_loss`` does not cover; for
             the class, the last is known in its first step.
-        RuntimeError: On a version of TRL whose loss head is not the one expected. Also in training: for parameters
-            sharded by DeepSpeed ZeRO-3, where a subclass does not use TRL's head, or where the losses differ.
+        RuntimeError: On a version of TRL whose loss head is not the one expected, or for ``fused_loss`` any but the
+            known one. Also in training: for parameters sharded by DeepSpeed ZeRO-3, where a subclass does not use
+            TRL's head, or where the losses differ.
     """
-    _check_trl()
+    _check_trl(fused_loss)
     if trainer is not None and not isinstance(trainer, GRPOTrainer):
         raise ValueError(f"trainer must be a trl.GRPOTrainer, got {type(trainer).__name__}; pass none for the class")
-    if trainer is not None and fused_loss:
-        check_fused_loss(trainer)
     owner, kind = (GRPOTrainer, GRPOTrainer) if trainer is None else (trainer, type(trainer))
     if hasattr(getattr(owner, METHOD), "_srft_patched"):
         raise ValueError("GRPOTrainer is patched already; undo the first patch, or keep it")
+    if fused_loss and trainer is not None:
+        check_fused_loss(trainer, {})
+    replaced = [name for name in LOSS_METHODS if not is_trls_own(inspect.getattr_static(GRPOTrainer, name), name)]
+    if fused_loss and replaced:
+        raise ValueError(
+            f"fused_loss=True does not cover {', '.join(replaced)} of GRPOTrainer, which TRL did not define; "
+            "pass fused_loss=False"
+        )
     originals = {}
     for name, function in _replacements(kind, fused_loss).items():
         originals[name] = getattr(kind, name)
@@ -115,12 +125,16 @@ def patch_grpo_trainer(trainer: GRPOTrainer | None = None, *, fused_loss: bool =
 
 def _replacements(kind: type, fused_loss: bool) -> dict[str, Callable[..., Any]]:
     """By name, the methods that stand in for those of the trainer class ``kind``."""
-    original, original_loss = getattr(kind, METHOD), getattr(kind, LOSS)
+    original, original_loss, original_step = (getattr(kind, name) for name in (METHOD, LOSS, STEP))
     # the fused loss that is being computed, if any
     current: list[FusedLoss] = []
+    # whether the step has come to METHOD
+    entered: list[bool] = []
+    ours: dict[str, Callable[..., Any]] = {}
 
     @functools.wraps(original)
     def with_our_head(self: GRPOTrainer, *args: Any, **kwargs: Any) -> Any:
+        entered.append(True)
         head, theirs = _Head(current[-1].statistics if current else None), getattr(trl_utils, HEAD)
         setattr(trl_utils, HEAD, head)
         try:
@@ -140,24 +154,44 @@ def _replacements(kind: type, fused_loss: bool) -> dict[str, Callable[..., Any]]
     def with_our_loss(self: GRPOTrainer, model: Any, inputs: dict[str, Any]) -> Tensor:
         if not torch.is_grad_enabled():
             return original_loss(self, model, inputs)
-        current.append(FusedLoss(self, inputs))
+        current.append(FusedLoss(self, inputs, ours))
         try:
             return current[-1].attach(original_loss(self, model, inputs))
         finally:
             current.pop()
 
+    @functools.wraps(original_step)
+    def with_a_check(self: GRPOTrainer, *args: Any, **kwargs: Any) -> Any:
+        if fused_loss:
+            check_fused_loss(self, ours)
+        if fused_loss:
+            check_fused_loss(self, ours)
+        entered.clear()
+        result = original_step(self, *args, **kwargs)
+        if not entered:
+            warnings.warn(
+                f"a step of {type(self).__name__} did not call GRPOTrainer.{METHOD}, so the patch had no effect on it",
+                stacklevel=2,
+            )
+        return result
+
     with_our_head._srft_patched = True  # type: ignore[attr-defined]
-    return {METHOD: with_our_head, LOSS: with_our_loss} if fused_loss else {METHOD: with_our_head}
+    ours.update({METHOD: with_our_head, STEP: with_a_check} | ({LOSS: with_our_loss} if fused_loss else {}))
+    return ours
 
 
-def _check_trl() -> None:
-    """Raise RuntimeError unless TRL's head and the method that leads to it are as expected."""
+def _check_trl(fused_loss: bool) -> None:
+    """Raise RuntimeError unless TRL's head, the method that leads to it and its losses are as expected."""
     head = getattr(trl_utils, HEAD, None)
     found = None if head is None else list(inspect.signature(head.forward).parameters)
     if found != HEAD_ARGUMENTS or not hasattr(GRPOTrainer, METHOD):
         raise RuntimeError(
             f"patch_grpo_trainer is known to work with TRL {KNOWN_VERSIONS}, got {trl.__version__}, where "
             f"trl.trainer.utils.{HEAD}.forward takes {found} instead of {HEAD_ARGUMENTS}; install a known version"
+        )
+    if fused_loss and trl.__version__ != KNOWN_VERSIONS:
+        raise RuntimeError(
+            f"fused_loss=True knows the losses of TRL {KNOWN_VERSIONS}, got {trl.__version__}; pass fused_loss=False"
         )
 
 

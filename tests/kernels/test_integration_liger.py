@@ -443,3 +443,17 @@ def test_tensor_parallel_head_needs_a_group():
     hidden, weight, _, target, _, _ = make_tokens()
     with pytest.raises(ValueError, match="torch.distributed must be initialised"):
         LigerFusedLinearScaledCrossEntropyTPFunction.apply(hidden, weight, target, None)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        LigerFusedLinearGRPOFunction,
+        LigerFusedLinearScaledCrossEntropyFunction,
+        LigerFusedLinearScaledCrossEntropyTPFunction,
+    ],
+)
+def test_a_loss_of_ones_own_is_not_replaced(function):
+    """In Liger a subclass may bring its own formula, which no part of this package would call."""
+    with pytest.raises(ValueError, match=f"Own cannot change {function.__name__}.*derive it from liger_kernel's own"):
+        type("Own", (function,), {"ppo_loss_fn": staticmethod(lambda *args, **kwargs: 0)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -75,17 +75,115 @@ def test_losses_that_are_not_fused_are_refused(folder: Path, options: dict, reas
         trainer.train()
 
 
-def test_a_loss_of_a_subclass_is_not_replaced(folder: Path) -> None:
-    """The fused loss refuses a trainer whose loss has another value."""
+OWN_METHODS = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
 
-    class Doubled(trl.GRPOTrainer):
-        def _compute_loss(self, model, inputs):
-            return 2 * super()._compute_loss(model, inputs)
 
+def halved(original: Callable) -> Callable:
+    """A method that halves the loss, or the log-probabilities, of ``original`` and goes by its name."""
+
+    @functools.wraps(original)
+    def method(*args, **kwargs):
+        result = original(*args, **kwargs)
+        return (0.5 * result[0], *result[1:]) if isinstance(result, tuple) else 0.5 * result
+
+    return method
+
+
+@pytest.fixture(scope="module")
+def one_step(folder: Path) -> tuple[trl.GRPOTrainer, Callable[[], object]]:
+    """A trainer and a step of it."""
     trainer = make_trainer(folder, loss_type="bnpo")
-    trainer.__class__ = Doubled
-    with ours.patch_grpo_trainer(trainer, fused_loss=True), pytest.raises(RuntimeError, match="another loss"):
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = next(iter(trainer.get_train_dataloader()))
+    return trainer, lambda: trainer.training_step(trainer.model, inputs, None)
+
+
+@pytest.mark.parametrize("name", OWN_METHODS)
+@pytest.mark.parametrize("how", ["subclass", "instance", "class"])
+@pytest.mark.parametrize("moment", ["before", "after", "class-patch"])
+def test_a_loss_of_ones_own_is_not_replaced(
+    one_step: tuple, name: str, how: str, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever overrides a method of the loss, on whatever and whenever, keeps the gradient or is told."""
+    trainer, step = one_step
+
+    def override() -> None:
+        if how == "instance":
+            setattr(trainer, name, halved(getattr(trainer, name)))
+            return
+        method = halved(getattr(trl.GRPOTrainer, name))
+        if how == "class":
+            monkeypatch.setattr(trl.GRPOTrainer, name, method)
+        else:
+            monkeypatch.setattr(trainer, "__class__", type("Halved", (trl.GRPOTrainer,), {name: method}))
+
+    if moment != "after":
+        override()
+    with pytest.raises(ValueError, match=f"does not cover .*{name}.*pass fused_loss=False"):
+        with ours.patch_grpo_trainer(None if moment == "class-patch" else trainer, fused_loss=True):
+            if moment == "after":
+                override()
+            step()
+    monkeypatch.undo()
+    vars(trainer).pop(name, None)
+    with ours.patch_grpo_trainer(trainer, fused_loss=True):
+        step()
+
+
+def test_a_loss_without_grpos_is_told(folder: Path) -> None:
+    """A patch of the class that a subclass goes around does not stay without effect in silence."""
+
+    class Own(trl.GRPOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return sum(p.square().sum() for p in model.parameters())
+
+    trainer = make_trainer(folder, max_steps=1)
+    trainer.__class__ = Own
+    with ours.patch_grpo_trainer(), pytest.warns(UserWarning, match="a step of Own did not call .*no effect on it"):
         trainer.train()
+    with ours.patch_grpo_trainer(fused_loss=True), pytest.raises(ValueError, match="Own.compute_loss"):
+        trainer.train()
+
+
+def test_trls_own_subclasses_are_judged_by_their_loss(folder: Path) -> None:
+    """GMPO has a loss of its own; a subclass that only logs has not."""
+    from trl.experimental.gmpo import GMPOTrainer
+
+    class Logs(trl.GRPOTrainer):
+        def log(self, logs, start_time=None):
+            super().log({**logs, "seen": 1.0}, start_time)
+
+    trainer = make_trainer(folder, loss_type="bnpo", max_steps=1)
+    trainer.__class__ = GMPOTrainer
+    with pytest.raises(ValueError, match="GMPOTrainer._compute_loss, which is not TRL's own"):
+        ours.patch_grpo_trainer(trainer, fused_loss=True)
+    trainer.__class__ = Logs
+    for patched in (trainer, None):
+        with ours.patch_grpo_trainer(patched, fused_loss=True):
+            trainer.train()
+        assert trainer.state.log_history[-1]["seen"] == 1.0 or trainer.state.log_history[-2]["seen"] == 1.0
+
+
+def test_a_model_that_changes_the_logprobs_is_told(folder: Path) -> None:
+    """The fused gradient is that of the head's log-probabilities; a forward that scales them is another loss."""
+    trainer = make_trainer(folder, loss_type="bnpo", max_steps=1)
+
+    def scale(module, args, output):
+        if getattr(output, "log_probs", None) is not None:
+            output.log_probs = 0.5 * output.log_probs
+        return output
+
+    trainer.model.register_forward_hook(scale)
+    with ours.patch_grpo_trainer(trainer, fused_loss=True), pytest.raises(RuntimeError, match="other log-prob"):
+        trainer.train()
+
+
+def test_losses_of_other_versions_are_not_taken_for_known(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head may serve another version of TRL, the loss may not."""
+    monkeypatch.setattr(trl, "__version__", "9.9")
+    ours.patch_grpo_trainer()()
+    with pytest.raises(RuntimeError, match=r"knows the losses of TRL 1\.16\.0, got 9\.9; pass fused_loss=False"):
+        ours.patch_grpo_trainer(fused_loss=True)
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["all-positions", "compacted"])
