@@ -24,8 +24,8 @@ except ImportError:
 # CPU tensors then run the kernels below, for tests
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
-# 16 logits per thread: at most 40 registers on sm_90 without bias, softcap and entropy gradient, so that six
-# programs share a multiprocessor; 77 with all three, 111 where an odd vocabulary allows no vector loads
+# 16 logits per thread: 46 registers on sm_90 for fp32 scores without bias, softcap and entropy gradient, so that five
+# programs share a multiprocessor; at most 80 with all three, 112 where an odd vocabulary allows no vector loads
 _MAX_BLOCK_V = 4096
 _NUM_WARPS = 8
 _LOWEST_LOGPROB = LOWEST_LOGPROB if triton is None else tl.constexpr(LOWEST_LOGPROB)
@@ -52,8 +52,16 @@ def _logits(
     return z * inv_temperature
 
 
+@_jit
+def _rescale(m, m_new):
+    # while every logit is -inf, shift by 0: -inf - -inf is NaN
+    shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+    return shift, tl.exp(m - shift), tl.where(m == -float("inf"), 0.0, m - shift)
+
+
 # Pass 1 keeps, over the columns so far, m = max z, l = sum exp(z - m) and s = sum exp(z - m) (z - m); a new
-# maximum m' rescales l by exp(m - m') and makes s exp(m - m') (s + l (m - m')). Then
+# maximum m' rescales l by exp(m - m') and makes s exp(m - m') (s + l (m - m')). LANES columns do so side by side,
+# each in one thread, and meet once, after the row. Then
 #   logp = z_y - m - log l,   H = log l - s / l.
 # Pass 2 reads the row again: dz_j = a (1[j = y] - p_j) - e p_j (log p_j + H), with a and e the derivatives of
 # the loss by logp and H, from OBJECTIVE or given and times grad_scale, then the chain rule of softcap and
@@ -93,6 +101,7 @@ def _row_kernel(
     HAS_TEMPERATURE: tl.constexpr,
     HALF_ROW: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * stride_z
@@ -122,23 +131,27 @@ def _row_kernel(
         entropy = tl.load(entropy_ptr + row)
         logp = tl.load(logprobs_ptr + row)
     else:
-        m_i = -float("inf")
-        l_i = 0.0
-        s_i = 0.0
+        m_lane = tl.full([LANES], -float("inf"), tl.float32)
+        l_lane = tl.zeros([LANES], tl.float32)
+        s_lane = tl.zeros([LANES], tl.float32)
+        # [BLOCK_V / LANES, LANES]
+        offs_lane = tl.arange(0, BLOCK_V // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         for start in range(0, vocab, BLOCK_V):
-            cols = start + offs_v
+            cols = start + offs_lane
             mask = cols < vocab
             z = _logits(z_row, cols, mask, bias_ptr, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
             z = tl.where(mask, z, -float("inf"))
-            m_new = tl.maximum(m_i, tl.max(z, 0))
-            # while every logit is -inf, shift by 0: -inf - -inf is NaN
-            shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-            dropped = tl.where(m_i == -float("inf"), 0.0, m_i - shift)
-            rescale = tl.exp(m_i - shift)
-            exp = tl.exp(z - shift)
-            s_i = rescale * (s_i + l_i * dropped) + tl.sum(tl.where(exp > 0, exp * (z - shift), 0.0), 0)
-            l_i = rescale * l_i + tl.sum(exp, 0)
-            m_i = m_new
+            m_new = tl.maximum(m_lane, tl.max(z, 0))
+            shift, rescale, dropped = _rescale(m_lane, m_new)
+            exp = tl.exp(z - shift[None, :])
+            s_block = tl.sum(tl.where(exp > 0, exp * (z - shift[None, :]), 0.0), 0)
+            s_lane = rescale * (s_lane + l_lane * dropped) + s_block
+            l_lane = rescale * l_lane + tl.sum(exp, 0)
+            m_lane = m_new
+        m_i = tl.max(m_lane, 0)
+        _, rescale, dropped = _rescale(m_lane, m_i)
+        s_i = tl.sum(rescale * (s_lane + l_lane * dropped), 0)
+        l_i = tl.sum(rescale * l_lane, 0)
         z_label = _logits(z_row, label, label >= 0, bias_ptr, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
         log_sum = tl.log(l_i)
         logp = z_label - m_i - log_sum
@@ -178,6 +191,11 @@ def _row_kernel(
             if HALF_ROW:
                 tl.debug_barrier()
             tl.store(dz_row + cols, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+def _lanes(z: Tensor) -> int:
+    """Columns of ``z`` that the threads of a program load at once, 16 bytes each."""
+    return _NUM_WARPS * 32 * 16 // z.element_size()
 
 
 def _launch(
@@ -240,6 +258,7 @@ def _launch(
             HAS_TEMPERATURE=inv_temperature is not None,
             HALF_ROW=half_row,
             BLOCK_V=block_v,
+            LANES=min(block_v, _lanes(z)),
             num_warps=_NUM_WARPS,
         )
     return stats, dz

@@ -42,6 +42,7 @@ def compile_row_kernel(
         "ENTROPY_GRAD": True,
         "HALF_ROW": dtype != scores and scores == "fp32",
         "BLOCK_V": row_kernels._MAX_BLOCK_V,
+        "LANES": row_kernels._NUM_WARPS * 32 * (4 if scores == "fp32" else 8),
         **flags,
     }
     types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
@@ -90,6 +91,8 @@ def assert_clean(kernel, target: str, tmp_path) -> None:
     assert ".f64" not in kernel.asm["ptx"]
     report = ptxas_report(kernel.asm["ptx"], tmp_path)
     assert "0 bytes spill stores, 0 bytes spill loads" in report, report
+    # two programs of 256 threads share the 65,536 registers of a multiprocessor, whatever the options
+    assert int(re.search(r"Used (\d+) registers", report)[1]) <= 128
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -149,6 +152,22 @@ def split_at_gradient_loop(ptx: str) -> tuple[list[str], list[str]]:
     parts = ptx[:start], ptx[start : end + len("st.global")]
     before, loop = (re.findall(r"ld\.global\.b16|ld\.global|bar\.sync|st\.global", part) for part in parts)
     return before, loop
+
+
+def loops(ptx: str) -> list[str]:
+    """Bodies of the loops of a kernel, in order: what lies between a label and the branch back to it."""
+    return [body for _, body in re.findall(r"(\$L__BB\d+_\d+):(.*?)bra\s+\1;", ptx, re.S)]
+
+
+@pytest.mark.parametrize("scores", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", [OPTIONS, PLAIN], ids=["all-options", "plain"])
+def test_statistics_stay_in_their_threads(scores, options):
+    """Threads exchange nothing until a row has been read: per 16 logits vector loads and no shuffle or barrier."""
+    ptx = compile_row_kernel(TARGETS["sm_90"], scores=scores, **options).asm["ptx"]
+    statistics, gradient = [body for body in loops(ptx) if "ex2" in body]
+    assert not re.search("bar|shfl|shared", statistics) and statistics.count("ld.global.v4") >= 2
+    assert re.search("st.global.v4", gradient) and not re.search("shfl|shared", gradient)
+    assert ptx.count("shfl") == 24
 
 
 def test_in_place_gradient_waits_for_the_label():

@@ -189,10 +189,24 @@ KERNEL_FAULTS = {
     ),
     "forget to rescale the running sum": (
         "row_kernels.py",
-        "l_i = rescale * l_i",
-        "l_i = l_i",
+        "l_lane = rescale * l_lane",
+        "l_lane = l_lane",
         cross_entropy,
         {},
+    ),
+    "forget to rescale the lanes when they are added up": (
+        "row_kernels.py",
+        "l_i = tl.sum(rescale * l_lane, 0)",
+        "l_i = tl.sum(l_lane, 0)",
+        cross_entropy,
+        {},
+    ),
+    "lose the shift of the lanes in the entropy": (
+        "row_kernels.py",
+        "s_i = tl.sum(rescale * (s_lane + l_lane * dropped), 0)",
+        "s_i = tl.sum(rescale * s_lane, 0)",
+        srft,
+        {"preset": "upt"},
     ),
     "leave the entropy out of its gradient": (
         "row_kernels.py",
@@ -224,6 +238,7 @@ def faulty_package(folder: Path, file: str, text: str, replacement: str):
     sys.modules[f"{name}._chunked_head"].CPU_WORKSPACE_BYTES = 32 * 97 * 4
     sys.modules[f"{name}._one_pass"].DEFERRED_CHUNKS = 3
     sys.modules[f"{name}.row_kernels"]._MAX_BLOCK_V = 32
+    sys.modules[f"{name}.row_kernels"]._lanes = lambda _: 8
     return module
 
 

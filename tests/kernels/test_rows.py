@@ -62,6 +62,7 @@ def test_rows_match_float64(dtype, options, overwrite, exp2_vocab, monkeypatch):
     monkeypatch.setattr(_row_cpu, "BLOCK_BYTES", 4 * 201 * 4)
     monkeypatch.setattr(_row_cpu, "EXP2_VOCAB", exp2_vocab)
     monkeypatch.setattr(row_kernels, "_MAX_BLOCK_V", 64)
+    monkeypatch.setattr(row_kernels, "_lanes", lambda _: 16)
     z, rows, dlogp, dentropy = random_rows(dtype, **options)
     z[7, 50:] = -torch.inf if rows.softcap is None else -50.0
     if overwrite and (dentropy is not None or rows.softcap is not None):
