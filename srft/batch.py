@@ -26,7 +26,8 @@ class Sequence:
         rollout_logprobs: The engine's log-probabilities of ``response_ids``; empty for a demonstration.
         text: The response as text.
         reward: What the verifier gave it.
-        status: How the verification ended: "ok", "timeout", "error" or "bad_gold".
+        status: How the verification ended: "ok", "unjudged", "timeout", "error" or "bad_gold".
+        message: What the verifier said besides, where it has not ended in "ok".
         advantage: Filled in by ``srft.methods``.
         entropy: Mean entropy of the policy over the response, nats; known after the loss.
         old_logprobs: Log-probabilities before a step's first update; None when that is the current policy.
@@ -40,6 +41,7 @@ class Sequence:
     text: str
     reward: float = 0.0
     status: str = "ok"
+    message: str = ""
     advantage: float = 0.0
     entropy: float | None = None
     old_logprobs: Tensor | None = None
@@ -48,6 +50,11 @@ class Sequence:
     def is_correct(self) -> bool:
         """Whether the verifier accepted it; a custom reward counts as accepted from 0.5 up."""
         return self.reward >= 0.5
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether it has a reward at all; what the verifier did not judge takes no part in training or in means."""
+        return self.status != "unjudged"
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)

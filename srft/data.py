@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from srft.sources import FILE_SUFFIXES, Message, detect_schema, map_columns, read_fields, read_source
 from srft.tasks import REASONING_GYM
+from srft.verifiers import VERIFIERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,7 +148,28 @@ def check_demos(examples: Sequence[Example], pool: RewardPool) -> list[str]:
     """
     shown = [example for example in examples if example.demo is not None]
     results = pool.score([(example.demo or "", example.answer, example.row) for example in shown])
-    return [example.id for example, result in zip(shown, results, strict=True) if result.value < 0.5]
+    return [
+        example.id
+        for example, result in zip(shown, results, strict=True)
+        if result.value < 0.5 and result.status != "unjudged"
+    ]
+
+
+def check_answers(examples: Sequence[Example], pool: RewardPool) -> dict[str, str]:
+    """Return, by id, why the verifier cannot read the answer of an example; only those that it cannot read.
+
+    Args:
+        examples: Their demonstrations are not looked at.
+        pool: A verifier of the user's own is not asked: what it makes of an empty completion is its own affair.
+    """
+    if pool.kind not in VERIFIERS:
+        return {}
+    results = pool.score([("", example.answer, example.row) for example in examples], may_fail=True)
+    return {
+        example.id: result.message
+        for example, result in zip(examples, results, strict=True)
+        if result.status == "bad_gold"
+    }
 
 
 def render_prompt(

@@ -28,18 +28,20 @@ def evaluate(
         sampling: The training run's; its temperature is replaced by 0.
 
     Returns:
-        ``eval/accuracy``, the ends of its 95 % interval, ``eval/truncated`` and ``eval/timeouts``, all in [0, 1].
+        ``eval/accuracy`` and the ends of its 95 % interval, over the answers that were judged and absent where none
+        was; ``eval/truncated`` and ``eval/timeouts``; all in [0, 1].
     """
     greedy = Sampling(0.0, sampling.max_new_tokens, sampling.stop_token_ids)
     drawn = [c[0] for c in engine.generate([p.prompt_ids for p in prompts], greedy, [[0]] * len(prompts))]
     texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in drawn]
     results = pool.score([(t, p.example.answer, p.example.row) for t, p in zip(texts, prompts, strict=True)])
     correct = sum(r.value >= 0.5 for r in results)
-    low, high = wilson_interval(correct, len(prompts))
-    return {
-        "eval/accuracy": correct / len(prompts),
-        "eval/ci_low": low,
-        "eval/ci_high": high,
+    judged = sum(r.status != "unjudged" for r in results)
+    accuracy: dict[str, float] = {}
+    if judged:
+        low, high = wilson_interval(correct, judged)
+        accuracy = {"eval/accuracy": correct / judged, "eval/ci_low": low, "eval/ci_high": high}
+    return accuracy | {
         "eval/truncated": sum(c.finish == "length" for c in drawn) / len(drawn),
         "eval/timeouts": sum(r.status == "timeout" for r in results) / len(drawn),
     }

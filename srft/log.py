@@ -303,7 +303,8 @@ class RunLog:
         Args:
             step: The step they were drawn at.
             rows: One mapping each with ``prompt``, ``completion``, ``demo`` (bool), ``reward``, ``status``
-                ("ok", "timeout", "error" or "bad_gold"), ``advantage``, ``entropy`` (nats) and ``answer``.
+                ("ok", "unjudged", "timeout", "error" or "bad_gold"), ``message`` (what went wrong), ``advantage``,
+                ``entropy`` (nats) and ``answer``.
         """
         for row in rows:
             write_json_line(self._samples_file, {"step": step, **row})

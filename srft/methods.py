@@ -62,7 +62,7 @@ def assign_advantages(groups: Seq[Group], method: MethodConfig) -> list[Sequence
         method: The method section of the configuration.
 
     Returns:
-        Rollouts and demonstrations for SRFT, rollouts for GRPO, demonstrations for SFT.
+        Rollouts and demonstrations for SRFT, rollouts for GRPO, demonstrations for SFT; those that were judged.
     """
     divide = method.advantage_std
     if divide is None:
@@ -72,7 +72,8 @@ def assign_advantages(groups: Seq[Group], method: MethodConfig) -> list[Sequence
         members = (group.rollouts if needs_rollouts(method) else []) + (
             group.demos if needs_demos(method) else []
         )
-        if needs_rollouts(method):
+        members = [member for member in members if member.is_judged]
+        if needs_rollouts(method) and members:
             for member, advantage in zip(
                 members, group_advantages([m.reward for m in members], divide), strict=True
             ):

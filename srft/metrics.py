@@ -48,26 +48,33 @@ def group_metrics(groups: list[Group]) -> dict[str, float]:
         groups: With rewards.
 
     Returns:
-        Shares in [0, 1], lengths in tokens, counts; rollout entries only where there are rollouts.
+        Shares in [0, 1], lengths in tokens, counts; rollout entries only where there are rollouts, rewards only
+        of what was judged.
     """
     rollouts = [s for g in groups for s in g.rollouts]
     demos = [s for g in groups for s in g.demos]
     metrics: dict[str, float] = {}
-    if demos:
-        metrics["reward/demo"] = sum(s.reward for s in demos) / len(demos)
-    if rollouts:
-        rewards = torch.tensor([s.reward for s in rollouts], dtype=torch.float64)
-        wrong = [g for g in groups if not any(s.is_correct for s in g.rollouts)]
+    if accepted := [s.reward for s in demos if s.is_judged]:
+        metrics["reward/demo"] = sum(accepted) / len(accepted)
+    judged = [(g, [s for s in g.rollouts if s.is_judged]) for g in groups]
+    judged = [(g, members) for g, members in judged if members]
+    if judged:
+        rewards = torch.tensor([s.reward for _, members in judged for s in members], dtype=torch.float64)
+        wrong = [g for g, members in judged if not any(s.is_correct for s in members)]
         metrics |= {
             "reward/mean": rewards.mean().item(),
             "reward/std": rewards.std(correction=0).item(),
-            "groups/all_right": sum(all(s.is_correct for s in g.rollouts) for g in groups) / len(groups),
-            "groups/all_wrong": len(wrong) / len(groups),
-            "groups/rescued_by_demo": sum(any(s.is_correct for s in g.demos) for g in wrong) / len(groups),
+            "groups/all_right": sum(all(s.is_correct for s in members) for _, members in judged) / len(judged),
+            "groups/all_wrong": len(wrong) / len(judged),
+            "groups/rescued_by_demo": sum(any(s.is_correct for s in g.demos) for g in wrong) / len(judged),
+        }
+    if rollouts:
+        metrics |= {
             "length/mean": sum(len(s.response_ids) for s in rollouts) / len(rollouts),
             "length/truncated": sum(s.truncated for s in rollouts) / len(rollouts),
         }
     everything = rollouts + demos
+    metrics["reward/unjudged"] = sum(not s.is_judged for s in everything)
     metrics["reward/timeouts"] = sum(s.status == "timeout" for s in everything)
     metrics["reward/errors"] = sum(s.status in ("error", "bad_gold") for s in everything)
     metrics["tokens/step"] = sum(len(s) for s in everything)
@@ -128,6 +135,17 @@ def _weights(method: MethodConfig, terms: Mapping[str, float], totals: Totals) -
     return {}
 
 
+def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Average the metrics of a step's updates, each over the updates that have it.
+
+    Args:
+        updates: Of each update that had something to learn from; may be empty.
+    """
+    names = dict.fromkeys(name for update in updates for name in update)
+    found = {name: [update[name] for update in updates if name in update] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
 def sample_rows(groups: list[Group], most: int = 4) -> list[dict[str, Any]]:
     """Return the first groups' members as rows of the sample table.
 
@@ -143,6 +161,7 @@ def sample_rows(groups: list[Group], most: int = 4) -> list[dict[str, Any]]:
             "demo": s.is_demo,
             "reward": s.reward,
             "status": s.status,
+            "message": s.message,
             "advantage": s.advantage,
             "entropy": s.entropy,
             "answer": str(group.prompt.example.answer),

@@ -11,7 +11,10 @@ from srft.screen import UNPRINTABLE
 
 _MAX_CHARACTERS = 4000
 _MAX_SAMPLES_PER_STEP = 24
-_STATUS_WORDS = {"timeout": "deadline passed", "error": "reward failed", "bad_gold": "answer key unreadable"}
+_STATUS_WORDS = {
+    "timeout": "deadline passed", "error": "reward failed", "bad_gold": "answer key unreadable",
+    "unjudged": "not judged",
+}  # fmt: skip
 
 # should an escape ever be missed, the browser still runs and loads nothing
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -219,7 +222,9 @@ def _sample(row: Mapping[str, Any]) -> str:
         if isinstance(row.get(key), int | float)
     ]
     shown = "".join(f"<small>{number}</small> " for number in numbers)
-    marks = f"<div>{_tags(row)} {shown}</div>"
+    message = row.get("message")
+    said = f'<div class="muted">{_text(message)}</div>' if message else ""
+    marks = f"<div>{_tags(row)} {shown}</div>{said}"
     return f'<div class="sample">{marks}<div class="text">{_text(row.get("completion"))}</div></div>'
 
 

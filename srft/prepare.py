@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.checkpoint import export_model
 from srft.config import Config
-from srft.data import Example, Prompt, build_prompts, check_demos, drop_shared, load_examples
+from srft.data import Example, Prompt, build_prompts, check_answers, check_demos, drop_shared, load_examples
 from srft.engine.base import Engine
 from srft.engine.hf import HfEngine
 from srft.methods import needs_demos, needs_rollouts
@@ -130,7 +130,14 @@ def make_prompts(
     notes = [f"{len(examples)} training and {len(problems.held_out)} held-out problems from {data.train}"]
     with_demos = needs_demos(config.method) or (config.model.name == "tiny" and config.model.warm_start.max_steps > 0)
     pool.prewarm()
-    if with_demos and data.bad_demos != "keep":
+    checked = with_demos and data.bad_demos != "keep"
+    held_out, left_out = _with_readable_answers(config, problems.held_out, pool)
+    if not checked:
+        examples, more_left_out = _with_readable_answers(config, examples, pool)
+        left_out += more_left_out
+    if left_out:
+        notes.append(f"{left_out} rows skipped whose answer {pool.kind!r} cannot read")
+    if checked:
         bad = set(check_demos(examples, pool))
         if bad and data.bad_demos == "error":
             first = next(e for e in examples if e.id in bad)
@@ -147,7 +154,7 @@ def make_prompts(
             notes.append(f"{len(bad)} rows skipped whose demonstration fails its verifier")
     if not with_demos:
         examples = [replace(e, demo=None) for e in examples]
-    held_out = [replace(e, demo=None) for e in problems.held_out]
+    held_out = [replace(e, demo=None) for e in held_out]
     prompts, counts = _encode(config, examples, tokenizer)
     held_out_prompts, held_out_counts = _encode(config, held_out, tokenizer)
     dropped = counts["overlong_prompts"] + counts["overlong_demos"]
@@ -169,6 +176,20 @@ def make_prompts(
             f"train.demos_per_prompt={train.demos_per_prompt}, but a prompt has only {fewest} demonstrations"
         )
     return prompts, held_out_prompts, ", ".join(notes)
+
+
+def _with_readable_answers(
+    config: Config, examples: list[Example], pool: RewardPool
+) -> tuple[list[Example], int]:
+    """The examples that can be judged, and how many cannot."""
+    bad = check_answers(examples, pool)
+    if bad and (config.data.bad_rows == "error" or len(bad) == len(examples)):
+        first, reason = next(iter(bad.items()))
+        raise ValueError(
+            f"{len(bad)} of {len(examples)} answers cannot be read by {pool.kind!r}, the first is {first}: {reason}; "
+            "mend them, set data.columns.answer or reward.kind, or data.bad_rows=skip"
+        )
+    return [example for example in examples if example.id not in bad], len(bad)
 
 
 def load_policy(

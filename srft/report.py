@@ -205,6 +205,8 @@ def _warnings(rows: Sequence[Mapping[str, Any]], broken: int) -> list[str]:
         count = points(rows, key)[1].sum()
         if count:
             warnings.append(f"Completions whose verification {what}, which count as wrong: {count:.0f}.")
+    if unjudged := points(rows, "reward/unjudged")[1].sum():
+        warnings.append(f"Completions that the reward did not judge, which took no part: {unjudged:.0f}.")
     return warnings
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from multiprocessing.connection import Connection
+from typing import Any
 
 from srft.verifiers import BadGold, Verifier, load_verifier
 
@@ -22,9 +23,24 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
+def _number(value: Any) -> float:
+    """Read what a verifier returned; numpy and torch scalars are numbers, a text or a container is not."""
+    if isinstance(value, str | bytes | list | tuple | dict | set):
+        hint = ""
+        if isinstance(value, dict) and value:
+            hint = f"; return one of its values, such as result[{next(iter(value))!r}]"
+        elif isinstance(value, list | tuple):
+            hint = "; it is called with one completion at a time"
+        raise TypeError(f"the reward must return a number or None, got {type(value).__name__} {value!r:.80}{hint}")
+    return float(value)
+
+
 def _grade(verifier: Verifier, item: tuple) -> tuple[float, str, str]:
     try:
-        value = float(verifier(*item))
+        returned = verifier(*item)
+        if returned is None:
+            return 0.0, "unjudged", "the reward returned None"
+        value = _number(returned)
     except BadGold as error:
         return 0.0, "bad_gold", str(error)
     # whatever a verifier raises on a model's text is that item's result, not the run's end

@@ -22,6 +22,8 @@ from srft.tasks import REASONING_GYM
 from srft.verifiers import check_kind
 
 STARTUP_SECONDS = 120.0
+_DIED = "the worker died twice on this item"
+_DEATHS = 8  # a verifier that has ended its process on so many items and graded none ends the run
 Item = tuple[str, Any, dict[str, Any]]
 
 _DEFAULT_REWARDS = {
@@ -60,13 +62,13 @@ class RewardResult:
 
     Args:
         value: 0 or 1 from the built-in verifiers, any finite float from others; 0 unless ``status`` is "ok".
-        status: "ok"; "timeout": killed at the deadline; "error": the verifier raised, or its process died
-            twice; "bad_gold": the ground truth cannot be read.
+        status: "ok"; "unjudged": the verifier returned None; "timeout": killed at the deadline; "error": the
+            verifier raised, or its process died twice; "bad_gold": the ground truth cannot be read.
         message: What went wrong, empty for "ok".
     """
 
     value: float
-    status: Literal["ok", "timeout", "error", "bad_gold"]
+    status: Literal["ok", "unjudged", "timeout", "error", "bad_gold"]
     message: str = ""
 
 
@@ -118,7 +120,8 @@ class RewardPool:
 
     Args:
         kind: "exact", "numeric", "countdown", "math", "reasoning_gym:<task>" or "path/to/file.py:function",
-            where function(completion, answer, row) returns a float.
+            where function(completion, answer, row) returns a float, or None for a completion that it does
+            not judge.
         workers: Number of processes, >= 1.
         deadline_s: Seconds that one item may run, > 0; the start of a process does not count.
 
@@ -135,6 +138,7 @@ class RewardPool:
         self.kind = kind
         self.deadline_s = deadline_s
         self.counts: Counter[str] = Counter()
+        self._graded = False
         self._size = workers
         self._workers: list[_Worker] = []
         self._closed = False
@@ -151,14 +155,15 @@ class RewardPool:
             while any(not worker.ready for worker in self._workers):
                 self._collect({}, deque(), set())
 
-    def score(self, items: Sequence[Item]) -> list[RewardResult]:
+    def score(self, items: Sequence[Item], *, may_fail: bool = False) -> list[RewardResult]:
         """Grade (completion text, answer, row) triples; result ``i`` belongs to item ``i``.
 
         Args:
             items: Any number of triples; answer and row must be picklable.
+            may_fail: Return the results of a batch on which the verifier failed throughout, instead of raising.
 
         Raises:
-            ValueError: If the verifier cannot be loaded, or the pool is closed.
+            ValueError: If the verifier cannot be loaded, if it fails on a whole batch, or if the pool is closed.
         """
         results: dict[int, RewardResult] = {}
         queue = deque(range(len(items)))
@@ -170,9 +175,29 @@ class RewardPool:
                     if queue and worker.ready and worker.item is None:
                         self._hand_out(worker, queue, items)
                 self._collect(results, queue, retried)
+                if not (may_fail or self._graded) and len(results) >= _DEATHS:
+                    # each death costs two starts of a process: nobody should wait for a whole batch of them
+                    if all(result.message.startswith(_DIED) for result in results.values()):
+                        self._stop_if_useless(list(results.values()))
         ordered = [results[index] for index in range(len(items))]
         self.counts.update(result.status for result in ordered)
+        if not may_fail:
+            self._stop_if_useless(ordered)
         return ordered
+
+    def _stop_if_useless(self, results: list[RewardResult]) -> None:
+        """Refuse to go on with a verifier that has failed on all of its first items, or on a whole batch of several."""
+        failed = [result for result in results if result.status not in ("ok", "unjudged")]
+        if len(failed) < len(results) or not results:
+            self._graded = True
+            return
+        broken = len(failed) > 1 and all(result.status == "error" for result in failed)
+        if broken or not self._graded:
+            what = {"timeout": "hit its deadline", "bad_gold": "could not read the answer"}
+            raise ValueError(
+                f"reward {self.kind!r} {what.get(failed[0].status, 'failed')} on all of the first "
+                f"{len(failed)} items of a batch, the first with: {failed[0].message}"
+            )
 
     def close(self) -> None:
         """Kill the workers; safe to call twice."""
@@ -248,10 +273,10 @@ class RewardPool:
             if event[0] == "late":
                 results[index] = RewardResult(0.0, "timeout", f"killed after {self.deadline_s:g} s")
             elif index in retried:
-                results[index] = RewardResult(0.0, "error", f"the worker died twice on this item: {end}")
+                results[index] = RewardResult(0.0, "error", f"{_DIED}: {end}")
             else:
                 retried.add(index)
-                queue.append(index)
+                queue.appendleft(index)
 
     def _finish_start(self, worker: _Worker, event: str, reason: str) -> None:
         if event == "ready":

@@ -17,7 +17,7 @@ from srft.engine.base import Engine, EngineError, Sampling
 from srft.evaluate import evaluate
 from srft.log import RunLog
 from srft.methods import assign_advantages, method_loss, needs_demos, needs_rollouts, token_weight
-from srft.metrics import Clock, group_metrics, loss_metrics, sample_rows
+from srft.metrics import Clock, group_metrics, loss_metrics, mean_metrics, sample_rows
 from srft.model import final_hidden_states, head_arguments, load_tokenizer
 from srft.options import exit_on_help, load_config, to_toml
 from srft.prepare import (
@@ -92,13 +92,15 @@ def fit(config: Config) -> None:
                     ]
                     if train.updates_per_step > 1:
                         remember_old_logprobs(config, model, [s for part in sequences for s in part])
-                    updates = [update(config, model, optimizer, part, step) for part in sequences]
+                    updates = [update(config, model, optimizer, part, step) for part in sequences if part]
+                if not updates:
+                    log.say(f"Step {step}: no sample was judged, so nothing was learned.")
                 with clock("sync"):
                     difference = sync.push(step)
                 metrics = {
                     "step": step,
                     "canary/max_abs_diff": difference,
-                    **{key: sum(u[key] for u in updates) / len(updates) for key in updates[0]},
+                    **mean_metrics(updates),
                     **group_metrics(groups),
                 }
                 if step % train.eval_every == 0 or step == train.steps:
@@ -165,7 +167,7 @@ def judge(groups: list[Group], pool: RewardPool) -> None:
     members = [(s, g.prompt.example) for g in groups for s in (*g.rollouts, *g.demos)]
     results = pool.score([(s.text, example.answer, example.row) for s, example in members])
     for (sequence, _), result in zip(members, results, strict=True):
-        sequence.reward, sequence.status = result.value, result.status
+        sequence.reward, sequence.status, sequence.message = result.value, result.status, result.message
 
 
 def update(

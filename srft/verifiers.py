@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import logging
 import re
 import sys
@@ -305,7 +306,39 @@ def _custom(spec: str) -> Verifier:
     if not callable(verifier):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(f"{path} has no function {function!r}; it has: {', '.join(names) or 'none'}")
+    _check_signature(spec, verifier)
     return verifier
+
+
+_SIGNATURE = "def reward(completion, answer, row) -> float"
+
+
+def _check_signature(spec: str, verifier: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with (completion, answer, row), knowing other trainers' rewards."""
+    try:
+        signature = inspect.signature(verifier)
+    except (TypeError, ValueError):
+        # something built in: only calling it can tell
+        return
+    name, names = spec.rpartition(":")[2], set(signature.parameters)
+    if names & {"solution_str", "data_source"}:
+        call = "row.get('data_source'), completion, answer, row.get('extra_info')"
+        raise ValueError(
+            f"{spec} has verl's signature {signature}; write {_SIGNATURE}: return {name}({call}), where a score in a "
+            "dict is returned as a number, and set reward.kind to it"
+        )
+    if names & {"completions", "prompts", "queries", "responses"}:
+        raise ValueError(
+            f"{spec} takes whole batches, as TRL's rewards do, {signature}; it is called once a completion here: write "
+            f"{_SIGNATURE}: return {name}(completions=[completion], answer=[answer])[0], with what else it needs, and "
+            "set reward.kind to it"
+        )
+    try:
+        signature.bind("completion", "answer", {})
+    except TypeError as error:
+        raise ValueError(f"{spec} has the signature {signature}, expected {_SIGNATURE} ({error})") from None
+    if inspect.iscoroutinefunction(verifier):
+        raise ValueError(f"{spec} is an async function; write {_SIGNATURE}, which may call asyncio.run inside")
 
 
 VERIFIERS: dict[str, Verifier] = {"exact": exact, "numeric": numeric, "countdown": countdown, "math": math}

@@ -75,7 +75,8 @@ def warm_start(
         optimizer.step()
         if step % _EVAL_EVERY == 0 or step == options.max_steps:
             engine.update_weights(model.state_dict().items(), step)
-            accuracy = evaluate(engine, tokenizer, held_out[:_EVAL_PROBLEMS], pool, sampling)["eval/accuracy"]
+            found = evaluate(engine, tokenizer, held_out[:_EVAL_PROBLEMS], pool, sampling)
+            accuracy = found.get("eval/accuracy", 0.0)
             print(
                 f"warm start: step {step}, loss {total:.3f} nats, held-out accuracy {accuracy:.3f}",
                 file=sys.stderr,

@@ -172,6 +172,20 @@ def test_who_is_compared_and_who_teaches(name: str) -> None:
         assert [s.advantage for s in chosen] == pytest.approx([a for _, a in expected], rel=1e-12)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_what_was_not_judged_teaches_nothing(name: str) -> None:
+    """Advantages and the chosen sequences are those of groups that never held the unjudged ones."""
+    config, groups, without = tiny_config(*METHODS[name]), random_groups(), random_groups()
+    for group, other in zip(groups, without, strict=True):
+        group.rollouts[1].status = "unjudged"
+        del other.rollouts[1]
+    for unjudged in (*groups[2].rollouts, *groups[2].demos):
+        unjudged.status = "unjudged"
+    without[2].rollouts, without[2].demos = [], []
+    chosen, expected = assign_advantages(groups, config.method), assign_advantages(without, config.method)
+    assert [(s.response_ids, s.advantage) for s in chosen] == [(s.response_ids, s.advantage) for s in expected]
+
+
 @pytest.mark.parametrize("divide", [True, False], ids=["std", "mean"])
 @pytest.mark.parametrize("name", ["paper", "official", "upt", "grpo"])
 def test_advantage_std_overrides_the_preset(name: str, divide: bool) -> None:

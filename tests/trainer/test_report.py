@@ -79,9 +79,11 @@ def test_page_marks_right_and_wrong_in_words(tmp_path: Path) -> None:
     with open_log(tmp_path) as log:
         log.metrics(srft_row(1))
         log.samples(1, [sample(), sample(reward=0.0), sample(reward=0.5), sample(demo=True)])
-        log.samples(1, [sample(reward=0.0, status="timeout")])
+        log.samples(1, [sample(reward=0.0, status="timeout", message="killed after 5 s")])
+        log.samples(1, [sample(reward=0.0, status="unjudged")])
         log.finish({})
     text = Page(tmp_path / "report.html").text
+    assert text.count("killed after 5 s") == 1 and text.count("! not judged") == 1
     assert text.count("✓ correct") == 2 and text.count("✗ incorrect") == 1 and text.count("~ in part") == 1
     assert text.count("! deadline passed") == 1 and text.count("demonstration") >= 1
 
