@@ -191,18 +191,6 @@ def test_command_table_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "result.png").stat().st_size > 10_000
 
 
-def test_gpu_sweep_runs_end_to_end(tmp_path: Path) -> None:
-    """The rates of products, and one step of measuring; what needs a GPU says so."""
-    out = tmp_path / "sweep.json"
-    steps = "gemm,cce-exact"
-    done = run("-m", "benchmarks.gpu_sweep", "--tiny", "--device=cpu", f"--only={steps}", f"--out={out}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(out.read_text())
-    assert found["notes"] == [] and {row["rows"] for row in found["gemm"]} == {64}
-    assert [part["step"] for part in found["tables"]] == ["cce-exact"]
-    assert "| grpo | cce-exact | left out: " in table.render(found)
-
-
 @pytest.mark.skipif(
     None in map(importlib.util.find_spec, ["pytest_benchmark", "pytest_timeout"]),
     reason="needs pytest-benchmark and pytest-timeout",

@@ -1,0 +1,163 @@
+"""Steps of gpu_sweep on ways to run the ops: half rows many times, in a graph, compiled, and in a training step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import srft_kernels
+from benchmarks.gpu_job import Job
+from benchmarks.heads import HEADS, Head, make_inputs
+from benchmarks.measure import errors
+from benchmarks.variants import variants
+from srft_kernels import formulas, row_kernels
+from srft_kernels._row_cpu import Rows
+
+
+def half_row(job: Job) -> None:
+    """16-bit gradients over the front half of their fp32 row, as in production: the same bits 20 times."""
+    head = HEADS[job.names[0]]
+    source = torch.randn(job.tokens, head.vocab, device=job.device)
+    labels = torch.randint(head.vocab, (job.tokens,), device=job.device)
+    weight = torch.randn(1, job.tokens, device=job.device)
+    rows = Rows(labels, None, None, None, -100, job.dtype)
+
+    def once() -> tuple[Tensor, ...]:
+        known, dz = row_kernels.objective_gradient(
+            source.clone(), rows, formulas.cross_entropy_token, weight, (), False
+        )
+        assert dz.dtype == job.dtype and dz.shape == source.shape
+        return (*known, dz)
+
+    expected = once()
+    known = row_kernels.stats(source, rows, False)
+    exact = row_kernels.gradient(source, rows, known, -weight[0], None, False, out=torch.empty_like(source))
+    error = errors(expected[-1], exact)[0]
+    differing = sum(not all(map(torch.equal, once(), expected)) for _ in range(20))
+    text = f"{differing} of 20 differ; error against two passes {error:.0e}"
+    job.save(error=error, differing=differing, headline=text)
+    assert differing == 0, f"{differing} of 20 runs differ from the first: a thread reads what another has overwritten"
+    assert error < 2 * torch.finfo(job.dtype).eps, f"relative RMS error {error:.1e} against two passes"
+
+
+def small(job: Job) -> None:
+    """One call of every op at a small vocabulary, for tools that watch every access."""
+    x = make_inputs(Head(64, 4100), job.dtype, 4 * job.sequence, job.sequence, job.device)
+    for case in ("grpo", "srft", "cross_entropy"):
+        run = variants(case, job.dtype, job.device, frozenset(["ours"]))["ours"].run
+        assert run is not None
+        loss = run(x)[0]
+        print(case, float(loss), flush=True)
+    job.save(headline="ran")
+
+
+def graph(job: Job) -> None:
+    """Forward and backward captured in a CUDA graph: replays give the bits of the plain call."""
+    x = job.inputs(HEADS[job.names[0]])
+    run = job.ours("ours")
+    expected = [tensor.clone() for tensor in run(x)]
+    if job.device.type != "cuda":
+        job.save(headline="no graphs on a CPU: the plain call alone")
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        actual = run(x)
+    for tensor in actual:
+        tensor.zero_()
+    captured.replay()
+    torch.cuda.synchronize()
+    found = [errors(a, e)[0] for a, e in zip(actual, expected, strict=True)]
+    plain, replayed = job.median(lambda: run(x)), job.median(captured.replay)
+    text = f"plain {1000 * plain:.2f} ms, replayed {1000 * replayed:.2f} ms; differences {max(found):.0e}"
+    job.save(errors=found, plain_s=plain, replayed_s=replayed, headline=text)
+    assert max(found) == 0, f"a replay differs from the plain call: {found}"
+
+
+def compiled(job: Job) -> None:
+    """torch.compile(fullgraph=True) of a loss around the op: the bits of the plain call, and its time."""
+    x = job.inputs(HEADS[job.names[0]])
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor, advantages: Tensor, old: Tensor) -> Tensor:
+        return 2 * srft_kernels.linear_grpo_loss(1 * hidden, weight, labels, advantages, old).loss
+
+    def run(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        x.hidden_states.grad = x.lm_head_weight.grad = None
+        value = function(*x[:5])
+        value.backward()
+        return value.detach(), x.hidden_states.grad, x.lm_head_weight.grad
+
+    backend = "inductor" if job.device.type == "cuda" else "aot_eager"
+    fast = torch.compile(loss, fullgraph=True, backend=backend)
+    found = [errors(a, e)[0] for a, e in zip(run(fast), run(loss), strict=True)]
+    plain, quick = job.median(lambda: run(loss)), job.median(lambda: run(fast))
+    text = f"plain {1000 * plain:.2f} ms, compiled {1000 * quick:.2f} ms; differences {max(found):.0e}"
+    job.save(errors=found, plain_s=plain, compiled_s=quick, headline=text)
+    bound = 0 if job.device.type == "cpu" else 2 * torch.finfo(job.dtype).eps
+    assert max(found) <= bound, f"the compiled call differs from the plain one: {found}"
+
+
+def train_step(job: Job) -> None:
+    """A step of AdamW on a Qwen2 of the shape of the head, random weights: with our loss, and with plain torch's."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    head = HEADS[job.names[0]]
+    big = head.width >= 1024
+    config = Qwen2Config(
+        vocab_size=head.vocab, hidden_size=head.width, intermediate_size=(35 * head.width // 6) if big else 128,
+        num_hidden_layers=28 if big else 2, num_attention_heads=head.width // 128 if big else 2, num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).to(job.device, job.dtype)
+    if big:
+        model.gradient_checkpointing_enable()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    count = job.tokens // job.sequence
+    ids = torch.randint(head.vocab, (count, job.sequence), device=job.device)
+    labels = ids.roll(-1, 1).flatten()
+
+    def ours(hidden: Tensor) -> Tensor:
+        return srft_kernels.linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, labels)
+
+    def plain(hidden: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), labels)
+
+    def step(loss: Callable[[Tensor], Tensor]) -> None:
+        optimizer.zero_grad()
+        loss(model.model(ids).last_hidden_state).backward()
+        optimizer.step()
+
+    parts = []
+    for name, loss in (("ours", ours), ("plain torch", plain)):
+        if job.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            seconds = job.median(lambda loss=loss: step(loss))
+        except torch.cuda.OutOfMemoryError:
+            parts.append(f"{name} does not fit")
+            continue
+        peak = torch.cuda.max_memory_allocated() / 1e9 if job.device.type == "cuda" else 0.0
+        parts.append(f"{name} {seconds:.3f} s a step, {peak:.1f} GB")
+        job.save(**{name: {"median_s": seconds, "peak_gb": peak}}, headline="; ".join(parts))
+    job.save(headline=f"{job.tokens} tokens: " + "; ".join(parts))
+
+
+def fail(job: Job) -> None:
+    """Fail, for a dry run to see that the sweep goes on."""
+    raise RuntimeError("this step is made to fail")
+
+
+def hang(job: Job) -> None:
+    """Take longer than any limit, for a dry run to see that the sweep goes on."""
+    print("this step is made to hang", flush=True)
+    time.sleep(3600)

@@ -1,0 +1,228 @@
+"""What gpu_sweep runs beside measure and gemm_rates, each as a command: python -m benchmarks.gpu_steps STEP --out FILE.
+
+Each writes JSON with a line of text, "headline", and whatever it has measured, as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import device as devices
+from benchmarks import gpu_modes, peers, table
+from benchmarks.gpu_job import Job
+from benchmarks.heads import DTYPES, HEADS, Head, Inputs, make_inputs
+from benchmarks.measure import BOUNDS, Table, errors, of_ours
+from benchmarks.options import OPTIONS, specs
+from benchmarks.variants import floor, gold, variants
+from srft_kernels import _chunked_head, formulas, row_kernels
+from srft_kernels._row_cpu import Rows
+
+# blocks of columns and warps of the row kernel that are tried
+GRID = ((4096, 4), (4096, 8), (8192, 16), (16384, 32))
+WORKSPACES_GIB = (1, 1.5, 2.2, 2.5)
+# of modules that a peer has loaded, those that say which of its kernels it took
+BACKENDS = ("cutlass", "cutedsl", "cutile", "cute", "tvm_ffi", "quack")
+
+
+def _driver() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi: {error}"
+
+
+def first(job: Job) -> None:
+    """Versions, and one call of the GRPO loss against float64; an error is not caught, for its whole traceback."""
+    import triton
+
+    job.save(**devices.facts(job.device), triton=triton.__version__, driver=_driver())
+    print(job.found, flush=True)
+    x = make_inputs(Head(96, 1031), job.dtype, 4 * job.sequence, job.sequence, job.device)
+    actual = job.ours("ours")(x)
+    double = [tensor.detach().double().requires_grad_() for tensor in x[:2]]
+    expected = gold("grpo")(Inputs(*double, *x[2:]))
+    found = {name: errors(a, e)[0] for name, a, e in zip(("loss", "dX", "dW"), actual, expected, strict=True)}
+    bound = BOUNDS["ours"][job.dtype_name]
+    text = f"torch {torch.__version__}, triton {triton.__version__}: relative RMS error of loss, dX, dW "
+    job.save(errors=found, headline=text + ", ".join(f"{error:.0e}" for error in found.values()))
+    assert all(error <= bound for error in found.values()), f"relative RMS errors {found}, bound {bound:.0e}"
+
+
+def _kernels(call: Callable[[], Any], device: torch.device) -> list[dict]:
+    """What a call launches on a GPU, or runs on a CPU, longest first."""
+    gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * gpu
+    call()
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        if gpu:
+            torch.cuda.synchronize()
+    attribute = "self_device_time_total" if gpu else "self_cpu_time_total"
+    rows = [
+        {"name": event.key, "calls": event.count, "ms": getattr(event, attribute) / 1000}
+        for event in profile.key_averages()
+        if getattr(event, attribute) > 0
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def _print_kernels(title: str, rows: list[dict], most: int = 12) -> None:
+    total = sum(row["ms"] for row in rows)
+    print(f"\n{title}: {total:.2f} ms in all")
+    for row in rows[:most]:
+        print(f"{row['ms']:9.3f} ms {100 * row['ms'] / total:5.1f} % {row['calls']:6d} x {row['name'][:110]}")
+    sys.stdout.flush()
+
+
+def kernels(job: Job) -> None:
+    """A profiler's table of the kernels of one call, for each head."""
+    parts = []
+    for name in job.names:
+        x = job.inputs(HEADS[name])
+        for own in job.own_names():
+            rows = _kernels(functools.partial(job.ours(own), x), job.device)
+            _print_kernels(f"{own}, {name}, N={job.tokens}", rows)
+            total = sum(row["ms"] for row in rows)
+            mine = sum(row["ms"] for row in rows if "_row_kernel" in row["name"])
+            parts.append(f"{own} {name} {total:.1f} ms, row kernel {mine:.1f}")
+            job.save(**{f"{own} {name}": rows}, headline="; ".join(parts))
+
+
+@contextlib.contextmanager
+def _setting(module: Any, **values: Any) -> Iterator[None]:
+    """Constants of a module of the package, for a while."""
+    before = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+def row_kernel(job: Job) -> None:
+    """Traffic of the row kernel in TB/s by block, warps and dtype of the logits: two reads, one 16-bit write."""
+    head, count = HEADS[job.names[0]], job.tokens
+    labels = torch.randint(head.vocab, (count,), device=job.device)
+    objective = formulas.cross_entropy_token, torch.randn(1, count, device=job.device), (), False
+    found, best = [], ("", 0.0)
+    for dtype in dict.fromkeys((torch.float32, job.dtype)):
+        source = torch.randn(count, head.vocab, device=job.device).to(dtype)
+        z = torch.empty_like(source)
+        rows = Rows(labels, None, None, None, -100, job.dtype)
+        size = count * head.vocab * (2 * dtype.itemsize + job.dtype.itemsize)
+        for block, warps in GRID:
+            row: dict[str, Any] = {"logits": str(dtype).removeprefix("torch."), "block": block, "warps": warps}
+            try:
+                with _setting(row_kernels, _MAX_BLOCK_V=block, _NUM_WARPS=warps):
+                    times = []
+                    for _ in range(job.rounds + 1):
+                        z.copy_(source)
+                        call = functools.partial(row_kernels.objective_gradient, z, rows, *objective)
+                        times.append(devices.seconds(call, job.device))
+                # the first compiles
+                row |= {"median_s": statistics.median(times[1:]), "bytes": size}
+                row["tb_s"] = size / row["median_s"] / 1e12
+                text = f"{row['logits']} {block}x{warps}"
+                best = max(best, (text, row["tb_s"]), key=lambda pair: pair[1])
+            except Exception as error:  # one that does not compile or launch must not take the others along
+                row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            found.append(row)
+            print(row, flush=True)
+            job.save(rows=found, headline=f"best {best[0]}: {best[1]:.3g} TB/s")
+        del source, z
+
+
+def workspace(job: Job) -> None:
+    """Time of a call by the size of the workspace, beside the bare products."""
+    constant = f"{'GPU' if job.device.type == 'cuda' else 'CPU'}_WORKSPACE_BYTES"
+    found, parts = [], []
+    for name in job.names:
+        x = job.inputs(HEADS[name])
+        bare = floor(HEADS[name], job.dtype, job.device)
+        products = min(job.median(functools.partial(run, x)) for run in bare.values())
+        for own in job.own_names():
+            for gib in WORKSPACES_GIB:
+                with _setting(_chunked_head, **{constant: int(gib * 2**30)}):
+                    seconds = job.median(functools.partial(job.ours(own), x))
+                row = {"head": name, "variant": own, "gib": gib, "median_s": seconds, "ratio": seconds / products}
+                found.append(row)
+                print(row, flush=True)
+                job.save(rows=found, products_s=products)
+        ours = [row for row in found if row["head"] == name]
+        best = min(ours, key=lambda row: row["median_s"])
+        parts.append(f"{name}: best {best['variant']} at {best['gib']} GiB, {best['ratio']:.2f} of the products")
+        job.save(headline="; ".join(parts))
+
+
+def peer(job: Job) -> None:
+    """One peer with ours beside it: correctness and time; then the kernels and backends that it took."""
+    adapter = peers.PEERS[job.peer]
+    case = adapter.gives if adapter.gives in ("grpo", "cross_entropy") else "grpo"
+    own = [] if job.without_ours else ["ours", "ours-16bit-logits"]
+    options = {option: default for option, (default, _) in OPTIONS.items()} | {
+        "names": job.names[0], "tokens": str(job.tokens), "sequence": str(job.sequence), "dtype": job.dtype_name,
+        "device": str(job.device), "cases": case, "variants": ",".join([*own, job.peer]), "rounds": str(job.rounds),
+        "what": "time",
+    }  # fmt: skip
+    (spec,) = specs(options)
+    job.save(**devices.facts(job.device), command=options)
+    Table(spec, lambda result: job.save(tables=[result])).run()
+    rows = {row["name"]: row for row in job.found["tables"][0]["rows"]}
+    row = rows.get(job.peer, {"status": "skipped", "reason": job.found["tables"][0].get("skipped", "")})
+    print(table.render(job.found), flush=True)
+    if row["status"] == "ok":
+        x = job.inputs(HEADS[job.names[0]])
+        run = variants(case, job.dtype, job.device, frozenset([job.peer]))[job.peer].run
+        assert run is not None
+        launched = _kernels(lambda: run(x), job.device)
+        _print_kernels(job.peer, launched)
+        parts = {module: module.split(".") for module in sys.modules}
+        loaded = sorted(module for module, own in parts.items() if own[0] != "torch" and {*own} & {*BACKENDS})
+        job.save(kernels=launched, backends=loaded)
+        print(f"modules: {', '.join(loaded) or 'none of ' + ', '.join(BACKENDS)}")
+    broken = [x for x in rows.values() if of_ours(x)] + [row] * (row["status"] in ("failed", "wrong"))
+    if broken:
+        sys.exit("\n".join(x.get("traceback") or f"{x['name']}: {x['reason']}" for x in broken))
+
+
+STEPS: dict[str, Callable[[Job], None]] = {
+    step.__name__.replace("_", "-"): step
+    for step in (
+        first, kernels, row_kernel, workspace, peer, gpu_modes.half_row, gpu_modes.small, gpu_modes.graph,
+        gpu_modes.compiled, gpu_modes.train_step, gpu_modes.fail, gpu_modes.hang,
+    )
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run one step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--names", default="qwen2.5-7b", help="heads, comma-separated")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peer", default="", help="for the step peer")
+    parser.add_argument("--without-ours", action="store_true", help="for the step peer")
+    arguments = parser.parse_args()
+    job = Job(arguments)
+    STEPS[arguments.step](job)
+    print(job.found["headline"])
+
+
+if __name__ == "__main__":
+    main()
