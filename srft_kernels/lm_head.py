@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ._checks import check_choice, check_positive
 from ._chunked_head import LoraDelta
+from ._head_layer import active_lora, is_lora, is_trained_copy, linear_of, tell_of_replacements
 
 __all__ = ["FusedLMHead", "logit_options"]
 
@@ -23,9 +24,13 @@ class FusedLMHead(nn.Module):
 
     The weight may be tied to an embedding, frozen, of another dtype than the hidden states, or sharded by FSDP2::
 
-        head = FusedLMHead.from_linear(model.lm_head)
+        head = FusedLMHead.from_model(model)
         loss = partial(linear_grpo_loss, labels=labels, advantages=advantages, old_logprobs=old_logprobs)
         out = head(hidden_states, loss)  # linear_grpo_loss(hidden_states, model.lm_head.weight, labels=labels, ...)
+
+    Made from a model or from its layer, the head follows what becomes of that: resized, tied, loaded into, cast,
+    another in its place, a wrapper of peft put around it or taken off. A copy of the model has a copy of the head that
+    follows the copy. Where it cannot follow, a call raises.
 
     The op comes with its per-token tensors inside for a reason: under ``MixedPrecisionPolicy(param_dtype=
     torch.bfloat16)`` FSDP2 rounds every tensor it finds among the arguments of a module, ``old_logprobs`` too, and
@@ -89,8 +94,15 @@ class FusedLMHead(nn.Module):
         self.logit_softcap = logit_softcap
         self.logit_scale = logit_scale
         self.grad_reduction = grad_reduction
-        self._source: weakref.ref[nn.Module] | None = None
-        self._lora_layer: tuple[Any, ...] = ()
+        # the layer that is followed, and the model that has it
+        self._layer: weakref.ref[nn.Module] | None = None
+        self._model: weakref.ref[nn.Module] | None = None
+        # the same layer where it must not die; in a tuple it is no submodule
+        self._kept: tuple[nn.Module, ...] = ()
+        self._replaced = False
+        # weight and bias of the layer when they were last looked at
+        self._seen: dict[str, weakref.ref[Tensor]] = {}
+        tell_of_replacements(self)
 
     @classmethod
     def from_linear(
@@ -101,41 +113,105 @@ class FusedLMHead(nn.Module):
         logit_scale: float = 1.0,
         grad_reduction: str = "mean",
     ) -> FusedLMHead:
-        """Make a head that shares the parameters of a linear layer.
+        """Make a head that shares the parameters of a linear layer, and follows it.
 
-        Sharding one of the two alone would part them; as long as ``module`` lives, a call then raises.
+        What takes the layer's place in a module is followed in its stead; the head itself may take it, or an
+        ``nn.Identity``, and then stands alone. Sharding the head without the layer would part them: a call then raises.
 
         A LoRA layer of peft may stand in for the linear layer: the head takes part in its active adapter, in
         ``disable_adapter`` and in merging as the layer does, and lists the adapters under ``lora_A`` and ``lora_B``.
-        Freezing the base weight is left to peft. Make the head after the adapters: it cannot see them otherwise.
+        Freezing the base weight is left to peft.
 
         Args:
-            module: The lm_head, an ``nn.Linear`` or peft's LoRA layer around one.
+            module: The lm_head, an ``nn.Linear``, or peft's LoRA layer or ``modules_to_save`` around one.
             logit_softcap: As for the class.
             logit_scale: As for the class.
             grad_reduction: As for the class.
 
         Raises:
-            ValueError: Where ``module`` is no such layer, or as for the class.
+            ValueError: Where ``module`` is no such layer or has a forward of its own, or as for the class.
         """
-        is_lora = hasattr(module, "base_layer") and hasattr(module, "lora_A")
-        layer = module.base_layer if is_lora else module
-        if not isinstance(layer, nn.Linear):
-            got = type(module).__name__ + (f" around {type(layer).__name__}" if is_lora else "")
-            raise ValueError(
-                f"module must be an nn.Linear, or a LoRA layer of peft around one, got {got}; "
-                "pass the linear layer inside it"
-            )
-        weight: Any = layer.weight  # torch declares it as a tensor
+        linear = linear_of(module)
+        weight: Any = linear.weight  # torch declares it as a tensor
         head = cls(
-            weight, layer.bias, logit_softcap=logit_softcap, logit_scale=logit_scale, grad_reduction=grad_reduction
+            weight, linear.bias, logit_softcap=logit_softcap, logit_scale=logit_scale, grad_reduction=grad_reduction
         )
-        head._source = weakref.ref(layer)
-        if is_lora:
-            head.lora_A, head.lora_B = module.lora_A, module.lora_B
-            # in a tuple it is no submodule: its parameters are those registered here
-            head._lora_layer = (module,)
+        head._take(module, linear)
         return head
+
+    @classmethod
+    def from_model(cls, model: nn.Module, *, grad_reduction: str = "mean") -> FusedLMHead:
+        """Make a head for the lm_head of a model of transformers, with the scale and softcap of its config.
+
+        Args:
+            model: Whose ``get_output_embeddings()`` is looked up at every call; bare or inside a peft model.
+            grad_reduction: As for the class.
+
+        Raises:
+            ValueError: As ``from_linear`` and ``logit_options``.
+        """
+        found: Any = model
+        head = cls.from_linear(
+            found.get_output_embeddings(), grad_reduction=grad_reduction, **logit_options(found.config)
+        )
+        head._model = weakref.ref(model)
+        return head
+
+    def layer_replaced(self, old: nn.Module, new: nn.Module | None) -> None:
+        """Called when a module puts ``new`` in the place of ``old``; a call of the head then looks at ``new``."""
+        current = self if self._layer is None else self._layer()
+        if old is not current:
+            return
+        if new is None or new is self or isinstance(new, nn.Identity):
+            if old is not self and not is_trained_copy(old):
+                self._layer = None
+        elif old is not self or isinstance(new, nn.Linear) or is_lora(new) or is_trained_copy(new):
+            self._layer, self._kept, self._replaced = weakref.ref(new), (new,), True
+
+    def _take(self, module: nn.Module, linear: nn.Linear) -> None:
+        """Follow ``module`` from now on, whose linear layer is ``linear`` and has the parameters of the head."""
+        self._layer, self._replaced = weakref.ref(module), False
+        self._kept = (module,) if is_lora(module) or is_trained_copy(module) else ()
+        for name in ("lora_A", "lora_B"):
+            if is_lora(module):
+                setattr(self, name, getattr(module, name))
+            elif name in self._modules:
+                delattr(self, name)
+        self._see(linear)
+
+    def _see(self, linear: nn.Linear) -> None:
+        """Remember the parameters of ``linear`` that are the head's."""
+        found = {name: getattr(linear, name, None) for name in ("weight", "bias")}
+        self._seen = {
+            name: weakref.ref(x) for name, x in found.items() if x is not None and x is getattr(self, name)
+        }
+
+    def _follow(self) -> None:
+        """Look at the layer, and take over its parameters where they are others than before."""
+        model: Any = None if self._model is None else self._model()
+        layer = None if self._layer is None else self._layer()
+        if model is not None:
+            now = model.get_output_embeddings()
+            layer = layer if now is self or isinstance(now, nn.Identity) else now
+        if layer is None:
+            return
+        linear, changed = linear_of(layer), self._replaced or layer is not (self._layer and self._layer())
+        for name in ("weight", "bias"):
+            mine, theirs = getattr(self, name), getattr(linear, name, None)
+            seen = mine is None or (name in self._seen and self._seen[name]() is mine)
+            changed = changed or not seen or mine is not theirs
+            if mine is theirs:
+                continue
+            if not seen:
+                raise ValueError(
+                    f"the head and the layer it was made from no longer share their {name}; apply fully_shard to a "
+                    "module that contains both, or put the head in the layer's place"
+                )
+            if theirs is not None or name == "weight":
+                _check_parameter(name, theirs, 2 if name == "weight" else 1)
+            setattr(self, name, theirs)
+        if changed:
+            self._take(layer, linear)
 
     def forward(self, hidden_states: Tensor, op: Callable[..., _T]) -> _T:
         """Call ``op`` with the hidden states, the weight, and the bias, softcap, scale and LoRA that the head has.
@@ -164,12 +240,7 @@ class FusedLMHead(nn.Module):
                 f"op must be callable, got {type(op).__name__}; bind the other arguments: "
                 "head(hidden_states, partial(linear_grpo_loss, labels=labels, advantages=advantages))"
             )
-        source = None if self._source is None else self._source()
-        if source is not None and source.weight is not self.weight:
-            raise ValueError(
-                "the head and the module it was made from no longer share their weight; apply fully_shard to a "
-                "module that contains both, or put the head in the module's place"
-            )
+        self._follow()
         options: dict[str, Any] = {}
         if self.bias is not None:
             options["bias"] = _whole(self.bias, self.bias.dtype, self.grad_reduction)
@@ -177,38 +248,12 @@ class FusedLMHead(nn.Module):
             options["logit_softcap"] = self.logit_softcap
         if self.logit_scale != 1.0:
             options["logit_scale"] = self.logit_scale
-        lora = self._active_lora() if self._lora_layer else None
+        lora = active_lora(self._kept[0]) if self._kept and is_lora(self._kept[0]) else None
         if lora is not None:
-            options["lora"] = lora
+            a, b = (_whole(x, x.dtype, self.grad_reduction) for x in lora[:2])
+            options["lora"] = LoraDelta(a, b, lora.scale)
         weight = _whole(self.weight, hidden_states.dtype, self.grad_reduction)
         return op(hidden_states, weight, **options)
-
-    def _active_lora(self) -> LoraDelta | None:
-        """What the LoRA layer adds at this moment."""
-        (layer,) = self._lora_layer
-        if layer.merged:
-            if layer.disable_adapters:
-                raise ValueError("the LoRA adapters of lm_head are disabled but merged; unmerge them first")
-            return None
-        names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
-        if not names:
-            return None
-        if len(names) > 1:
-            raise ValueError(f"lm_head must have one active LoRA adapter, got {', '.join(names)}; merge all but one")
-        (name,) = names
-        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        if name in layer.lora_variant or b.bias is not None:
-            raise ValueError(
-                f"the LoRA adapter {name!r} of lm_head is a variant (such as DoRA) or has a bias, "
-                "which the fused ops do not compute; configure plain LoRA for lm_head"
-            )
-        if dropout.training and getattr(dropout, "p", 0.0) > 0:
-            raise ValueError(
-                f"the LoRA adapter {name!r} of lm_head has a dropout of {dropout.p}, which the fused ops do not "
-                "compute; set lora_dropout=0, or call .eval() on the model"
-            )
-        a, b = (_whole(x.weight, x.weight.dtype, self.grad_reduction) for x in (a, b))
-        return LoraDelta(a, b, layer.scaling[name])
 
     def extra_repr(self) -> str:
         """Sizes and options, as ``nn.Linear`` shows them."""
@@ -218,8 +263,17 @@ class FusedLMHead(nn.Module):
         return f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}{softcap}{scale}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy stands alone; weak references cannot be pickled."""
-        return {**self.__dict__, "_source": None}
+        """The layer goes along, so that a copy of both stays together; a copy of the head alone stands alone."""
+        return {**self.__dict__, "_layer": None if self._layer is None else self._layer(), "_model": None, "_seen": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Inverse of ``__getstate__``."""
+        super().__setstate__(state)
+        layer: Any = self._layer
+        self._layer = None if layer is None else weakref.ref(layer)
+        if layer is not None and not self._replaced:
+            self._see(linear_of(layer))
+        tell_of_replacements(self)
 
 
 class LogitOptions(TypedDict):

@@ -183,12 +183,37 @@ def root_tied_pair(rank: int) -> Result:
     return gradients(policy)
 
 
-def parted(rank: int) -> Result:
-    """The linear layer is sharded, and the head made from it is outside: it would train a copy."""
+def layer_alone(rank: int) -> Result:
+    """The linear layer is sharded, and the head made from it is outside: it gathers the layer's shards."""
     from torch.distributed.fsdp import fully_shard
 
     policy = Policy()
     fully_shard(policy.lm_head)
+    data = batch(rank)
+    policy(data["ids"], grpo(data)).loss.backward()
+    return {name: whole(p.grad) for name, p in policy.lm_head.named_parameters(prefix="lm_head")}
+
+
+def outside(rank: int) -> Result:
+    """All of the model is sharded after the head was made, which is no part of it."""
+    from torch.distributed.fsdp import fully_shard
+
+    policy = Policy()
+    head = policy.head
+    del policy.head
+    fully_shard(policy.body)
+    fully_shard(policy)
+    data = batch(rank)
+    head(policy.body(data["ids"]), grpo(data)).loss.backward()
+    return gradients(policy)
+
+
+def parted(rank: int) -> Result:
+    """The head is sharded, and the linear layer that it was made from is outside: it would keep its weight."""
+    from torch.distributed.fsdp import fully_shard
+
+    policy = Policy()
+    fully_shard(policy.head)
     data = batch(rank)
     try:
         policy(data["ids"], grpo(data))
@@ -418,7 +443,7 @@ def bare_op(rank: int) -> Result:
 
 SCENARIOS = [
     unit_grpo, unit_grpo_gathered_once, unit_logprobs, unit_frozen,
-    root_grpo, root_logprobs, root_tied, root_tied_pair, root_replaced, parted,
+    root_grpo, root_logprobs, root_tied, root_tied_pair, root_replaced, layer_alone, outside, parted,
     by_hand_grpo, by_hand_logprobs, by_hand_sum, by_hand_replicated_and_sharded,
     after_root, after_root_tied, after_resharded_root, after_resharded_root_tied,
     idle_rank_in_root, idle_rank_by_hand, micro_batches, steps, mixed_root, mixed_by_hand, bare_op,
@@ -575,6 +600,14 @@ def test_gradients_are_those_of_the_mean_loss(ranks, scenario):
     for result in results_of(ranks, scenario):
         assert len(result) == (5 if tied else 7)
         assert_close(result, expected, policy_names(result), 1e-10)
+
+
+@pytest.mark.parametrize("scenario", ["layer_alone", "outside"])
+def test_the_layer_is_followed_into_its_shards(ranks, scenario):
+    """Sharding the layer without the head leaves it the gradient of the mean loss."""
+    for result in results_of(ranks, scenario):
+        assert {"lm_head.weight", "lm_head.bias"} <= result.keys()
+        assert_close(result, gold(), policy_names(result), 1e-10)
 
 
 @pytest.mark.parametrize("scenario", ["idle_rank_in_root", "idle_rank_by_hand"])
