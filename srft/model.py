@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
+from srft.attention import PACKED_ATTENTION, register_packed_attention
 from srft.batch import Batch
 from srft.config import ModelConfig
-
-PACKED_ATTENTION = "srft_varlen"
+from srft_kernels.lm_head import logit_options
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -42,7 +44,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a damaged file fails in the libraries below with whatever they happen to raise
-        raise ValueError(f"cannot load a tokenizer from {source!r}: {_in_short(error)}") from error
+        raise ValueError(f"cannot load a tokenizer from {source!r}: {in_short(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer {source!r} names no end-of-sequence token; set eos_token in its tokenizer_config.json"
@@ -113,43 +115,72 @@ def load_model(source: str | Path, *, trust_remote_code: bool) -> PreTrainedMode
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # as for the tokenizer
-        raise ValueError(f"cannot load a causal LM from {str(source)!r}: {_in_short(error)}") from error
+        raise ValueError(f"cannot load a causal LM from {str(source)!r}: {in_short(error)}") from error
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a model was before ``prepare_policy``, kept on the model as ``srft_traits``.
+
+    Args:
+        attention: The attention it was loaded with, which samplers and the proof use.
+        dropout: Rates above 0 in its configuration, by name; training has them off.
+    """
+
+    attention: str
+    dropout: dict[str, float]
 
 
 def prepare_policy(
     model: PreTrainedModel, config: ModelConfig, max_tokens: int, device: torch.device
 ) -> PreTrainedModel:
-    """Put a model into the state the trainer needs: packed attention, on its device.
+    """Put a model into the state the trainer needs: packed attention, no dropout, on its device.
+
+    What it computes then is proved by ``srft.proof``; only what a proof cannot see is refused here.
 
     Args:
         model: A causal LM with fp32 weights.
         config: The model section of the configuration.
-        max_tokens: Longest sequence, prompt and completion.
+        max_tokens: Most tokens in one forward pass.
         device: Where it computes.
 
     Raises:
-        ValueError: For an architecture whose attention or head the trainer would compute wrongly.
+        ValueError: For an architecture whose attention cannot be told where packed sequences end.
     """
     text = model.config.get_text_config()
-    unsupported = [
-        name
-        for name in ("attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-        if getattr(text, name, None) not in (None, 1, 1.0)
-    ]
-    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
-        unsupported.append("attention sinks")
-    window = getattr(text, "sliding_window", None)
-    if window is not None and window < max_tokens and getattr(text, "use_sliding_window", True):
-        unsupported.append(f"sliding_window={window} below the longest sequence of {max_tokens} tokens")
-    if unsupported:
+    if getattr(text, "attn_temperature_tuning", False) and max_tokens > (text.floor_scale or max_tokens):
+        # the scale counts from the start of the packed row, and no affordable proof is that long
         raise ValueError(
-            f"{text.model_type} sets {', '.join(unsupported)}, which the packed forward does not apply"
+            f"{text.model_type} scales its attention by positions from {text.floor_scale} on and counts them through "
+            f"packed sequences; set train.tokens_per_microbatch={text.floor_scale} or less, got {max_tokens}"
         )
+    model.to(device).eval()
+    model.srft_traits = Traits(model.config._attn_implementation, _dropout_rates(text))
     register_packed_attention()
     model.set_attn_implementation(PACKED_ATTENTION)
+    if model.config._attn_implementation != PACKED_ATTENTION:
+        raise ValueError(
+            f"{text.model_type} computes attention outside transformers' AttentionInterface, where packed sequences "
+            "would see each other; train a model whose attention goes through that interface"
+        )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(device).train()
+        _recompute_in_evaluation_mode(model)
+    return model
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Give a policy the attention it was loaded with for the length of a ``with`` statement.
+
+    Args:
+        model: From ``prepare_policy``.
+    """
+    model.set_attn_implementation(model.srft_traits.attention)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(PACKED_ATTENTION)
 
 
 def final_hidden_states(model: PreTrainedModel, batch: Batch, compute_dtype: torch.dtype) -> Tensor:
@@ -163,10 +194,27 @@ def final_hidden_states(model: PreTrainedModel, batch: Batch, compute_dtype: tor
     Returns:
         [N, D] final normed hidden states in ``compute_dtype``.
     """
+    return run_body(model, batch, compute_dtype, router_logits=False)[0]
+
+
+def run_body(
+    model: PreTrainedModel, batch: Batch, compute_dtype: torch.dtype, *, router_logits: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As ``final_hidden_states``, with what the routers of a mixture of experts said about every token.
+
+    Args:
+        model: From ``prepare_policy``.
+        batch: Packed sequences of T tokens, N of them counted.
+        compute_dtype: Precision of the forward pass; bf16 runs under autocast.
+        router_logits: Ask for them; only for models that have routers.
+
+    Returns:
+        [N, D] hidden states in ``compute_dtype``, and one [T, experts] tensor a routed layer.
+    """
     with torch.autocast(
         batch.input_ids.device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32
     ):
-        output = model.get_decoder()(
+        output = body_of(model)(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             attention_mask=None,
@@ -175,20 +223,37 @@ def final_hidden_states(model: PreTrainedModel, batch: Batch, compute_dtype: tor
             cu_seq_lens_k=batch.cu_seqlens,
             max_length_q=batch.max_seqlen,
             max_length_k=batch.max_seqlen,
+            **({"output_router_logits": True} if router_logits else {}),
         )
-    return output.last_hidden_state[0][batch.loss_rows].to(compute_dtype)
+    hidden_states = output.last_hidden_state[0][batch.loss_rows].to(compute_dtype)
+    return hidden_states, tuple(output.router_logits) if router_logits else ()
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a causal LM that ends before its head.
+
+    Args:
+        model: A causal LM.
+    """
+    body = model.get_decoder()
+    if body is not model:
+        return body
+    # a class that transformers' lookup does not know: the child that holds the embedding
+    embedding = model.get_input_embeddings()
+    return next(child for child in model.children() if any(m is embedding for m in child.modules()))
 
 
 class Head(TypedDict):
-    """What the fused ops need of a head: ``lm_head_weight`` [V, D], ``bias`` [V], ``logit_softcap`` > 0."""
+    """The fused ops' head: ``lm_head_weight`` [V, D], ``bias`` [V], ``logit_softcap`` and ``logit_scale``."""
 
     lm_head_weight: Tensor
     bias: Tensor | None
     logit_softcap: float | None
+    logit_scale: float
 
 
 def head_arguments(model: PreTrainedModel, compute_dtype: torch.dtype) -> Head:
-    """Return what the fused ops need of the head: weight [V, D], bias [V] or None, and the final softcap.
+    """Return what the fused ops need of the head: weight [V, D], bias [V] or None, the final softcap and the scale.
 
     Args:
         model: From ``prepare_policy``.
@@ -198,93 +263,35 @@ def head_arguments(model: PreTrainedModel, compute_dtype: torch.dtype) -> Head:
     return {
         "lm_head_weight": head.weight.to(compute_dtype),
         "bias": None if head.bias is None else head.bias.to(compute_dtype),
-        "logit_softcap": getattr(model.config.get_text_config(), "final_logit_softcapping", None),
+        **logit_options(model.config),
     }
 
 
-def register_packed_attention() -> None:
-    """Teach transformers an attention over packed sequences that builds no [T, T] mask."""
-    AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
-    AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)
+_RANDOM = re.compile("drop|jitter")
 
 
-def _no_mask(*_args: object, **_kwargs: object) -> None:
-    return None
+def _dropout_rates(config: PretrainedConfig) -> dict[str, float]:
+    return {
+        name: rate
+        for name, rate in config.to_dict().items()
+        if _RANDOM.search(name) and isinstance(rate, float) and rate > 0
+    }
 
 
-def _packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **_unused: object,
-) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence; query [1, H, T, d], key and value [1, H_kv, T, d]."""
-    assert cu_seq_lens_q is not None and max_length_q is not None and attention_mask is None
-    assert sliding_window is None or sliding_window >= max_length_q, "sliding windows shorter than a sequence"
-    if torch.is_autocast_enabled(query.device.type):
-        # rotary embeddings leave queries and keys in fp32, and varlen_attn has no autocast rule of its own
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.is_cuda and query.dtype != torch.float32:  # flash attention has no fp32
-        from torch.nn.attention.varlen import varlen_attn
-
-        bounds = cu_seq_lens_q.to(query.device, non_blocking=True)
-        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            bounds,
-            bounds,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1, 0),
-            enable_gqa=key.shape[1] != query.shape[1],
-        )
-        assert isinstance(out, Tensor)  # it returns more only when asked for auxiliary outputs
-        return out[None], None
-    pieces, places = [], []
-    for rows_cpu, real_cpu in _padded_groups(cu_seq_lens_q):
-        rows, real = rows_cpu.to(query.device), real_cpu.to(query.device)
-        q, k, v = (x[0].transpose(0, 1)[rows].transpose(1, 2) for x in (query, key, value))
-        # padding is on the right, so the causal mask alone keeps it from every real query
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
-        )
-        pieces.append(y.transpose(1, 2)[real])
-        places.append(rows[real])
-    return torch.cat(pieces).index_select(0, torch.argsort(torch.cat(places)))[None], None
+def _recompute_in_evaluation_mode(model: PreTrainedModel) -> None:
+    """Let layers recompute, which transformers allows in training mode alone, without the dropout of that mode."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # of this module alone: train() would reach the dropout inside
+            for name, rate in list(vars(module).items()):
+                if "drop" in name and isinstance(rate, float):
+                    setattr(module, name, 0.0)
 
 
-def _padded_groups(cu_seqlens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Group sequences of similar length; give each group's token indices [b, t] and the mask of real ones.
+def in_short(error: Exception) -> str:
+    """Return an error's message on one line, or the name of its class where it has none.
 
-    In a group the shortest sequence has at least four fifths of the longest one's tokens, which bounds the padding.
+    Args:
+        error: Of any library.
     """
-    starts = cu_seqlens[:-1].long()
-    lengths = cu_seqlens[1:].long() - starts
-    groups, first = [], 0
-    order = torch.argsort(lengths, stable=True)
-    by_length = lengths[order].tolist()
-    for last in range(1, len(by_length) + 1):
-        if last == len(by_length) or by_length[first] < 0.8 * by_length[last]:
-            members, longest = order[first:last], by_length[last - 1]
-            steps = torch.arange(longest)
-            real = steps < lengths[members, None]
-            # padded slots point at the sequence's own first token: any index inside the batch serves
-            groups.append((starts[members, None] + steps * real, real))
-            first = last
-    return groups
-
-
-def _in_short(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -20,6 +20,7 @@ from srft.engine.base import Engine
 from srft.engine.hf import HfEngine
 from srft.methods import needs_demos, needs_rollouts
 from srft.model import build_tiny, load_model, prepare_policy
+from srft.proof import Proof, prove
 from srft.rewards import RewardPool, default_reward
 from srft.sources import FILE_SUFFIXES, detect_schema
 from srft.tasks import BUILTIN_TASKS, REASONING_GYM
@@ -200,7 +201,7 @@ def load_policy(
     pool: RewardPool,
     checkpoint: Path | None,
     device: torch.device,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, Proof]:
     """Load the policy from a checkpoint, a folder or a hub, or build it and give it its short supervised start.
 
     Args:
@@ -211,11 +212,21 @@ def load_policy(
         pool: The verifiers.
         checkpoint: To resume from, or None.
         device: Where it computes.
+
+    Returns:
+        The policy, and the proof that it computes on packed sequences what it is.
+
+    Raises:
+        ValueError: When it cannot be read, or fails that proof.
     """
-    longest = config.longest_sequence
     remote = config.model.trust_remote_code
+
+    def proved(model: PreTrainedModel) -> tuple[PreTrainedModel, Proof]:
+        prepare_policy(model, config.model, config.train.tokens_per_microbatch, device)
+        return model, prove(model, config)
+
     if checkpoint is not None:
-        return prepare_policy(load_model(checkpoint, trust_remote_code=remote), config.model, longest, device)
+        return proved(load_model(checkpoint, trust_remote_code=remote))
     if config.model.name != "tiny":
         model = load_model(config.model.name, trust_remote_code=remote)
         rows = model.get_input_embeddings().num_embeddings
@@ -224,13 +235,12 @@ def load_policy(
                 f"the tokenizer has {len(tokenizer)} tokens, the model {config.model.name} embeddings for {rows}; "
                 "set model.tokenizer to the model's own"
             )
-        return prepare_policy(model, config.model, longest, device)
+        return proved(model)
     cached = config.cache_dir.expanduser() / f"tiny-{_start_key(config, prompts, held_out, pool.kind)}"
     starts = config.model.warm_start.max_steps > 0
     if starts and (cached / "config.json").exists():
-        return prepare_policy(load_model(cached, trust_remote_code=False), config.model, longest, device)
-    model = build_tiny(config.model, tokenizer, longest, config.train.seed)
-    model = prepare_policy(model, config.model, longest, device)
+        return proved(load_model(cached, trust_remote_code=False))
+    model, proof = proved(build_tiny(config.model, tokenizer, config.longest_sequence, config.train.seed))
     if starts:
         warm_start(config, model, tokenizer, prompts, held_out, pool)
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +251,7 @@ def load_policy(
             own.rename(cached)
         except OSError:
             shutil.rmtree(own)
-    return model
+    return model, proof
 
 
 def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.AdamW:

@@ -55,7 +55,7 @@ def fit(config: Config) -> None:
         RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool,
     ):
         prompts, held_out, data_note = make_prompts(config, problems, tokenizer, pool)
-        model = load_policy(config, tokenizer, prompts, held_out, pool, checkpoint, device)
+        model, proof = load_policy(config, tokenizer, prompts, held_out, pool, checkpoint, device)
         optimizer = make_optimizer(model, config)
         sampler, done = PromptSampler(len(prompts), train.seed), 0
         if checkpoint is not None:
@@ -70,6 +70,7 @@ def fit(config: Config) -> None:
                    resume_step=done if train.resume else None) as log,
         ):  # fmt: skip
             log.say(describe_step(config, model, data_note))
+            log.say(proof.sentence())
             sync = WeightSync(
                 model, engine, _probe(prompts, config), canary_tolerance(config), config.compute_dtype
             )

@@ -25,9 +25,7 @@ class HfEngine:
     def __init__(
         self, model: PreTrainedModel, *, dtype: torch.dtype, pad_token_id: int, max_batch: int
     ) -> None:
-        self._model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
-        self._model.gradient_checkpointing_disable()
-        self._model.set_attn_implementation("sdpa")
+        self._model = _own_copy(model, dtype)
         self._pad_token_id = pad_token_id
         self._max_batch = max_batch
         self.version = 0
@@ -131,6 +129,24 @@ class HfEngine:
 
     def close(self) -> None:
         """Nothing to release: the memory goes with the object."""
+
+
+def _own_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy as transformers loads it in that precision: its own attention, and rotary frequencies left in fp32."""
+    sampler = copy.deepcopy(model)
+    unsaved = {
+        (module, name): buffer.clone()
+        for module in sampler.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    }
+    sampler.to(dtype).eval().requires_grad_(False)
+    for (module, name), buffer in unsaved.items():
+        setattr(module, name, buffer)
+    sampler.gradient_checkpointing_disable()
+    if (traits := getattr(model, "srft_traits", None)) is not None:
+        sampler.set_attn_implementation(traits.attention)
+    return sampler
 
 
 def _uniforms(seeds: list[int], count: int) -> Tensor:

@@ -43,6 +43,18 @@ def test_logprobs_are_those_of_a_plain_forward_pass(temperature: float) -> None:
                 assert c.token_ids == every.argmax(-1).tolist()
 
 
+def test_a_copy_in_bf16_keeps_its_frequencies() -> None:
+    """Rotary frequencies rounded to bf16 turn late positions by radians; transformers keeps them in fp32."""
+    model, ids = plain_model(), [3 + i % 30 for i in range(60)]
+    model.model.rotary_emb.inv_freq.mul_(1 + 2**-9)  # a quarter of a bf16 step: rounding moves every frequency
+    kept = HfEngine(policy(model), dtype=torch.bfloat16, pad_token_id=0, max_batch=4)
+    assert kept._model.dtype == torch.bfloat16
+    assert torch.equal(kept._model.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert kept._model.config._attn_implementation == "sdpa"
+    expected = torch.tensor(engine_of(policy(model)).score([ids])[0])
+    assert float((torch.tensor(kept.score([ids])[0]) - expected).square().mean().sqrt()) < 0.1
+
+
 def test_stop_token_ends_a_completion_and_stays() -> None:
     """The stop token is the last and only one; without it the completion has the full length."""
     drawn = engine_of(plain_model()).generate(PROMPTS, Sampling(1.0, 9, STOPS), [list(range(20))] * 4)

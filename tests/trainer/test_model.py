@@ -12,6 +12,7 @@ from torch import Tensor
 from srft.batch import Batch, pack
 from srft.model import build_tiny, byte_tokenizer, final_hidden_states, head_arguments, load_tokenizer
 from srft.options import load_config
+from tests.trainer.architectures import build
 from tests.trainer.tiny import (
     CPU,
     flat_gradient,
@@ -130,37 +131,26 @@ def test_build_tiny_follows_its_seed() -> None:
     assert one.lm_head.weight is one.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize(
-    ("setting", "value", "named"),
-    [
-        ("attn_logit_softcapping", 50.0, "attn_logit_softcapping"),
-        ("logit_scale", 0.5, "logit_scale"),
-        ("logits_scaling", 8.0, "logits_scaling"),
-    ],
-)
-def test_unsupported_architectures_are_refused(setting: str, value: float, named: str) -> None:
-    """A setting that the packed forward pass would ignore is an error that names it."""
-    plain = plain_model()
-    setattr(plain.config, setting, value)
-    with pytest.raises(ValueError, match=named):
-        policy(plain)
+@pytest.mark.parametrize("window", [3, 9, 40])
+def test_sliding_window(window: int) -> None:
+    """Windows shorter and longer than the sequences, forward and backward."""
+    plain, batch = plain_model(), packed_batch()
+    plain.config.sliding_window, plain.config.use_sliding_window = window, True
+    plain.config.layer_types = ["sliding_attention", "full_attention"]
+    plain = transformers.AutoModelForCausalLM.from_config(plain.config).float().eval()
+    packed = policy(plain)
+    expected, actual = separate_hidden_states(plain, batch), final_hidden_states(packed, batch, torch.float32)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (expected * direction).sum().backward()
+    (actual * direction).sum().backward()
+    assert relative_error(flat_gradient(packed), flat_gradient(plain)) <= 1e-5
 
 
-def test_short_sliding_window_is_refused() -> None:
-    """A window shorter than the longest sequence is refused, a longer one is not."""
-    plain = plain_model()
-    plain.config.sliding_window, plain.config.use_sliding_window = 16, True
-    with pytest.raises(ValueError, match="sliding_window=16 below the longest sequence of 17"):
-        policy(plain, max_tokens=17)
-    policy(plain, max_tokens=16)
-
-
-def test_attention_sinks_are_refused() -> None:
-    """A model with sink parameters is refused."""
-    plain = plain_model()
-    plain.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
-    with pytest.raises(ValueError, match="sinks"):
-        policy(plain)
+@pytest.mark.parametrize(("name", "scale"), [("cohere", 0.0625), ("granite", 0.125), ("hyperclovax", 8.0)])
+def test_logit_scale_is_what_the_model_does(name: str, scale: float) -> None:
+    """Some models multiply by their setting, others divide by it."""
+    assert head_arguments(policy(build(name)), torch.float32)["logit_scale"] == scale
 
 
 def test_missing_tokenizer_is_one_line() -> None:
