@@ -429,7 +429,8 @@ def linear_policy_loss(
         lm_head_weight: [V, D].
         labels: [N] int64, already shifted.
         objective: Takes logprobs [N] and entropy [N], fp32 in nats and 0 where ignored, and returns a 0-d
-            loss. Called once; other tensors that it reads get no gradient.
+            loss. Called once; other tensors that it reads, such as a learned log Z or the parameters of a module that
+            it calls, get their gradient too.
         bias: [V].
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.
