@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from io import FileIO
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from srft.files import WriteError, writing
 from srft.screen import Screen
 
 _PACKAGES = (
@@ -55,8 +57,12 @@ def open_json_lines(path: Path) -> FileIO:
 
     Args:
         path: The file; created when missing.
+
+    Raises:
+        WriteError: When the disk refuses.
     """
-    return open(path, "ab", buffering=0)
+    with writing(path):
+        return open(path, "ab", buffering=0)
 
 
 def write_json_line(file: FileIO, record: Mapping[str, object], *, sync: bool = False) -> None:
@@ -68,14 +74,15 @@ def write_json_line(file: FileIO, record: Mapping[str, object], *, sync: bool = 
         sync: Also wait until the disk has it. Needed only against a crash of the machine.
 
     Raises:
-        OSError: When the disk took only a part of the line.
+        WriteError: When the disk refuses, or took only a part of the line.
     """
     line = json.dumps(strict(record), allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
-    written = file.write(line)
-    if written != len(line):
-        raise OSError(f"{file.name}: wrote {written} of {len(line)} bytes; is the disk full?")
-    if sync:
-        os.fsync(file.fileno())
+    with writing(Path(file.name)):
+        written = file.write(line)
+        if written != len(line):
+            raise WriteError(f"cannot write {file.name}: wrote {written} of {len(line)} bytes; is the disk full?")
+        if sync:
+            os.fsync(file.fileno())
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -112,13 +119,21 @@ def write_atomically(path: Path, text: str) -> None:
     Args:
         path: The file.
         text: Its contents; what UTF-8 cannot hold (lone surrogates) is written as ``?``.
+
+    Raises:
+        WriteError: When the disk refuses; the old file is as it was.
     """
     beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
-        file.write(text.encode(errors="replace"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with writing(path):
+        try:
+            with open(beside, "wb") as file:
+                file.write(text.encode(errors="replace"))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def set_aside_after(path: Path, step: int) -> int:
@@ -139,9 +154,9 @@ def set_aside_after(path: Path, step: int) -> int:
     if not moved:
         return 0
     with open_json_lines(path.with_suffix(".discarded.jsonl")) as file:
-        for record in moved:
+        for record in moved[:-1]:
             write_json_line(file, record)
-        os.fsync(file.fileno())
+        write_json_line(file, moved[-1], sync=True)
     kept = [record for record in records if record["step"] <= step]
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
     return len(moved)
@@ -242,8 +257,9 @@ class RunLog:
     ) -> None:
         self._screen.stop()
         for file in (self._metrics_file, self._samples_file):
-            os.fsync(file.fileno())
-            file.close()
+            # what ended the run tells more than that the disk refuses here too
+            with suppress(WriteError) if error is not None else nullcontext(), writing(Path(file.name)), file:
+                os.fsync(file.fileno())
         if not self._finished:
             self._screen.say(
                 f"Stopped after step {max(self._last_step, 0)} of {self._total_steps}. "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -39,6 +41,47 @@ class Clock:
         return {f"time/{k}": v for k, v in self._parts.items()} | {
             "time/step": time.perf_counter() - self._start
         }
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of one update, and how those of a step's updates become one.
+
+    Args:
+        value: The number.
+        by: "mean": their average, each counted ``weight`` times; "max": the largest; "last": that of the last update.
+        weight: Tokens that the mean is over, or 1 for a number of the update as such. >= 0.
+    """
+
+    value: float
+    by: Literal["mean", "max", "last"] = "mean"
+    weight: float = 1.0
+
+
+def combined(updates: Sequence[Mapping[str, Figure]]) -> dict[str, float]:
+    """Make one row of the figures of a step's updates, each by its nature.
+
+    Args:
+        updates: In order; an update without rollouts, or without demonstrations, lacks the figures of these.
+
+    Returns:
+        Every name that any of them has. A number that is not finite stays visible in what it enters.
+    """
+    row = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        figures = [update[name] for update in updates if name in update]
+        assert len({figure.by for figure in figures}) == 1
+        values, total = [figure.value for figure in figures], sum(figure.weight for figure in figures)
+        if figures[0].by == "last":
+            row[name] = values[-1]
+        elif figures[0].by == "max":
+            # max() of Python forgets a NaN that is not the first
+            row[name] = math.nan if any(map(math.isnan, values)) else max(values)
+        elif total:
+            row[name] = sum(f.value * f.weight for f in figures if f.weight) / total
+        else:
+            row[name] = sum(values) / len(values)
+    return row
 
 
 def group_metrics(groups: list[Group]) -> dict[str, float]:
@@ -83,7 +126,7 @@ def group_metrics(groups: list[Group]) -> dict[str, float]:
 
 def loss_metrics(
     method: MethodConfig, batches: list[Batch], outputs: list[PolicyLoss], totals: Totals
-) -> dict[str, float]:
+) -> dict[str, Figure]:
     """Sum the micro-batches' loss terms, average entropies and weights by source, and note each sequence's entropy.
 
     Args:
@@ -93,7 +136,7 @@ def loss_metrics(
         totals: Token counts of the whole update.
 
     Returns:
-        ``loss/*`` in nats, ``entropy/*`` in nats per token, ``weight/*``, and the rollout mismatch.
+        ``loss/*`` in nats, ``entropy/*`` in nats per token, ``weight/*``, and the rollout mismatch in nats.
     """
     terms: dict[str, float] = {}
     mismatch: list[torch.Tensor] = []
@@ -106,44 +149,36 @@ def loss_metrics(
         mismatch.append((sampled_by - batch.rollout_logprobs)[~batch.is_demo].abs())
     entropy = torch.cat([out.entropy for out in outputs])
     is_demo = torch.cat([batch.is_demo for batch in batches])
-    metrics = {"loss/total": sum(out.loss.item() for out in outputs)}
+    metrics = {"loss/total": Figure(sum(out.loss.item() for out in outputs))}
     metrics |= {
-        f"loss/{name}": value for name, value in terms.items() if not name.startswith(("sum_", "clip_"))
+        f"loss/{name}": Figure(value) for name, value in terms.items() if not name.startswith(("sum_", "clip_"))
     }
     for source, mask, tokens in (
         ("rollout", ~is_demo, totals.rollout_tokens),
         ("demo", is_demo, totals.demo_tokens),
     ):
         if tokens:
-            metrics[f"entropy/{source}"] = entropy[mask].mean().item()
+            metrics[f"entropy/{source}"] = Figure(entropy[mask].mean().item(), weight=tokens)
     metrics |= _weights(method, terms, totals)
     if totals.rollout_tokens:
         gaps = torch.cat(mismatch)
-        metrics |= {"mismatch/mean": gaps.mean().item(), "mismatch/max": gaps.max().item()}
+        metrics["mismatch/mean"] = Figure(gaps.mean().item(), weight=totals.rollout_tokens)
+        metrics["mismatch/max"] = Figure(gaps.max().item(), "max")
     return metrics
 
 
-def _weights(method: MethodConfig, terms: Mapping[str, float], totals: Totals) -> dict[str, float]:
+def _weights(method: MethodConfig, terms: Mapping[str, float], totals: Totals) -> dict[str, Figure]:
+    """Means over tokens of what the method multiplies or clips them by."""
+    demos, rollouts = totals.demo_tokens, totals.rollout_tokens
     if method.name == "srft":
         return {
-            "weight/sft": terms["sum_weight_sft"] / max(1, totals.demo_tokens),
-            "weight/rl": terms["sum_weight_rl"] / max(1, totals.rollout_tokens),
+            "weight/sft": Figure(terms["sum_weight_sft"] / max(1, demos), weight=demos),
+            "weight/rl": Figure(terms["sum_weight_rl"] / max(1, rollouts), weight=rollouts),
         }
     if method.name == "grpo":
         clipped = terms["clip_low_sum"] + terms["clip_high_sum"]
-        return {"clip/share": clipped / max(1, totals.rollout_tokens)}
+        return {"clip/share": Figure(clipped / max(1, rollouts), weight=rollouts)}
     return {}
-
-
-def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Average the metrics of a step's updates, each over the updates that have it.
-
-    Args:
-        updates: Of each update that had something to learn from; may be empty.
-    """
-    names = dict.fromkeys(name for update in updates for name in update)
-    found = {name: [update[name] for update in updates if name in update] for name in names}
-    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def sample_rows(groups: list[Group], most: int = 4) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from srft import page
+from srft.files import WriteError, writing
 from srft.log import read_json_lines, write_atomically
 from srft.plots import PANELS, TIMES, draw_plots, points, seconds_by_part, smoothing_width
 from srft.screen import format_count, format_seconds, tokens_per_second
@@ -110,10 +111,12 @@ def build_report(run_dir: Path) -> RunRecord:
 
     Raises:
         ValueError: When there is no such folder.
+        WriteError: When the disk refuses.
     """
     run_dir = Path(run_dir)
     record = load_record(run_dir)
-    svgs = draw_plots(record.rows, run_dir / "plots")
+    with writing(run_dir / "plots"):
+        svgs = draw_plots(record.rows, run_dir / "plots")
     captions = {panel.name: (panel.title, panel.caption) for panel in PANELS}
     figures = [(*captions[name], svg) for name, svg in svgs.items()]
     html = page.render(
@@ -251,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for run_dir in parsed.run_dir:
         try:
             record = build_report(run_dir)
-        except ValueError as error:
+        except (ValueError, WriteError) as error:
             parser.error(str(error))
         print(f"{record.title}: {record.status}. {run_dir / 'report.html'}")
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from multiprocessing.connection import Connection
+from types import FrameType
 from typing import Any
 
 from srft.verifiers import BadGold, Verifier, load_verifier
@@ -21,6 +22,22 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _leave_signals_to_the_trainer() -> None:
+    """Pass over a signal that was sent to the trainer's whole group or job: the trainer ends this process.
+
+    What a verifier starts is not spared, whether it was forked from this process or runs another program.
+    """
+    own = os.getpid()
+
+    def pass_over(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != own:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, pass_over)
 
 
 def _number(value: Any) -> float:
@@ -55,6 +72,7 @@ def main() -> None:
     """Load the verifier and say ("ready", "") or ("failed", reason); then grade until the pipe closes."""
     kind, descriptor, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     _die_with(parent)
+    _leave_signals_to_the_trainer()
     connection = Connection(descriptor)
     try:
         verifier = load_verifier(kind)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from srft.checkpoint import latest_checkpoint, read_state
+from srft.checkpoint import latest_checkpoint, newest_checkpoint, read_state
 from srft.config import Config
+from srft.files import writing
 from srft.options import changed_keys, load_config_text
 
 _LOCK = ".lock"
@@ -27,7 +29,8 @@ def run_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
 
     The folder is locked, so that no other process writes to it; the lock goes with the process, however it ends.
     Without resume a folder that holds a run is left alone and a numbered one beside it is taken. A folder in which
-    nothing was written is removed again.
+    nothing was written is removed again. What ends the body after training has begun carries a note that says from
+    which checkpoint the run can go on.
 
     Args:
         config: The whole configuration.
@@ -36,7 +39,8 @@ def run_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
         The folder, and the newest complete checkpoint when resuming, else None.
 
     Raises:
-        ValueError: When another process has the folder, or its checkpoint is another run's or past train.steps.
+        ValueError: When another process has the folder, or its checkpoint is another run's or past train.steps, or
+            every checkpoint is damaged.
     """
     folder, number = config.run_dir, 2
     lock = _lock(folder)
@@ -51,6 +55,11 @@ def run_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
     assert lock is not None
     try:
         yield folder, _checkpoint(config, folder) if config.train.resume else None
+    except ValueError:  # a mistake in the options or the data, before anything was trained
+        raise
+    except BaseException as error:
+        error.add_note(_what_is_safe(folder))
+        raise
     finally:
         if [path.name for path in folder.iterdir()] == [_LOCK]:
             (folder / _LOCK).unlink()
@@ -61,8 +70,9 @@ def run_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
 
 
 def _lock(folder: Path) -> TextIO | None:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / _LOCK).open("w")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -72,8 +82,10 @@ def _lock(folder: Path) -> TextIO | None:
 
 
 def _checkpoint(config: Config, folder: Path) -> Path | None:
-    """Newest checkpoint, after checking that it and the options belong to one run."""
-    checkpoint = latest_checkpoint(folder)
+    """Newest whole checkpoint, after checking that it and the options belong to one run."""
+    checkpoint, notes = latest_checkpoint(folder)
+    for note in notes:
+        print(note, file=sys.stderr)
     if checkpoint is not None:
         made_with = read_state(checkpoint)["config"]
     elif (folder / "config.toml").exists():
@@ -93,3 +105,11 @@ def _checkpoint(config: Config, folder: Path) -> Path | None:
     if checkpoint is not None and (step := read_state(checkpoint)["step"]) > config.train.steps:
         raise ValueError(f"{checkpoint} is at step {step}, past train.steps={config.train.steps}; raise train.steps")
     return checkpoint
+
+
+def _what_is_safe(folder: Path) -> str:
+    """Say from where a run that ended early can go on."""
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        return "no checkpoint was written yet"
+    return f"{newest} is complete, and name={folder.name} train.resume=true goes on from it"

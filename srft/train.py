@@ -1,7 +1,14 @@
 """Train a policy on demonstrations and on its own rollouts at once: ``python -m srft.train``. Read ``fit`` first."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
+from srft.stop import Stopped, StopSignals, leave_at_once
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds, in which a signal would end in a traceback of theirs
+
+import signal
 import sys
 from contextlib import closing
 
@@ -10,14 +17,14 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.batch import Batch, Group, Sequence, count, pack, unweighted
-from srft.checkpoint import export_model, load_optimizer, read_state, save_checkpoint
+from srft.checkpoint import export_model
 from srft.config import Config
 from srft.data import Prompt, PromptSampler, sample_seed
 from srft.engine.base import Engine, EngineError, Sampling
 from srft.evaluate import evaluate
 from srft.log import RunLog
 from srft.methods import assign_advantages, method_loss, needs_demos, needs_rollouts, token_weight
-from srft.metrics import Clock, group_metrics, loss_metrics, mean_metrics, sample_rows
+from srft.metrics import Clock, Figure, combined, group_metrics, loss_metrics, sample_rows
 from srft.model import final_hidden_states, head_arguments, load_tokenizer
 from srft.options import exit_on_help, load_config, to_toml
 from srft.prepare import (
@@ -30,6 +37,7 @@ from srft.prepare import (
     read_problems,
     start_engine,
 )
+from srft.progress import Progress
 from srft.rewards import RewardPool
 from srft.run_folder import run_folder
 from srft.sync import CanaryError, WeightSync
@@ -45,29 +53,34 @@ def fit(config: Config) -> None:
     Raises:
         ValueError: For anything wrong with the options or the data, before a model is loaded.
         CanaryError: When the engine does not sample from the trainer's weights.
+        WriteError: When the disk refuses; checkpoints that were written are whole.
+        Stopped: On SIGTERM, Ctrl-C or SIGHUP, once the last whole step is saved; a second signal ends the process.
     """
     train, device = config.train, choose_device(config)
     tokenizer = load_tokenizer(config.model)
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens, (tokenizer.eos_token_id,))
     problems = read_problems(config)
     with (
+        StopSignals() as stop,
         run_folder(config) as (run_dir, checkpoint),
         RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool,
     ):
         prompts, held_out, data_note = make_prompts(config, problems, tokenizer, pool)
         model, proof = load_policy(config, tokenizer, prompts, held_out, pool, checkpoint, device)
         optimizer = make_optimizer(model, config)
-        sampler, done = PromptSampler(len(prompts), train.seed), 0
+        # a step is abandoned without a trace until its first update moves the weights, and finished from then on
+        optimizer.register_step_pre_hook(lambda *_: stop.hold())
+        sampler = PromptSampler(len(prompts), train.seed)
+        progress = Progress(run_dir, config, model, tokenizer, optimizer, sampler)
         if checkpoint is not None:
-            state = read_state(checkpoint)
-            sampler.load_state_dict(state["sampler"])
-            load_optimizer(checkpoint, model, optimizer)
-            done = state["step"]
+            progress.restore(checkpoint)
+        done = progress.step
         with (
             closing(start_engine(config, model, tokenizer, run_dir, device)) as engine,
             RunLog(run_dir, total_steps=train.steps, config_text=to_toml(config.without_resume()),
                    title=f"{config.method.name} · {config.data.train}",
                    resume_step=done if train.resume else None) as log,
+            progress.saved_when_stopped(),
         ):  # fmt: skip
             log.say(describe_step(config, model, data_note))
             log.say(proof.sentence())
@@ -75,9 +88,9 @@ def fit(config: Config) -> None:
                 model, engine, _probe(prompts, config), canary_tolerance(config), config.compute_dtype
             )
             difference = sync.push(done)
-            if log.last_step < 0:
-                accuracy = evaluate(engine, tokenizer, held_out, pool, sampling)
-                log.metrics({"step": 0, "canary/max_abs_diff": difference, **accuracy})
+            row = {"step": 0, "canary/max_abs_diff": difference} if done == 0 else progress.unlogged
+            if row is not None and log.last_step < done:
+                log.metrics(row | evaluate(engine, tokenizer, held_out, pool, sampling))
             for step in range(done + 1, train.steps + 1):
                 clock = Clock()
                 torch.manual_seed(sample_seed(train.seed, step, "torch", 0))
@@ -98,20 +111,19 @@ def fit(config: Config) -> None:
                     log.say(f"Step {step}: no sample was judged, so nothing was learned.")
                 with clock("sync"):
                     difference = sync.push(step)
-                metrics = {
-                    "step": step,
-                    "canary/max_abs_diff": difference,
-                    **mean_metrics(updates),
-                    **group_metrics(groups),
-                }
-                if step % train.eval_every == 0 or step == train.steps:
-                    with clock("eval"):
-                        metrics |= evaluate(engine, tokenizer, held_out, pool, sampling)
                 log.samples(step, sample_rows(groups))
-                log.metrics(metrics | clock.seconds())
+                row = {"step": step, "canary/max_abs_diff": difference, **combined(updates), **group_metrics(groups)}
+                if step % train.eval_every == 0 or step == train.steps:
+                    progress.reached(step, unlogged=row | clock.seconds())
+                    stop.release()  # a run stopped in here repeats the evaluation when it goes on
+                    with clock("eval"):
+                        row |= evaluate(engine, tokenizer, held_out, pool, sampling)
+                    stop.hold()
+                log.metrics(row | clock.seconds())
+                progress.reached(step, unlogged=None)
                 if step % train.save_every == 0 or step == train.steps:
-                    state = {"sampler": sampler.state_dict(), "config": to_toml(config.without_resume())}
-                    save_checkpoint(run_dir, step, model, tokenizer, optimizer, state, train.keep_checkpoints)
+                    progress.save()
+                stop.release()
             export_model(run_dir / "model", model, tokenizer)
             log.finish({"model": str(run_dir / "model")})
 
@@ -177,7 +189,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     sequences: list[Sequence],
     step: int,
-) -> dict[str, float]:
+) -> dict[str, Figure]:
     """Make one optimizer update from these sequences, however many micro-batches they fill.
 
     Args:
@@ -214,7 +226,8 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    return {"lr": lr, "grad_norm": norm.item(), **loss_metrics(config.method, batches, outputs, totals)}
+    figures = loss_metrics(config.method, batches, outputs, totals)
+    return {"lr": Figure(lr, "last"), "grad_norm": Figure(norm.item()), **figures}
 
 
 @torch.no_grad()
@@ -273,11 +286,17 @@ def main() -> None:
     try:
         fit(load_config(arguments))
     except (ValueError, CanaryError, EngineError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_with_notes(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; name=<its folder> train.resume=true goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
+        print(_with_notes(stopped), file=sys.stderr)
+        sys.exit(stopped.exit_code)
+
+
+def _with_notes(error: BaseException) -> str:
+    text = str(error)
+    return ("\n" if "\n" in text else "; ").join([text, *getattr(error, "__notes__", [])])
 
 
 if __name__ == "__main__":

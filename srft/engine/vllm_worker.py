@@ -87,6 +87,15 @@ def _die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
+def _leave_signals_to_the_trainer() -> None:
+    """Pass over a signal that was sent to a whole job: the trainer ends this process, and its guard the group.
+
+    The guard is forked later and inherits this.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _fork_guard(request_fd: int, reply_fd: int, folders: list[str]) -> None:
     """Fork a process that kills the whole group as soon as the trainer or this process is gone.
 
@@ -298,6 +307,7 @@ def main(argv: list[str]) -> None:
         os.set_inheritable(fd, False)
     if parent_pid:
         _die_with_parent(parent_pid)
+    _leave_signals_to_the_trainer()
     _fork_guard(request_fd, reply_fd, argv[3:])
     write_message(reply_fd, {"vllm": importlib.util.find_spec("vllm") is not None})
     try:

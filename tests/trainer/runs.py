@@ -98,3 +98,14 @@ def comparable_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def weights(run_dir: Path) -> bytes:
     return (run_dir / "model" / "model.safetensors").read_bytes()
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """The two have the same metrics, samples and model, and the same last checkpoint, to the last bit."""
+    assert comparable_rows(run) == comparable_rows(expected)
+    assert read_lines(run / "samples.jsonl") == read_lines(expected / "samples.jsonl")
+    assert weights(run) == weights(expected)
+    last = max((expected / "checkpoints").iterdir())
+    for name in ("optimizer.safetensors", "model.safetensors"):
+        assert (run / "checkpoints" / last.name / name).read_bytes() == (last / name).read_bytes(), name
+    assert (run / "report.html").is_file()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from srft.checkpoint import export_model, latest_checkpoint, load_optimizer, read_state, save_checkpoint
+from srft.checkpoint import damage, export_model, latest_checkpoint, load_optimizer, read_state, save_checkpoint
 from srft.model import byte_tokenizer, load_model
 from srft.prepare import make_optimizer
 from tests.trainer.tiny import plain_model, policy, tiny_config
@@ -54,7 +55,7 @@ def test_save_and_load_are_bit_exact(tmp_path: Path, tied: bool) -> None:
     """Weights, moments and the loop's state; the next step from the copy equals that of the original."""
     model, optimizer = trained(tied=tied)
     folder = save(tmp_path, 3, model, optimizer)
-    assert latest_checkpoint(tmp_path) == folder
+    assert latest_checkpoint(tmp_path) == (folder, [])
     assert read_state(folder) == {"step": 3, "sampler": {"drawn": 3}}
     copied = policy(load_model(folder, trust_remote_code=False))
     copied_optimizer = make_optimizer(copied, CONFIG)
@@ -77,15 +78,15 @@ def test_half_written_folder_is_ignored(tmp_path: Path) -> None:
     partial = tmp_path / "checkpoints" / ".step_000004.partial"
     partial.mkdir()
     (partial / "optimizer.safetensors").write_bytes(b"torn")
-    assert latest_checkpoint(tmp_path) == first
+    assert latest_checkpoint(tmp_path) == (first, [])
     second = save(tmp_path, 4, model, optimizer)
-    assert latest_checkpoint(tmp_path) == second
+    assert latest_checkpoint(tmp_path) == (second, [])
     assert sorted(p.name for p in second.parent.iterdir()) == ["step_000003", "step_000004"]
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     """A run folder without a checkpoint."""
-    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path) == (None, [])
 
 
 def test_newest_are_kept(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_newest_are_kept(tmp_path: Path) -> None:
     for step in (8, 9, 10, 100):
         save(tmp_path, step, model, optimizer, keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000010", "step_000100"]
-    assert read_state(latest_checkpoint(tmp_path) or tmp_path)["step"] == 100
+    assert read_state(latest_checkpoint(tmp_path)[0] or tmp_path)["step"] == 100
 
 
 def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -124,3 +125,89 @@ def test_export_is_a_plain_hugging_face_folder(tmp_path: Path, tied: bool) -> No
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model").decode(
         [16, 17]
     ) == byte_tokenizer().decode([16, 17])
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+FILES = [
+    "optimizer.safetensors", "model.safetensors", "trainer_state.json", "config.json", "tokenizer.json",
+    "manifest.json",
+]  # fmt: skip
+HARMS = {"truncated": truncate, "bit": flip_a_bit, "empty": lambda path: path.write_bytes(b""), "missing": Path.unlink}
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with the checkpoints of steps 3 and 4."""
+    folder = tmp_path_factory.mktemp("two")
+    model, optimizer = trained()
+    for step in (3, 4):
+        save(folder, step, model, optimizer)
+    return folder
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("file", FILES)
+def test_damaged_checkpoint_is_named_and_the_one_before_taken(
+    file: str, harm: str, two_checkpoints: Path, tmp_path: Path
+) -> None:
+    """A truncated, flipped, empty or missing file of any kind, the manifest included."""
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    older, newer = (run / "checkpoints" / name for name in ("step_000003", "step_000004"))
+    HARMS[harm](newer / file)
+    found, notes = latest_checkpoint(run)
+    assert found == older
+    assert len(notes) == 1 and str(newer) in notes[0] and file in notes[0]
+    assert notes[0].endswith("going on from step_000003.")
+    # it is out of the way of the steps to come
+    assert latest_checkpoint(run) == (older, [])
+    assert (run / "checkpoints" / "damaged-step_000004").is_dir()
+
+
+def test_every_checkpoint_damaged_is_one_line(two_checkpoints: Path, tmp_path: Path) -> None:
+    """Each is named with what is wrong with it, none is touched, and the line says what can be done."""
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    truncate(run / "checkpoints" / "step_000004" / "model.safetensors")
+    (run / "checkpoints" / "step_000003" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="every checkpoint of .* is damaged") as caught:
+        latest_checkpoint(run)
+    line = str(caught.value)
+    assert "\n" not in line
+    for part in ("step_000004: model.safetensors has", "step_000003: it has no manifest.json", "Set another name"):
+        assert part in line
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
+
+
+def test_manifest_of_nothing_is_no_manifest(two_checkpoints: Path, tmp_path: Path) -> None:
+    """One that was emptied, or lists something else than was written, vouches for nothing."""
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    manifest = run / "checkpoints" / "step_000004" / "manifest.json"
+    text = json.loads(manifest.read_text())
+    for broken in ({}, [], {"files": {}, "sha256": text["sha256"]}, text | {"files": {"config.json": 3}}):
+        manifest.write_text(json.dumps(broken))
+        assert (damage(manifest.parent) or "").startswith("manifest.json")
+
+
+def test_other_folders_are_no_checkpoints(two_checkpoints: Path, tmp_path: Path) -> None:
+    """A copy that somebody keeps under a similar name is left alone."""
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    (run / "checkpoints" / "step_000004 (copy)").mkdir()
+    (run / "checkpoints" / "step_best").mkdir()
+    assert latest_checkpoint(run) == (run / "checkpoints" / "step_000004", [])
+
+
+def test_export_has_a_manifest(tmp_path: Path) -> None:
+    """Anybody can see whether a copy of the model is whole."""
+    model, _ = trained()
+    export_model(tmp_path / "model", model, byte_tokenizer())
+    assert damage(tmp_path / "model") is None
+    flip_a_bit(tmp_path / "model" / "model.safetensors")
+    assert damage(tmp_path / "model") == "model.safetensors has other contents than were written"

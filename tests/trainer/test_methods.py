@@ -14,6 +14,7 @@ from torch import Tensor
 from srft.batch import Group, Sequence, Totals
 from srft.config import Config
 from srft.methods import assign_advantages, group_advantages, token_weight
+from srft.metrics import combined
 from srft.train import remember_old_logprobs, update
 from tests.trainer.tiny import (
     budget_for,
@@ -139,7 +140,7 @@ def step(
     """The trainer's own update on a fresh copy of ``model``: metrics and gradient."""
     trained = policy(model)
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
-    metrics = update(config, trained, optimizer, assign_advantages(groups, config.method), 1)
+    metrics = combined([update(config, trained, optimizer, assign_advantages(groups, config.method), 1)])
     return metrics, flat_gradient(trained)
 
 
@@ -320,7 +321,7 @@ def test_second_update_uses_the_sampling_policy(loss_type: str) -> None:
         now = copy.deepcopy(model).double()
         now.load_state_dict({k: v.double() for k, v in trained.state_dict().items()})
         loss, gradient, _ = expected_step(config, now, part, old)
-        metrics = update(config, trained, optimizer, assign_advantages(part, config.method), 1)
+        metrics = combined([update(config, trained, optimizer, assign_advantages(part, config.method), 1)])
         assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5, abs=1e-7)
         assert relative_error(flat_gradient(trained), gradient) <= 1e-5
     if loss_type != "official":
@@ -334,7 +335,7 @@ def test_a_step_moves_the_weights_and_warms_the_rate_up() -> None:
     trained = policy(plain_model())
     before = torch.cat([p.detach().flatten().clone() for p in trained.parameters()])
     optimizer = torch.optim.SGD(trained.parameters(), lr=1.0)
-    metrics = update(config, trained, optimizer, assign_advantages(random_groups(), config.method), 1)
+    metrics = combined([update(config, trained, optimizer, assign_advantages(random_groups(), config.method), 1)])
     after = torch.cat([p.detach().flatten() for p in trained.parameters()])
     assert metrics["lr"] == 0.05
     assert metrics["grad_norm"] > 0.5

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from srft import train as train_module
 from srft.batch import Group
 from srft.data import Prompt
-from srft.metrics import Clock, group_metrics, mean_metrics, sample_rows
+from srft.metrics import Clock, Figure, combined, group_metrics, sample_rows
+from tests.trainer.runs import read_lines, train
 from tests.trainer.tiny import example, random_groups, sequence
 
 
@@ -69,12 +75,6 @@ def test_what_was_not_judged_takes_no_part() -> None:
     assert "reward/mean" not in group_metrics(groups[-1:])
 
 
-def test_mean_metrics_are_over_the_updates_that_have_them() -> None:
-    """An update without rollouts has no rollout metrics, and a step may have no update at all."""
-    assert mean_metrics([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0, "b": 2.0}
-    assert mean_metrics([]) == {}
-
-
 def test_clock_adds_up_and_survives_errors() -> None:
     """A part that is entered twice is one entry, and a part that fails is still counted."""
     clock = Clock()
@@ -100,3 +100,53 @@ def test_sample_rows() -> None:
     assert first["completion"] == groups[0].rollouts[0].text
     assert (first["advantage"], first["entropy"], first["answer"]) == (0.5, 1.25, "7")
     assert [(r["status"], r["message"]) for r in rows[:2]] == [("ok", ""), ("error", "KeyError: 'value'")]
+
+
+def test_updates_of_a_step_become_one_row() -> None:
+    """Means count each token once, a maximum is one, the last learning rate is that of the step."""
+    first = {
+        "lr": Figure(0.1, "last"), "loss/total": Figure(1.0), "entropy/rollout": Figure(1.0, weight=30),
+        "mismatch/max": Figure(0.5, "max"), "weight/sft": Figure(0.0, weight=0),
+    }  # fmt: skip
+    second = {
+        "lr": Figure(0.2, "last"), "loss/total": Figure(2.0), "entropy/rollout": Figure(2.0, weight=10),
+        "mismatch/max": Figure(0.125, "max"), "weight/sft": Figure(3.0, weight=7),
+        "entropy/demo": Figure(4.0, weight=7),
+    }  # fmt: skip
+    assert combined([first, second]) == {
+        "lr": 0.2, "loss/total": 1.5, "entropy/rollout": 1.25, "mismatch/max": 0.5, "weight/sft": 3.0,
+        "entropy/demo": 4.0,
+    }  # fmt: skip
+    assert combined([second, first])["mismatch/max"] == 0.5
+    assert combined([{"weight/rl": Figure(0.0, weight=0)}] * 2) == {"weight/rl": 0.0}
+    assert combined([]) == {}
+
+
+@pytest.mark.parametrize("by", ["max", "mean"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_number_that_is_not_finite_stays_visible(place: int, by: Any) -> None:
+    """NaN in one of two updates is NaN in the row, in whatever order they come."""
+    figures = [{"x": Figure(1.0, by)}, {"x": Figure(1.0, by)}]
+    figures[place] = {"x": Figure(math.nan, by)}
+    assert math.isnan(combined(figures)["x"])
+
+
+def test_a_run_combines_its_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several updates a step, the row has the largest mismatch and the mean entropy of all tokens."""
+    made: list[dict[str, Figure]] = []
+
+    def noting(*args: Any) -> dict[str, Figure]:
+        made.append(update(*args))
+        return made[-1]
+
+    update = train_module.update
+    monkeypatch.setattr(train_module, "update", noting)
+    run = train(tmp_path, train__steps=1, train__updates_per_step=4)
+    row = read_lines(run / "metrics.jsonl")[1]
+    gaps = [figures["mismatch/max"].value for figures in made]
+    assert len(set(gaps)) > 1
+    assert row["mismatch/max"] == max(gaps)
+    tokens = [figures["entropy/rollout"].weight for figures in made]
+    assert len(set(tokens)) > 1 and sum(tokens) == row["length/mean"] * 12
+    mean = sum(figures["entropy/rollout"].value * n for figures, n in zip(made, tokens, strict=True)) / sum(tokens)
+    assert row["entropy/rollout"] == pytest.approx(mean, rel=1e-12)

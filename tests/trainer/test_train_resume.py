@@ -16,8 +16,8 @@ from srft.checkpoint import latest_checkpoint
 from tests.trainer.runs import (
     ROOT,
     arguments,
+    assert_same_run,
     command,
-    comparable_rows,
     environment,
     read_lines,
     small_config,
@@ -41,17 +41,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = train_process(arguments(folder, **RUN))
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "run"
-
-
-def assert_same_run(run: Path, expected: Path) -> None:
-    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == list(range(STEPS + 1))
-    assert comparable_rows(run) == comparable_rows(expected)
-    assert read_lines(run / "samples.jsonl") == read_lines(expected / "samples.jsonl")
-    assert weights(run) == weights(expected)
-    last = f"checkpoints/step_{STEPS:06d}"
-    for name in ("optimizer.safetensors", "model.safetensors"):
-        assert (run / last / name).read_bytes() == (expected / last / name).read_bytes(), name
-    assert (run / "report.html").is_file()
 
 
 def test_two_halves_are_the_whole(uninterrupted: Path, tmp_path: Path) -> None:
@@ -115,7 +104,7 @@ train.main()
 """
 MOMENTS = {
     "in-warm-start": ("srft.warm_start.linear_cross_entropy", 2),
-    "warm-start-half-written": ("srft.checkpoint._replace_folder", 1),
+    "warm-start-half-written": ("srft.checkpoint._digest_of_list", 1),
     "before-first-checkpoint": ("srft.train.judge", 2),
     "between-samples-and-metrics": ("srft.log.write_json_line", 7),
     # three of the warm start, then one a step: the gradient of step 3 is there and the weights are not moved yet
@@ -155,6 +144,20 @@ def test_run_killed_at_random_moments_resumes_to_the_same_bytes(uninterrupted: P
     assert_same_run(train(tmp_path, **RUN, train__resume=True), uninterrupted)
 
 
+def test_damaged_checkpoint_is_passed_over(
+    uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on from the one before, says so, and ends in the same bytes."""
+    run = train(tmp_path, **RUN | {"train__save_every": 1, "train__keep_checkpoints": 2, "train__steps": 3})
+    broken = run / "checkpoints" / "step_000003" / "optimizer.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-7])
+    capfd.readouterr()
+    train(tmp_path, **RUN, train__resume=True)
+    assert f"Checkpoint {broken.parent} is damaged: optimizer.safetensors has" in capfd.readouterr().err
+    assert_same_run(run, uninterrupted)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["damaged-step_000003", f"step_{STEPS:06d}"]
+
+
 def test_changed_options_are_named(tmp_path: Path) -> None:
     """Resuming with options that make it another run is refused, with each of them and both values."""
     run = train(tmp_path, **RUN | {"train__steps": 2})
@@ -179,5 +182,5 @@ def test_memory_options_may_change_on_resume(tmp_path: Path) -> None:
     run = train(tmp_path, **RUN | {"train__steps": 2})
     train(tmp_path, **RUN, train__resume=True, train__tokens_per_microbatch=128, engine__max_batch=8)
     assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == list(range(STEPS + 1))
-    newest = latest_checkpoint(small_config(tmp_path).run_dir)
+    newest, _ = latest_checkpoint(small_config(tmp_path).run_dir)
     assert newest is not None and newest.name == f"step_{STEPS:06d}"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from srft.checkpoint import latest_checkpoint
+from tests.trainer.processes import descendants, marked_processes, state_and_parent
 from tests.trainer.runs import ROOT, arguments, command, environment, read_lines, train
 
 pytestmark = pytest.mark.vllm
@@ -19,38 +21,6 @@ RUN = {
     "engine__kind": "vllm", "train__steps": 4, "train__save_every": 4, "train__eval_every": 4, "train__lr": 0.01,
     "model__tiny__hidden_size": 64, "model__tiny__num_layers": 2, "train__rollouts_per_prompt": 2,
 }  # fmt: skip
-
-
-def state_and_parent(pid: int) -> tuple[str, int] | None:
-    """Of a process that is alive; a zombie is not."""
-    try:
-        # the name may hold spaces; after it: state, parent
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if state == "Z" else (state, int(parent))
-
-
-def descendants(root: int) -> set[int]:
-    """Live processes that a process started, and those that these did."""
-    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    parents = {pid: found[1] for pid in pids if (found := state_and_parent(pid))}
-    family = {root}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return family - {root}
-
-
-def marked_processes(mark: str) -> set[int]:
-    """Live processes with the mark in their environment, however they were started."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (process / "environ").read_bytes() and state_and_parent(int(process.name)):
-                found.add(int(process.name))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-    return found
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -66,25 +36,37 @@ def test_every_step_samples_from_its_own_weights(tied: bool, tmp_path: Path) -> 
     assert rows[-1]["eval/accuracy"] >= 0
 
 
-def test_killed_trainer_leaves_no_process(tmp_path: Path) -> None:
-    """SIGKILL in mid-run ends the engine, whatever it started, and the reward workers within 10 seconds."""
-    words = arguments(tmp_path, **RUN | {"train__steps": 10000}, reward__workers=2)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_ended_trainer_leaves_no_process(number: int, tmp_path: Path) -> None:
+    """Either signal in mid-run ends the engine, whatever it started, and the reward workers within 10 seconds.
+
+    SIGTERM goes to all of them, as a scheduler sends it, and what was trained is saved.
+    """
+    words = arguments(tmp_path, **RUN | {"train__steps": 10000, "train__save_every": 10000}, reward__workers=2)
     mark = f"SRFT_TEST_RUN={tmp_path}"
+    run = tmp_path / "runs" / "run"
+    metrics = run / "metrics.jsonl"
     with subprocess.Popen(
         command(words), cwd=ROOT, env=environment() | dict([mark.split("=")]), stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
     ) as trainer:  # fmt: skip
         try:
-            metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
             while trainer.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
                 time.sleep(0.02)
             assert trainer.poll() is None, trainer.stderr.read()
             family = descendants(trainer.pid) | marked_processes(mark) - {trainer.pid}
             # two reward workers, the engine and at least its guard
             assert len(family) >= 4
+            for pid in family if number == signal.SIGTERM else ():
+                os.kill(pid, number)
         finally:
-            os.kill(trainer.pid, signal.SIGKILL)
+            os.kill(trainer.pid, number)
+        assert trainer.wait(timeout=60) == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143}[number]
     deadline = time.monotonic() + 10
     while (left := {p for p in family | marked_processes(mark) if state_and_parent(p)}) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left
+    if number == signal.SIGTERM:
+        newest, notes = latest_checkpoint(run)
+        assert newest is not None and not notes
+        assert newest.name == f"step_{read_lines(metrics)[-1]['step']:06d}"

@@ -1,0 +1,99 @@
+"""SIGTERM, Ctrl-C and a closed terminal: the run ends where its state is whole, so that it can be saved and go on.
+
+Imports the standard library alone, and quickly: ``srft.train`` calls ``leave_at_once`` before its other imports.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+# `timeout` and some shells signal a process and then its group: what comes within this time is one signal
+_ONE_SIGNAL_S = 0.1
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to end; like Ctrl-C, it is no failure that could be handled and passed over.
+
+    Args:
+        number: The signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+        """What a shell reports for a process that this signal ended."""
+
+
+class StopSignals:
+    """While entered, the first signal raises ``Stopped`` in the main thread, and a second ends the process at once.
+
+    Between ``hold`` and ``release`` the first one waits. A signal that was ignored before, as under nohup, stays so.
+    In a thread other than the main one nothing is changed, since only that one receives signals.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._since = 0.0
+        self._held = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if (handler := signal.getsignal(number)) != signal.SIG_IGN:
+                    self._before[number] = handler
+                    signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def hold(self) -> None:
+        """From here on a first signal waits for ``release``."""
+        self._held = True
+
+    def release(self) -> None:
+        """From here on a signal stops the run again.
+
+        Raises:
+            Stopped: When one has been waiting.
+        """
+        self._held = False
+        if self._number is not None:
+            raise Stopped(self._number)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self._number is None:
+            self._number, self._since = number, time.monotonic()
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: stopping where the run can go on from; a second signal ends it at once\n".encode())
+            if not self._held:
+                raise Stopped(number)
+        # a terminal that closes may send several
+        elif number != getattr(signal, "SIGHUP", None) and time.monotonic() - self._since >= _ONE_SIGNAL_S:
+            _leave(number)
+
+
+def leave_at_once() -> None:
+    """Let a signal end the process without a word more than its name, while there is nothing to save or to end."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: _leave(number))
+
+
+def _leave(number: int) -> None:
+    """End without unwinding; the engine and the reward workers end with the process, however it ends."""
+    os.write(2, f"ended by {signal.Signals(number).name}\n".encode())
+    if sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty():
+        os.write(1, b"\x1b[?25h")  # a live display hides the cursor
+    os._exit(128 + number)
