@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _one_or_more(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
 
 class Section(BaseModel):
@@ -21,14 +25,16 @@ class DataConfig(Section):
     """Where prompts, demonstrations and answers come from."""
 
     train: str = "chain"
-    """Built-in task, "reasoning_gym:<task>", a .jsonl/.json/.parquet file, or a Hugging Face hub id."""
+    """Built-in task, "reasoning_gym:<task>", a file (.jsonl, .json, .csv, .tsv, .parquet or .arrow, compressed or
+    not), a folder or a glob of such files, or a Hugging Face hub id."""
     eval: str | None = None
-    """Held-out source of the same kinds; unset: the held-out part of a built-in task, the last tenth
-    of a file (at most eval_limit rows, kept out of training), `eval_split` of a hub data set."""
+    """Held-out source of the same kinds; unset: the held-out part of a built-in task, `eval_split` of a hub data set
+    or of a folder whose files name it, else the last tenth of the files (at most eval_limit rows, kept out of
+    training)."""
     split: str = "train"
-    """Split read from a hub data set."""
+    """Split read from a hub data set, or from a folder whose files name their splits."""
     eval_split: str = "test"
-    """Split read for evaluation from a hub data set."""
+    """Split read for evaluation from a hub data set or such a folder."""
     columns: dict[str, str] = {}
     """Column map: columns.prompt, columns.answer, columns.demo; dots reach into nested fields."""
     limit: int | None = Field(None, gt=0)
@@ -41,6 +47,8 @@ class DataConfig(Section):
     """System prompt put before the user's turn."""
     chat: bool = True
     """Render prompts with the tokenizer's chat template where it has one."""
+    chat_template_kwargs: dict[str, bool | int | float | str | list[str]] = {}
+    """What the chat template takes beside the messages, such as chat_template_kwargs.enable_thinking=false."""
     max_prompt_tokens: int = Field(512, gt=0)
     """Longest prompt taken, in tokens."""
     overlong: Literal["error", "skip"] = "error"
@@ -119,6 +127,9 @@ class RolloutConfig(Section):
     """Sampling temperature; the loss divides the logits by the same number."""
     max_new_tokens: int = Field(64, gt=0)
     """Longest completion, in tokens; also the longest demonstration."""
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_more)] = []
+    """Texts that end a completion, such as "</answer>"; it is kept up to the end of the text. Beside them, the end
+    tokens of the tokenizer, of the model's generation_config and of the chat template end it."""
 
 
 class RewardConfig(Section):

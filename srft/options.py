@@ -7,8 +7,9 @@ import sys
 import tomllib
 import types
 import typing
+from datetime import date, time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -29,10 +30,13 @@ def load_config(arguments: list[str]) -> Config:
     """
     tree: dict[str, Any] = {}
     for argument in arguments:
+        if not argument.isascii() and argument != argument.encode(errors="replace").decode():
+            raise ValueError(f"{argument!a} is not text in UTF-8; rename the file or folder it names")
         if "=" in argument:
             dotted, text = argument.split("=", 1)
-            layer: Any = _parse_value(text)
-            for key in reversed(dotted.strip().removeprefix("--").split(".")):
+            keys = dotted.strip().removeprefix("--").split(".")
+            layer: Any = _parse_value(text, _type_of(keys))
+            for key in reversed(keys):
                 layer = {key: layer}
         elif argument.endswith(".toml"):
             layer = _read_toml(Path(argument))
@@ -40,6 +44,7 @@ def load_config(arguments: list[str]) -> Config:
             raise ValueError(f"expected a .toml file or section.key=value, got {argument!r}; see --help")
         _merge(tree, layer)
     _reject_unknown_keys(Config, tree, "")
+    _spell_out(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -90,17 +95,12 @@ def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {k: (flat_old.get(k), flat_new.get(k)) for k in keys if flat_old.get(k) != flat_new.get(k)}
 
 
-def help_text(program: str = "srft.train", effect: str = "With no argument: the demo.") -> str:
-    """Return every option with its type, default and meaning, one paragraph a section.
-
-    Args:
-        program: Module of the command.
-        effect: A sentence on what it does.
-    """
+def help_text() -> str:
+    """Return every option with its type, default and meaning, one paragraph a section."""
     lines = [
-        f"usage: python -m {program} [run.toml ...] [section.key=value ...]",
+        "usage: python -m srft.train [run.toml ...] [section.key=value ...]",
         "",
-        f"{effect} Later files and overrides win. Options and defaults:",
+        "With no argument: the demo. Later files and overrides win. Options and defaults:",
     ]
 
     def describe(section: type[BaseModel], path: str) -> None:
@@ -130,12 +130,71 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
 
 
-def _parse_value(text: str) -> Any:
-    """Read an override's value as TOML where it is TOML (numbers, booleans, lists, quoted), else as plain text."""
+def _type_of(keys: list[str]) -> Any:
+    """The type of the option at a dotted name, of a table's entry where the name reaches into one; None of none."""
+    kind: Any = Config
+    for key in keys:
+        if _is_section(kind):
+            if key not in kind.model_fields:
+                return None
+            kind = kind.model_fields[key].annotation
+        elif typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        else:
+            return None
+    return kind
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a type holds text and nothing else: a string, a path, words to choose from, or one of them or unset."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return all(isinstance(word, str) for word in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return all(member is type(None) or _is_text(member) for member in arguments)
+    return _is_text(arguments[0]) if origin is Annotated else kind in (str, Path)
+
+
+def _parse_value(text: str, kind: Any) -> Any:
+    """Read an override's value: text as it stands, in quotes or not, where the option holds text; else as TOML
+    (numbers, booleans, lists, tables) where it is TOML, and as plain text where it is not.
+    """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    value = parsed["value"]
+    if len(parsed) > 1 or isinstance(value, (date, time)):
+        return text
+    # a comment after the closing quote would be TOML too
+    if isinstance(value, str) and text.strip()[-1] in "\"'":
+        return value
+    several = typing.get_origin(kind) is list and _is_text(typing.get_args(kind)[0])
+    return text if _is_text(kind) or (several and not isinstance(value, list)) else value
+
+
+def _spell_out(tree: dict[str, Any], path: tuple[str, ...] = ()) -> None:
+    """Turn what a file wrote without quotes for an option that holds text into that text, in place.
+
+    Raises:
+        ValueError: For a number with a point or an exponent, whose spelling is lost.
+    """
+    for key, value in tree.items():
+        keys = [*path, key]
+        if isinstance(value, dict):
+            _spell_out(value, tuple(keys))
+        elif not _is_text(_type_of(keys)):
+            continue
+        elif isinstance(value, bool):
+            tree[key] = str(value).lower()
+        elif isinstance(value, (date, time)):
+            tree[key] = value.isoformat()
+        elif isinstance(value, float):
+            raise ValueError(f"{'.'.join(keys)} holds text, got the number {value!r}; put it in quotes")
 
 
 def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
@@ -204,8 +263,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-        return '"' + "".join(escapes.get(c, c) for c in value) + '"'
+        escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r", "\x7f": "\\u007f"}
+        return '"' + "".join(escapes.get(c, c if c >= " " else f"\\u{ord(c):04x}") for c in value) + '"'
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
     if isinstance(value, dict):
@@ -219,21 +278,19 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(str(a) for a in arguments)
     if origin in (typing.Union, types.UnionType):
         return " | ".join(_type_name(a) for a in arguments if a is not type(None))
+    if origin is Annotated:
+        return _type_name(arguments[0])
     if origin is not None:
         return f"{origin.__name__}[{', '.join(_type_name(a) for a in arguments)}]"
     return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation))
 
 
-def exit_on_help(
-    arguments: list[str], program: str = "srft.train", effect: str = "With no argument: the demo."
-) -> None:
+def exit_on_help(arguments: list[str]) -> None:
     """Print the options and leave when they are asked for.
 
     Args:
         arguments: The command line's words.
-        program: Module of the command.
-        effect: A sentence on what it does.
     """
     if {"-h", "--help"} & set(arguments):
-        print(help_text(program, effect))
+        print(help_text())
         sys.exit(0)

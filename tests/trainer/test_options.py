@@ -61,7 +61,9 @@ def test_unknown_option_names_the_nearest(argument: str, hint: str) -> None:
         ("train.seed=-1", "train.seed"),
         ("name=../elsewhere", "name"),
         ("model.gradient_checkpointing=perhaps", "model.gradient_checkpointing"),
-        ("data.columns.prompt=[1]", "data.columns"),
+        ("data.columns=5", "data.columns"),
+        ("rollout.stop=[[1]]", "rollout.stop"),
+        ("rollout.stop=['']", "rollout.stop"),
     ],
 )
 def test_wrong_value_names_the_option_and_what_it_got(argument: str, option: str) -> None:
@@ -136,7 +138,12 @@ def test_later_layers_win_in_the_order_given(tmp_path: Path) -> None:
         ("method.advantage_std=false", "method.advantage_std", False),
         ("method.demo_gamma=0.25", "method.demo_gamma", 0.25),
         ("method.demo_gamma=none", "method.demo_gamma", "none"),
-        ("name=17", "name", "17"),
+        ("data.columns={prompt='q'}", "data.columns", {"prompt": "q"}),
+        ("data.task.since=2026-11-25", "data.task", {"since": "2026-11-25"}),
+        ("data.chat_template_kwargs.enable_thinking=false", "data.chat_template_kwargs", {"enable_thinking": False}),
+        ("rollout.stop=</answer>", "rollout.stop", ["</answer>"]),
+        ("rollout.stop=42", "rollout.stop", ["42"]),
+        ('rollout.stop=["\\n\\n", "###"]', "rollout.stop", ["\n\n", "###"]),
     ],
 )
 def test_override_values(argument: str, path: str, value: object) -> None:
@@ -147,11 +154,56 @@ def test_override_values(argument: str, path: str, value: object) -> None:
     assert found == value and type(found) is type(value)
 
 
+LOOK_ALIKES = [
+    "17", "007", "1e5", "1_000", "0x10", "1.10", "true", "2026-11-25", "07.30", "inf", "nan", "-0", "[a]", "{}",
+    "2026-11-25T10:00:00Z", "07:32:00", "2026-11-25 10:00:00", "a\nb = 2", "1\nb = 2", "'a' # b", "a#b", "'", "=", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ["data.system", "data.train", "data.columns.prompt", "model.tokenizer"])
+@pytest.mark.parametrize("text", LOOK_ALIKES)
+def test_text_stays_as_it_was_typed(option: str, text: str) -> None:
+    """An option that holds text takes what TOML would read as a number, a date or a table letter by letter."""
+    config = load_config([f"{option}={text}"])
+    found: object = config
+    for part in option.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == text
+    assert load_config_text(to_toml(config)) == config
+
+
+@pytest.mark.parametrize("name", ["17", "007", "1e5", "1_000", "0x10", "1.10", "true", "2026-11-25", "07.30", "nan"])
+def test_run_is_named_as_typed(name: str) -> None:
+    """A run may be named after a date or a number, and its folder has that very name."""
+    config = load_config([f"name={name}", "runs_dir=2026"])
+    assert (config.name, config.run_dir) == (name, Path("2026") / name)
+
+
+def test_text_without_quotes_in_a_file(tmp_path: Path) -> None:
+    """A date or a word in a TOML file is the text it spells; a number whose spelling is lost asks for quotes."""
+    path = tmp_path / "run.toml"
+    path.write_text("name = 2026-11-25\n[data]\ntrain = true\nsystem = 07:32:00\ncolumns = {prompt = 5}\n")
+    config = load_config([str(path)])
+    assert (config.name, config.data.train, config.data.system) == ("2026-11-25", "true", "07:32:00")
+    assert config.data.columns == {"prompt": "5"}
+    path.write_text("[data]\ntrain = 1e5\n")
+    with pytest.raises(ValueError, match=r"data\.train holds text, got the number 100000\.0; put it in quotes"):
+        load_config([str(path)])
+
+
+def test_argument_that_is_no_text_is_one_line() -> None:
+    """A path in another encoding cannot go into the run's record, and is refused before anything is written."""
+    with pytest.raises(ValueError, match=r"data\.train=\\udcff\.jsonl' is not text in UTF-8"):
+        load_config(["data.train=\udcff.jsonl"])
+
+
 def test_toml_round_trip(tmp_path: Path) -> None:
     """What is written reads back to the same values, awkward text and open tables included."""
     config = load_config(
         [
-            'data.system="say \\"hi\\"\\n\\tC:\\\\dir — ü"',
+            'data.system="say \\"hi\\"\\n\\tC:\\\\dir — ü \\u001b[0m \\u007f"',
+            'rollout.stop=["\\n", "###"]',
+            "data.chat_template_kwargs.enable_thinking=false",
             "data.columns.prompt=a.b",
             "data.task.max_ops=3",
             "train.betas=[0.5,0.25]",
