@@ -1,46 +1,48 @@
-"""Rows in, prompts out: examples, chat template, tokens, and a sampler whose state is one counter."""
+"""Rows in, prompts out: examples, and the prompts and demonstrations that they are to a policy."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from srft.sources import FILE_SUFFIXES, Message, detect_schema, map_columns, read_fields, read_source
+from srft.data_files import is_local
+from srft.messages import Message
+from srft.prompts import PromptFormat, continue_prompt, opening
+from srft.schemas import detect_schema, map_columns, merged, read_fields
+from srft.sources import read_source
 from srft.tasks import REASONING_GYM
 from srft.verifiers import VERIFIERS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from srft.rewards import RewardPool
 
 logger = logging.getLogger(__name__)
 
-THINK = "<think>\n"
+_ROWS_LOOKED_AT = 100  # to tell the columns of a source in which a row may lack one
 
 
 @dataclass(frozen=True)
 class Example:
-    """One problem, its ground truth and, where there is one, a demonstration.
+    """One problem, its ground truth and its demonstrations.
 
     Args:
-        id: "<source>:<row index>", of a file its name without the folder; stable over runs.
+        id: "<source>:<row index>", of files their name without the folder; stable over runs.
         prompt: Text, or chat messages with "role" and "content".
         answer: Ground truth, handed to the verifier.
-        demo: Demonstration text without an end-of-sequence token, or None.
+        demos: Demonstration texts without an end-of-sequence token.
         row: The source row, for verifiers that need more than the answer.
     """
 
     id: str
     prompt: str | list[Message]
     answer: Any
-    demo: str | None
+    demos: list[str]
     row: dict[str, Any]
 
 
@@ -51,12 +53,14 @@ class Prompt:
     Args:
         example: Where it comes from.
         prompt_ids: Tokens up to where the completion starts.
-        demo_ids: Demonstrations, each ending in the end-of-sequence token; empty without one.
+        demo_ids: Each of the example's demonstrations, ending in the token that ends a turn.
+        opened: The "<think>" with which the prompt ends, which belongs to the completion's text; mostly empty.
     """
 
     example: Example
     prompt_ids: list[int]
     demo_ids: list[list[int]]
+    opened: str = ""
 
 
 def load_examples(
@@ -67,22 +71,26 @@ def load_examples(
     limit: int | None = None,
     seed: int = 0,
     task: dict[str, Any] | None = None,
+    use_demo: bool = True,
     require_demo: bool = False,
     bad_rows: Literal["error", "skip"] = "error",
 ) -> list[Example]:
     """Read a data source into examples.
 
     Args:
-        source: "chain"; "reasoning_gym:<task>"; a .jsonl, .json or .parquet file; or a hub data set,
-            "owner/name" or "owner/name:config".
-        split: Split of a hub data set. For generated tasks "train" or anything else, which then means
-            evaluation; the two never share a problem. A file is one split and ignores it.
+        source: "chain"; "reasoning_gym:<task>"; a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, compressed or
+            not; a folder or a glob of such files; or a hub data set, "owner/name" or "owner/name:config".
+        split: Split of a hub data set, or of a folder whose files name theirs. For generated tasks "train" or
+            anything else, which then means evaluation; the two never share a problem. A file is one split and
+            ignores it.
         columns: Column or dotted path of "prompt", "answer" and "demo"; what is left out follows the
-            schema of the first row.
+            schema of the rows. A prompt that is a conversation ends before the assistant's last turn, which is the
+            demonstration where no other column is.
         limit: Number of rows taken from the start, >= 1; None takes all, and of a generated task 8192 to
             train and 256 to evaluate.
         seed: Stream of a generated task; not used elsewhere.
         task: Options of a generated task: min_ops and max_ops, or the reasoning-gym task's own fields.
+        use_demo: Whether demonstrations are read; without it their column is not looked at.
         require_demo: Whether a row without a demonstration is an error.
         bad_rows: "error", or "skip" to drop rows without a prompt, an answer or a required demonstration, and
             log how many.
@@ -96,24 +104,27 @@ def load_examples(
     placed = read_source(source, split, limit, seed, task or {})
     if not placed:
         raise ValueError(f"{source} holds no rows")
-    first = placed[0][1]
-    schema = None if source.startswith(REASONING_GYM) else detect_schema(first)
-    paths = map_columns(source, first, schema, columns or {}, require_demo)
-    # a file goes by its name alone, so that seeds made from ids do not depend on where it lies
-    name = Path(source).name if source.endswith(FILE_SUFFIXES) else source
+    whole = merged(row for _, row in placed[:_ROWS_LOOKED_AT])
+    generated = source.startswith(REASONING_GYM)
+    schema = None if generated else detect_schema(whole)
+    paths = map_columns(
+        source, whole, schema, columns or {}, generated=generated, use_demo=use_demo, require_demo=require_demo
+    )
+    # files go by their name alone, so that seeds made from ids do not depend on where they lie
+    name = Path(source).expanduser().absolute().name if is_local(source) else source
     examples: list[Example] = []
     bad: list[str] = []
     for index, (place, row) in enumerate(placed):
         try:
-            prompt, answer, demo = read_fields(place, row, paths, schema)
-            if require_demo and demo is None:
+            prompt, answer, demos = read_fields(place, row, paths, schema)
+            if require_demo and not demos:
                 raise ValueError(f"{place}: no demonstration in column {paths['demo']!r}")
         except ValueError:
             if bad_rows == "error":
                 raise
             bad.append(place)
         else:
-            examples.append(Example(f"{name}:{index}", prompt, answer, demo, row))
+            examples.append(Example(f"{name}:{index}", prompt, answer, demos, row))
     if bad:
         logger.warning("%s: dropped %d of %d rows, the first is %s", source, len(bad), len(placed), bad[0])
     if not examples:
@@ -139,18 +150,30 @@ def _problem_key(example: Example) -> str:
     return json.dumps(example.prompt)
 
 
-def check_demos(examples: Sequence[Example], pool: RewardPool) -> list[str]:
-    """Return the ids of examples whose demonstration the verifier does not accept.
+def digests(examples: Iterable[Example], *, with_rows: bool) -> list[str]:
+    """Return a short digest of each example: its id, prompt, answer and demonstrations.
+
+    Args:
+        examples: Any number.
+        with_rows: Whether the whole row counts, as for a verifier that looks at it.
+    """
+    facts = ([e.id, e.prompt, e.answer, e.demos, e.row if with_rows else None] for e in examples)
+    texts = (json.dumps(fact, default=str, sort_keys=True) for fact in facts)
+    return [hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for text in texts]
+
+
+def check_demos(examples: Sequence[Example], pool: RewardPool) -> list[tuple[str, int]]:
+    """Return (example id, index) of every demonstration that the verifier does not accept.
 
     Args:
         examples: Those without a demonstration are passed over.
         pool: Grades each demonstration as if it were a completion.
     """
-    shown = [example for example in examples if example.demo is not None]
-    results = pool.score([(example.demo or "", example.answer, example.row) for example in shown])
+    shown = [(example, index) for example in examples for index in range(len(example.demos))]
+    results = pool.score([(example.demos[index], example.answer, example.row) for example, index in shown])
     return [
-        example.id
-        for example, result in zip(shown, results, strict=True)
+        (example.id, index)
+        for (example, index), result in zip(shown, results, strict=True)
         if result.value < 0.5 and result.status != "unjudged"
     ]
 
@@ -172,213 +195,75 @@ def check_answers(examples: Sequence[Example], pool: RewardPool) -> dict[str, st
     }
 
 
-def render_prompt(
-    example: Example, tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool
-) -> str:
-    """Return the text that a completion continues.
-
-    Args:
-        example: Its messages, or its text as one user turn when ``chat`` is set.
-        tokenizer: Owner of the chat template.
-        system: System turn, replacing one in the messages; plain text follows it after an empty line.
-        chat: Whether to put text through the chat template, where there is one. Messages always are.
-
-    Raises:
-        ValueError: On messages when the tokenizer has no chat template.
-    """
-    turns = example.prompt
-    if isinstance(turns, str):
-        if not (chat and tokenizer.chat_template):
-            return turns if system is None else f"{system}\n\n{turns}"
-        turns = [{"role": "user", "content": turns.strip()}]
-    elif not tokenizer.chat_template:
-        raise ValueError(
-            f"{example.id} is a list of messages and the tokenizer has no chat template; give it one, or map "
-            "data.columns.prompt to a text column"
-        )
-    if system is not None:
-        turns = [{"role": "system", "content": system}, *(turn for turn in turns if turn["role"] != "system")]
-    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-
-
-def encode_prompt(
-    example: Example, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, chat: bool = False
-) -> list[int]:
-    """Return the prompt's token ids.
-
-    Args:
-        example: As in :func:`render_prompt`.
-        tokenizer: Encodes a template's text as it stands; gives plain text its start token, if it has one.
-        system: As in :func:`render_prompt`.
-        chat: As in :func:`render_prompt`.
-    """
-    return _encode_text(render_prompt(example, tokenizer, system=system, chat=chat), example, tokenizer, chat)
-
-
-def _encode_text(text: str, example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[int]:
-    if not isinstance(example.prompt, str) or (chat and tokenizer.chat_template):
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    ids = list(tokenizer.encode(text, add_special_tokens=True))
-    # some tokenizers close every text with their end token; a prompt stays open
-    bare = tokenizer.encode(text, add_special_tokens=False)
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id and bare[-1:] != ids[-1:] else ids
-
-
-def encode_demo(
-    example: Example, tokenizer: PreTrainedTokenizerBase, eos_id: int, *, prompt_text: str = ""
-) -> list[int]:
-    """Return the demonstration's token ids and ``eos_id``.
-
-    Args:
-        example: Must have a demonstration.
-        tokenizer: Adds no special token here.
-        eos_id: Token that ends a completion.
-        prompt_text: The rendered prompt; when it ends in "<think>" and a newline, these are dropped from the
-            start of the demonstration.
-    """
-    return [*tokenizer.encode(_demo_text(example, prompt_text), add_special_tokens=False), eos_id]
-
-
-def _demo_text(example: Example, prompt_text: str) -> str:
-    assert example.demo is not None
-    return example.demo.removeprefix(THINK) if prompt_text.endswith(THINK) else example.demo
-
-
 def build_prompts(
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptFormat,
     *,
     max_prompt_tokens: int,
     max_demo_tokens: int | None,
     overlong: Literal["error", "skip"] = "error",
-    system: str | None = None,
-    chat: bool = False,
-    eos_id: int | None = None,
-) -> tuple[list[Prompt], dict[str, int]]:
+) -> tuple[list[Prompt], Counter[str]]:
     """Encode examples; nothing is ever cut.
 
     Args:
         examples: At least one.
-        tokenizer: As in :func:`encode_prompt`.
+        prompts: How they are put to the policy.
         max_prompt_tokens: Longest prompt kept, in tokens.
         max_demo_tokens: Longest demonstration kept, in tokens, the end token included: the completion limit.
             None leaves demonstrations out.
-        overlong: What an example over a limit does: "error" or "skip".
-        system: As in :func:`render_prompt`.
-        chat: As in :func:`render_prompt`.
-        eos_id: Token that ends a completion; None takes the tokenizer's.
+        overlong: What an example over a limit does: "error" or "skip". Of several demonstrations those over the limit
+            are skipped, and the example once none is left.
 
     Returns:
-        (prompts, counts): counts has "overlong_prompts" and "overlong_demos", the examples left out; one over
-        both limits counts as an overlong prompt.
+        (prompts, counts): counts has "overlong_prompts", examples left out; "overlong_demos", demonstrations left out,
+        those of an overlong prompt aside; "closed_thoughts" and "dropped_thoughts", see ``prompts.continue_prompt``;
+        "plain_messages", prompts of messages without a template to put them through.
 
     Raises:
         ValueError: With ``overlong="error"`` when any example is over a limit; when none is left; without an
             end token.
     """
-    eos_id = tokenizer.eos_token_id if eos_id is None else eos_id
-    if eos_id is None:
-        raise ValueError("the tokenizer has no end-of-sequence token; give eos_id")
-    texts = [render_prompt(example, tokenizer, system=system, chat=chat) for example in examples]
-    shown = [max_demo_tokens is not None and example.demo is not None for example in examples]
-    demo_texts = [_demo_text(e, text) for e, text, show in zip(examples, texts, shown, strict=True) if show]
+    texts = [prompts.render(example.id, example.prompt) for example in examples]
+    frames = [prompts.turn(example.prompt) for example in examples]
+    counts: Counter[str] = Counter(overlong_prompts=0, overlong_demos=0)
+    counts["plain_messages"] = sum(isinstance(e.prompt, list) and not prompts.uses_template(e.prompt) for e in examples)
+    bodies: list[str] = []
+    for example, text, frame in zip(examples, texts, frames, strict=True):
+        for demo in example.demos if max_demo_tokens is not None else []:
+            body, change = continue_prompt(text, demo)
+            if change:
+                counts[f"{change}_thoughts"] += 1
+            bodies.append(f"{frame.head}{body}{frame.tail}")
     # one call, which fast tokenizers spread over the cores: these can be hundreds of millions of tokens
-    encoded = iter(tokenizer(demo_texts, add_special_tokens=False)["input_ids"] if demo_texts else [])
-    prompts: list[Prompt] = []
-    counts = {"overlong_prompts": 0, "overlong_demos": 0}
+    encoded = iter(prompts.tokenizer(bodies, add_special_tokens=False)["input_ids"] if bodies else [])
+    built: list[Prompt] = []
     longest = {"prompt": 0, "demo": 0}
-    for example, text, show in zip(examples, texts, shown, strict=True):
-        prompt_ids = _encode_text(text, example, tokenizer, chat)
-        demo_ids = [[*next(encoded), eos_id]] if show else []
+    for example, text, frame in zip(examples, texts, frames, strict=True):
+        prompt_ids = prompts.encode(text, example.prompt)
+        shown = example.demos if max_demo_tokens is not None else []
+        demo_ids = [_closed(next(encoded), frame.end) for _ in shown]
         longest["prompt"] = max(longest["prompt"], len(prompt_ids))
         longest["demo"] = max(longest["demo"], *map(len, demo_ids), 0)
         if len(prompt_ids) > max_prompt_tokens:
             counts["overlong_prompts"] += 1
-        elif max_demo_tokens is not None and any(len(ids) > max_demo_tokens for ids in demo_ids):
-            counts["overlong_demos"] += 1
-        else:
-            prompts.append(Prompt(example, prompt_ids, demo_ids))
-    if not prompts or (overlong == "error" and len(prompts) < len(examples)):
+            continue
+        fits = [i for i, ids in enumerate(demo_ids) if max_demo_tokens is None or len(ids) <= max_demo_tokens]
+        counts["overlong_demos"] += len(shown) - len(fits)
+        if shown and not fits:
+            continue
+        kept = replace(example, demos=[shown[i] for i in fits]) if len(fits) < len(example.demos) else example
+        built.append(Prompt(kept, prompt_ids, [demo_ids[i] for i in fits], opening(text)))
+    too_long = counts["overlong_prompts"] + counts["overlong_demos"]
+    if not built or (overlong == "error" and too_long):
         raise ValueError(
             f"{counts['overlong_prompts']} of {len(examples)} examples have a prompt over "
             f"{max_prompt_tokens} tokens (longest {longest['prompt']}) and {counts['overlong_demos']} a "
             f"demonstration over {max_demo_tokens} (longest {longest['demo']}); raise "
             "data.max_prompt_tokens or rollout.max_new_tokens, or set data.overlong=skip"
         )
-    return prompts, counts
+    return built, counts
 
 
-class PromptSampler:
-    """Epochs of seeded permutations; its whole state is how many indices it has given out.
-
-    Args:
-        num_prompts: Size of the data set, >= 1.
-        seed: With the epoch's number it fixes the order of that epoch.
-    """
-
-    def __init__(self, num_prompts: int, seed: int) -> None:
-        if num_prompts < 1:
-            raise ValueError(f"a sampler needs at least one prompt, got {num_prompts}")
-        self.num_prompts = num_prompts
-        self.seed = seed
-        self.drawn = 0
-        self._epoch = -1
-        self._order: list[int] = []
-
-    def _at(self, position: int) -> int:
-        epoch, offset = divmod(position, self.num_prompts)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = list(range(self.num_prompts))
-            random.Random(f"{self.seed}:{epoch}").shuffle(self._order)
-        return self._order[offset]
-
-    def next(self, k: int) -> list[int]:
-        """Return the next ``k`` indices, going on into the next epoch where one ends.
-
-        Args:
-            k: Prompts in a batch, in [1, num_prompts].
-
-        Raises:
-            ValueError: If the batch is larger than the data set.
-        """
-        if not 1 <= k <= self.num_prompts:
-            raise ValueError(
-                f"a batch of {k} prompts from {self.num_prompts}; lower prompts_per_step or give more data"
-            )
-        indices = [self._at(position) for position in range(self.drawn, self.drawn + k)]
-        self.drawn += k
-        return indices
-
-    def state_dict(self) -> dict[str, int]:
-        """Return what a resumed run needs."""
-        return {"drawn": self.drawn, "seed": self.seed, "num_prompts": self.num_prompts}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from where another sampler stood.
-
-        Args:
-            state: From ``state_dict`` of a sampler over as many prompts with the same seed.
-
-        Raises:
-            ValueError: If the data set's size or the seed differ, since the order would not go on.
-        """
-        for name in ("num_prompts", "seed"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"the checkpoint's sampler has {name}={state[name]}, this run {getattr(self, name)}"
-                )
-        self.drawn = state["drawn"]
-
-
-def sample_seed(seed: int, step: int, prompt_uid: str, k: int) -> int:
-    """Return the engine's seed of one sample, in [0, 2**63), the same on every machine.
-
-    Args:
-        seed: The run's seed.
-        step: Training step.
-        prompt_uid: Example id, with the place in the batch added where a batch may hold a prompt twice.
-        k: Index of the sample within its group.
-    """
-    digest = hashlib.blake2b(f"{seed}:{step}:{k}:{prompt_uid}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+def _closed(ids: list[int], end: int) -> list[int]:
+    """A demonstration's tokens with one end token, also where its text spells it out."""
+    return ids if ids[-1:] == [end] else [*ids, end]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
 from srft.data import Prompt
 from srft.engine.base import Engine, Sampling
+from srft.prompts import completion_text
 from srft.rewards import RewardPool
 
 
@@ -31,9 +33,11 @@ def evaluate(
         ``eval/accuracy`` and the ends of its 95 % interval, over the answers that were judged and absent where none
         was; ``eval/truncated`` and ``eval/timeouts``; all in [0, 1].
     """
-    greedy = Sampling(0.0, sampling.max_new_tokens, sampling.stop_token_ids)
+    greedy = replace(sampling, temperature=0.0)
     drawn = [c[0] for c in engine.generate([p.prompt_ids for p in prompts], greedy, [[0]] * len(prompts))]
-    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in drawn]
+    texts = [
+        completion_text(tokenizer, c.token_ids, p.opened, sampling.stop) for c, p in zip(drawn, prompts, strict=True)
+    ]
     results = pool.score([(t, p.example.answer, p.example.row) for t, p in zip(texts, prompts, strict=True)])
     correct = sum(r.value >= 0.5 for r in results)
     judged = sum(r.status != "unjudged" for r in results)

@@ -95,12 +95,17 @@ def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {k: (flat_old.get(k), flat_new.get(k)) for k in keys if flat_old.get(k) != flat_new.get(k)}
 
 
-def help_text() -> str:
-    """Return every option with its type, default and meaning, one paragraph a section."""
+def help_text(program: str = "srft.train", effect: str = "With no argument: the demo.") -> str:
+    """Return every option with its type, default and meaning, one paragraph a section.
+
+    Args:
+        program: Module of the command.
+        effect: A sentence on what it does.
+    """
     lines = [
-        "usage: python -m srft.train [run.toml ...] [section.key=value ...]",
+        f"usage: python -m {program} [run.toml ...] [section.key=value ...]",
         "",
-        "With no argument: the demo. Later files and overrides win. Options and defaults:",
+        f"{effect} Later files and overrides win. Options and defaults:",
     ]
 
     def describe(section: type[BaseModel], path: str) -> None:
@@ -285,12 +290,16 @@ def _type_name(annotation: Any) -> str:
     return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation))
 
 
-def exit_on_help(arguments: list[str]) -> None:
+def exit_on_help(
+    arguments: list[str], program: str = "srft.train", effect: str = "With no argument: the demo."
+) -> None:
     """Print the options and leave when they are asked for.
 
     Args:
         arguments: The command line's words.
+        program: Module of the command.
+        effect: A sentence on what it does.
     """
     if {"-h", "--help"} & set(arguments):
-        print(help_text())
+        print(help_text(program, effect))
         sys.exit(0)

@@ -7,7 +7,8 @@ import importlib.util
 import json
 import os
 import shutil
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,13 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srft.checkpoint import export_model
 from srft.config import Config
 from srft.data import Example, Prompt, build_prompts, check_answers, check_demos, drop_shared, load_examples
+from srft.data_files import has_split, is_local
 from srft.engine.base import Engine
 from srft.engine.hf import HfEngine
 from srft.methods import needs_demos, needs_rollouts
 from srft.model import build_tiny, load_model, prepare_policy
+from srft.problems import Problems
+from srft.prompts import prompt_format
 from srft.proof import Proof, prove
 from srft.rewards import RewardPool, default_reward
-from srft.sources import FILE_SUFFIXES, detect_schema
+from srft.schemas import asked_reward, detect_schema
 from srft.tasks import BUILTIN_TASKS, REASONING_GYM
 from srft.warm_start import warm_start
 
@@ -50,21 +54,6 @@ def choose_device(config: Config) -> torch.device:
     return torch.device(name)
 
 
-@dataclass(frozen=True)
-class Problems:
-    """What a run trains and evaluates on, as read.
-
-    Args:
-        train: Training examples.
-        held_out: Evaluation examples, none of them in ``train``.
-        reward: The verifier's kind.
-    """
-
-    train: list[Example]
-    held_out: list[Example]
-    reward: str
-
-
 def read_problems(config: Config) -> Problems:
     """Read the training and held-out problems and settle how they are judged.
 
@@ -78,10 +67,10 @@ def read_problems(config: Config) -> Problems:
     needs = needs_demos(config.method)
     examples = load_examples(
         data.train, split=data.split, columns=data.columns, limit=data.limit, seed=config.train.seed,
-        task=data.task, require_demo=needs, bad_rows=data.bad_rows,
+        task=data.task, use_demo=needs or _warm_starts(config), require_demo=needs, bad_rows=data.bad_rows,
     )  # fmt: skip
-    if data.eval is None and Path(data.train).suffix in FILE_SUFFIXES:
-        # a file is one split: its end is held out
+    if data.eval is None and is_local(data.train) and not has_split(data.train, data.eval_split):
+        # one split: its end is held out
         if len(examples) < 2:
             raise ValueError(f"{data.train} has one row, and needs one more to hold out; add rows or set data.eval")
         size = max(1, len(examples) // 10)
@@ -89,8 +78,7 @@ def read_problems(config: Config) -> Problems:
     else:
         held_out = load_examples(
             data.eval or data.train, split=data.eval_split, columns=data.columns, limit=data.eval_limit, seed=0,
-            task=data.task,
-            bad_rows=data.bad_rows,
+            task=data.task, use_demo=False, bad_rows=data.bad_rows,
         )  # fmt: skip
     distinct = drop_shared(held_out, examples)
     if not distinct:
@@ -107,7 +95,11 @@ def read_problems(config: Config) -> Problems:
             "math or "
             "path/to/file.py:function"
         )
-    return Problems(examples, distinct, default_reward(schema))
+    reward = default_reward(schema)
+    if schema == "openr1":
+        # one layout for data sets that ask for answers in different forms
+        reward = asked_reward(data.system, ((e.id, e.prompt, e.answer) for e in examples)) or reward
+    return Problems(examples, distinct, reward)
 
 
 def make_prompts(
@@ -129,60 +121,62 @@ def make_prompts(
     """
     data, train, examples = config.data, config.train, problems.train
     notes = [f"{len(examples)} training and {len(problems.held_out)} held-out problems from {data.train}"]
-    with_demos = needs_demos(config.method) or (config.model.name == "tiny" and config.model.warm_start.max_steps > 0)
+    with_demos = needs_demos(config.method) or _warm_starts(config)
     pool.prewarm()
     checked = with_demos and data.bad_demos != "keep"
-    held_out, left_out = _with_readable_answers(config, problems.held_out, pool)
-    if not checked:
-        examples, more_left_out = _with_readable_answers(config, examples, pool)
-        left_out += more_left_out
-    if left_out:
+    # a demonstration that is accepted shows that the answer can be read
+    unreadable = _unreadable(config, [e for e in examples if not (checked and e.demos)], pool)
+    unreadable_held_out = _unreadable(config, problems.held_out, pool)
+    examples = [e for e in examples if e.id not in unreadable]
+    held_out = [replace(e, demos=[]) for e in problems.held_out if e.id not in unreadable_held_out]
+    if left_out := len(unreadable) + len(unreadable_held_out):
         notes.append(f"{left_out} rows skipped whose answer {pool.kind!r} cannot read")
     if checked:
-        bad = set(check_demos(examples, pool))
-        if bad and data.bad_demos == "error":
-            first = next(e for e in examples if e.id in bad)
-            reason = pool.score([(first.demo or "", first.answer, first.row)])[0]
-            outcome = "judged wrong" if reason.status == "ok" else f"{reason.status} {reason.message}".strip()
-            raise ValueError(
-                f"{len(bad)} of {len(examples)} demonstrations do not end in an answer that "
-                f"{pool.kind!r} accepts, the first is "
-                f"{first.id} (answer {first.answer!r}, {outcome}); "
-                "fix them, or set data.bad_demos=skip (or keep), or another reward.kind"
-            )
-        examples = [e for e in examples if e.id not in bad]
-        if bad:
-            notes.append(f"{len(bad)} rows skipped whose demonstration fails its verifier")
+        asked = examples
+        examples, dropped = _accepted(examples, pool, data.bad_demos)
+        if dropped:
+            rows = len(asked) - len(examples)
+            notes.append(f"{rows} rows skipped whose demonstration fails its verifier, of {dropped} demonstrations")
     if not with_demos:
-        examples = [replace(e, demo=None) for e in examples]
-    held_out = [replace(e, demo=None) for e in held_out]
+        examples = [replace(e, demos=[]) for e in examples]
     prompts, counts = _encode(config, examples, tokenizer)
     held_out_prompts, held_out_counts = _encode(config, held_out, tokenizer)
-    dropped = counts["overlong_prompts"] + counts["overlong_demos"]
-    if dropped:
-        notes.append(f"{dropped} training rows skipped as too long")
-    if held_out_counts["overlong_prompts"]:
-        notes.append(f"{held_out_counts['overlong_prompts']} held-out rows skipped as too long")
+    notes += [
+        f"{number} {what}"
+        for number, what in (
+            (len(examples) - len(prompts), "training rows skipped as too long"),
+            (counts["overlong_demos"], "demonstrations skipped as too long"),
+            (held_out_counts["overlong_prompts"], "held-out rows skipped as too long"),
+            (counts["closed_thoughts"], "demonstrations without a thought, which the prompt opens: closed empty"),
+            (counts["dropped_thoughts"], "demonstrations without their thought, which the prompt closes"),
+            (counts["plain_messages"], "prompts of messages as plain text, since the tokenizer has no chat template"),
+            (_past_stop(prompts, config.rollout.stop), "demonstrations that go on after a text of rollout.stop"),
+        )
+        if number
+    ]
+    if needs_demos(config.method):
+        enough = [p for p in prompts if len(p.demo_ids) >= train.demos_per_prompt]
+        if len(enough) < len(prompts) and data.bad_rows == "error":
+            few = next(p for p in prompts if len(p.demo_ids) < train.demos_per_prompt)
+            raise ValueError(
+                f"train.demos_per_prompt={train.demos_per_prompt}, but {few.example.id} has only {len(few.demo_ids)} "
+                f"demonstrations, as {len(prompts) - len(enough)} of {len(prompts)} prompts do; lower it, or set "
+                "data.bad_rows=skip"
+            )
+        if len(enough) < len(prompts):
+            notes.append(f"{len(prompts) - len(enough)} prompts skipped that have too few demonstrations")
+        prompts = enough
     if len(prompts) < train.prompts_per_step:
         raise ValueError(
             f"train.prompts_per_step={train.prompts_per_step}, but {data.train} gives only "
             f"{len(prompts)} usable prompts; "
             f"set train.prompts_per_step={len(prompts)} or fewer"
         )
-    if (
-        needs_demos(config.method)
-        and (fewest := min(len(p.demo_ids) for p in prompts)) < train.demos_per_prompt
-    ):
-        raise ValueError(
-            f"train.demos_per_prompt={train.demos_per_prompt}, but a prompt has only {fewest} demonstrations"
-        )
     return prompts, held_out_prompts, ", ".join(notes)
 
 
-def _with_readable_answers(
-    config: Config, examples: list[Example], pool: RewardPool
-) -> tuple[list[Example], int]:
-    """The examples that can be judged, and how many cannot."""
+def _unreadable(config: Config, examples: list[Example], pool: RewardPool) -> set[str]:
+    """Ids of the examples that cannot be judged, where they may be skipped."""
     bad = check_answers(examples, pool)
     if bad and (config.data.bad_rows == "error" or len(bad) == len(examples)):
         first, reason = next(iter(bad.items()))
@@ -190,7 +184,7 @@ def _with_readable_answers(
             f"{len(bad)} of {len(examples)} answers cannot be read by {pool.kind!r}, the first is {first}: {reason}; "
             "mend them, set data.columns.answer or reward.kind, or data.bad_rows=skip"
         )
-    return [example for example in examples if example.id not in bad], len(bad)
+    return set(bad)
 
 
 def load_policy(
@@ -237,7 +231,7 @@ def load_policy(
             )
         return proved(model)
     cached = config.cache_dir.expanduser() / f"tiny-{_start_key(config, prompts, held_out, pool.kind)}"
-    starts = config.model.warm_start.max_steps > 0
+    starts = _warm_starts(config)
     if starts and (cached / "config.json").exists():
         return proved(load_model(cached, trust_remote_code=False))
     model, proof = proved(build_tiny(config.model, tokenizer, config.longest_sequence, config.train.seed))
@@ -295,7 +289,7 @@ def start_engine(
     if kind == "hf":
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         return HfEngine(
-            model, dtype=getattr(torch, dtype), pad_token_id=pad, max_batch=config.engine.max_batch
+            model, dtype=getattr(torch, dtype), pad_token_id=pad, max_batch=config.engine.max_batch, tokenizer=tokenizer
         )
     from srft.engine.vllm import VllmEngine
 
@@ -308,6 +302,7 @@ def start_engine(
         python=config.engine.python,
         gpu_memory_utilization=config.engine.gpu_memory_utilization,
         log_path=folder / "vllm.log",
+        tokenizer=tokenizer if config.rollout.stop else None,
         seed=config.train.seed,
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -351,14 +346,41 @@ def describe_step(config: Config, model: PreTrainedModel, data_note: str) -> str
     )
 
 
+def _warm_starts(config: Config) -> bool:
+    return config.model.name == "tiny" and config.model.warm_start.max_steps > 0
+
+
+def _accepted(
+    examples: list[Example], pool: RewardPool, bad_demos: str
+) -> tuple[list[Example], int]:
+    """The examples with the demonstrations that their verifier accepts, and how many it does not."""
+    bad = set(check_demos(examples, pool))
+    if bad and bad_demos == "error":
+        first, at = next((e, i) for e in examples for i in range(len(e.demos)) if (e.id, i) in bad)
+        reason = pool.score([(first.demos[at], first.answer, first.row)])[0]
+        outcome = "judged wrong" if reason.status == "ok" else f"{reason.status} {reason.message}".strip()
+        raise ValueError(
+            f"{len(bad)} of {sum(len(e.demos) for e in examples)} demonstrations do not end in an answer that "
+            f"{pool.kind!r} accepts, the first is "
+            f"{first.id} (answer {first.answer!r}, {outcome}); "
+            "fix them, or set data.bad_demos=skip (or keep), or another reward.kind"
+        )
+    kept = [replace(e, demos=[d for i, d in enumerate(e.demos) if (e.id, i) not in bad]) for e in examples]
+    return [new for new, old in zip(kept, examples, strict=True) if new.demos or not old.demos], len(bad)
+
+
+def _past_stop(prompts: list[Prompt], stop: list[str]) -> int:
+    """How many demonstrations say something after the first text that would end a rollout."""
+    demos = [demo for p in prompts for demo in p.example.demos]
+    return sum(any(demo.partition(words)[2].strip() for words in stop) for demo in demos)
+
+
 def _encode(
     config: Config, examples: list[Example], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Prompt], dict[str, int]]:
-    data = config.data
+) -> tuple[list[Prompt], Counter[str]]:
     return build_prompts(
-        examples, tokenizer, eos_id=tokenizer.eos_token_id, system=data.system,
-        chat=data.chat and tokenizer.chat_template is not None, overlong=data.overlong,
-        max_prompt_tokens=data.max_prompt_tokens, max_demo_tokens=config.rollout.max_new_tokens,
+        examples, prompt_format(config, tokenizer), overlong=config.data.overlong,
+        max_prompt_tokens=config.data.max_prompt_tokens, max_demo_tokens=config.rollout.max_new_tokens,
     )  # fmt: skip
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.checkpoint import load_optimizer, read_state, save_checkpoint
 from srft.config import Config
-from srft.data import PromptSampler
 from srft.files import sync_to_disk, writing
 from srft.options import to_toml
+from srft.sampler import PromptSampler
 from srft.stop import Stopped
 
 
@@ -27,6 +28,7 @@ class Progress:
         tokenizer: The policy's.
         optimizer: Holds the policy's parameters.
         sampler: Draws the prompts; its state is noted after each step.
+        data: From ``problems.data_state``, by which a resume tells other rows.
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class Progress:
         tokenizer: PreTrainedTokenizerBase,
         optimizer: torch.optim.Optimizer,
         sampler: PromptSampler,
+        data: dict[str, Any],
     ) -> None:
-        self._run_dir, self._config, self._sampler = run_dir, config, sampler
+        self._run_dir, self._config, self._sampler, self._data = run_dir, config, sampler, data
         self._model, self._tokenizer, self._optimizer = model, tokenizer, optimizer
         self.step = 0
         """Steps done."""
@@ -88,6 +91,7 @@ class Progress:
             "sampler": self._sampler_state,
             "config": to_toml(self._config.without_resume()),
             "unlogged": self.unlogged,
+            "data": self._data,
         }
         save_checkpoint(
             self._run_dir, self.step, self._model, self._tokenizer, self._optimizer, state,

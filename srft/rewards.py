@@ -34,6 +34,8 @@ _DEFAULT_REWARDS = {
     "openr1": "math",
     "prompt_answer": "exact",
     "question_answer": "exact",
+    "messages": "exact",
+    "conversations": "exact",
 }
 
 
@@ -41,8 +43,8 @@ def default_reward(name: str) -> str:
     """Return the verifier that fits a built-in task or a schema named by ``data.detect_schema``.
 
     Args:
-        name: "chain", "reasoning_gym:<task>", "gsm8k", "countdown", "math", "openr1", "prompt_answer" or
-            "question_answer".
+        name: "chain", "reasoning_gym:<task>", "gsm8k", "countdown", "math", "openr1", "prompt_answer",
+            "question_answer", "messages" or "conversations".
 
     Raises:
         ValueError: If no verifier is known to fit.

@@ -8,6 +8,7 @@ from srft.stop import Stopped, StopSignals, leave_at_once
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds, in which a signal would end in a traceback of theirs
 
+import random
 import signal
 import sys
 from contextlib import closing
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srft.batch import Batch, Group, Sequence, count, pack, unweighted
 from srft.checkpoint import export_model
 from srft.config import Config
-from srft.data import Prompt, PromptSampler, sample_seed
+from srft.data import Prompt
 from srft.engine.base import Engine, EngineError, Sampling
 from srft.evaluate import evaluate
 from srft.log import RunLog
@@ -37,9 +38,12 @@ from srft.prepare import (
     read_problems,
     start_engine,
 )
+from srft.problems import data_state, refuse_other_data
 from srft.progress import Progress
+from srft.prompts import completion_text, describe_ends, make_sampling
 from srft.rewards import RewardPool
 from srft.run_folder import run_folder
+from srft.sampler import PromptSampler, sample_seed
 from srft.sync import CanaryError, WeightSync
 from srft_kernels import PolicyLoss, linear_logprobs
 
@@ -58,20 +62,21 @@ def fit(config: Config) -> None:
     """
     train, device = config.train, choose_device(config)
     tokenizer = load_tokenizer(config.model)
-    sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens, (tokenizer.eos_token_id,))
     problems = read_problems(config)
     with (
         StopSignals() as stop,
         run_folder(config) as (run_dir, checkpoint),
         RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool,
     ):
+        refuse_other_data(config, problems, checkpoint)
         prompts, held_out, data_note = make_prompts(config, problems, tokenizer, pool)
         model, proof = load_policy(config, tokenizer, prompts, held_out, pool, checkpoint, device)
+        sampling = make_sampling(config, tokenizer, model)
         optimizer = make_optimizer(model, config)
         # a step is abandoned without a trace until its first update moves the weights, and finished from then on
         optimizer.register_step_pre_hook(lambda *_: stop.hold())
         sampler = PromptSampler(len(prompts), train.seed)
-        progress = Progress(run_dir, config, model, tokenizer, optimizer, sampler)
+        progress = Progress(run_dir, config, model, tokenizer, optimizer, sampler, data_state(problems))
         if checkpoint is not None:
             progress.restore(checkpoint)
         done = progress.step
@@ -82,11 +87,9 @@ def fit(config: Config) -> None:
                    resume_step=done if train.resume else None) as log,
             progress.saved_when_stopped(),
         ):  # fmt: skip
-            log.say(describe_step(config, model, data_note))
+            log.say(f"{describe_step(config, model, data_note)} {describe_ends(sampling, tokenizer)}")
             log.say(proof.sentence())
-            sync = WeightSync(
-                model, engine, _probe(prompts, config), canary_tolerance(config), config.compute_dtype
-            )
+            sync = WeightSync(model, engine, _probe(prompts, config), canary_tolerance(config), config.compute_dtype)
             difference = sync.push(done)
             row = {"step": 0, "canary/max_abs_diff": difference} if done == 0 else progress.unlogged
             if row is not None and log.last_step < done:
@@ -100,10 +103,8 @@ def fit(config: Config) -> None:
                 with clock("reward"):
                     judge(groups, pool)
                 with clock("train"):
-                    sequences = [
-                        assign_advantages(part, config.method)
-                        for part in _parts(groups, train.updates_per_step)
-                    ]
+                    parts = _parts(groups, train.updates_per_step)
+                    sequences = [assign_advantages(part, config.method) for part in parts]
                     if train.updates_per_step > 1:
                         remember_old_logprobs(config, model, [s for part in sequences for s in part])
                     updates = [update(config, model, optimizer, part, step) for part in sequences if part]
@@ -157,15 +158,20 @@ def roll_out(
         ):
             group.rollouts = [
                 Sequence(group.prompt.prompt_ids, c.token_ids, is_demo=False, truncated=c.finish == "length",
-                         rollout_logprobs=c.logprobs, text=tokenizer.decode(c.token_ids, skip_special_tokens=True))
+                         rollout_logprobs=c.logprobs,
+                         text=completion_text(tokenizer, c.token_ids, group.prompt.opened, sampling.stop))
                 for c in drawn
             ]  # fmt: skip
     if needs_demos(config.method):
-        for group in groups:
+        for place, group in enumerate(groups):
+            prompt, most = group.prompt, config.train.demos_per_prompt
+            seed = sample_seed(config.train.seed, step, f"{prompt.example.id}@{place}", -1)
+            # of more demonstrations than are joined, others at every visit
+            chosen = sorted(random.Random(seed).sample(range(len(prompt.demo_ids)), most))
             group.demos = [
-                Sequence(group.prompt.prompt_ids, ids, is_demo=True, truncated=False, rollout_logprobs=[],
-                         text=group.prompt.example.demo or "")
-                for ids in group.prompt.demo_ids[: config.train.demos_per_prompt]
+                Sequence(prompt.prompt_ids, prompt.demo_ids[i], is_demo=True, truncated=False, rollout_logprobs=[],
+                         text=prompt.example.demos[i])
+                for i in chosen
             ]  # fmt: skip
     return groups
 

@@ -9,12 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.batch import Sequence, pack, unweighted
 from srft.config import Config
-from srft.data import Prompt, PromptSampler
-from srft.engine.base import Sampling
+from srft.data import Prompt
 from srft.engine.hf import HfEngine
 from srft.evaluate import evaluate
 from srft.model import final_hidden_states, head_arguments
+from srft.prompts import make_sampling
 from srft.rewards import RewardPool
+from srft.sampler import PromptSampler
 from srft_kernels import linear_cross_entropy
 
 _EVAL_EVERY = 10
@@ -35,27 +36,32 @@ def warm_start(
         config: The whole configuration; ``model.warm_start`` says how long.
         model: Trained in place.
         tokenizer: The policy's.
-        prompts: With demonstrations.
+        prompts: Those with demonstrations are learned from.
         held_out: Its first problems tell when to stop.
         pool: The verifiers.
 
     Raises:
-        ValueError: When the prompts carry no demonstrations.
+        ValueError: When no prompt has a demonstration.
     """
     options = config.model.warm_start
-    if not all(p.demo_ids for p in prompts):
+    shown = [p for p in prompts if p.demo_ids]
+    if not shown:
         raise ValueError(
             "model.warm_start needs demonstrations; set model.warm_start.max_steps=0 or give data.columns.demo"
         )
-    sampling = Sampling(0.0, config.rollout.max_new_tokens, (tokenizer.eos_token_id,))
+    if len(shown) < len(prompts):
+        print(f"warm start: {len(shown)} of {len(prompts)} prompts have a demonstration", file=sys.stderr)
+    sampling = make_sampling(config, tokenizer, model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    engine = HfEngine(model, dtype=torch.float32, pad_token_id=pad, max_batch=config.engine.max_batch)
+    engine = HfEngine(
+        model, dtype=torch.float32, pad_token_id=pad, max_batch=config.engine.max_batch, tokenizer=tokenizer
+    )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.lr, betas=config.train.betas, weight_decay=0.0
     )
-    sampler = PromptSampler(len(prompts), config.train.seed + 1)
+    sampler = PromptSampler(len(shown), config.train.seed + 1)
     for step in range(1, options.max_steps + 1):
-        chosen = [prompts[i] for i in sampler.next(min(options.batch_size, len(prompts)))]
+        chosen = [shown[i] for i in sampler.next(min(options.batch_size, len(shown)))]
         sequences = [
             Sequence(p.prompt_ids, p.demo_ids[0], is_demo=True, truncated=False, rollout_logprobs=[], text="")
             for p in chosen

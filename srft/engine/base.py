@@ -17,11 +17,14 @@ class Sampling:
         temperature: Divides the logits before softmax; 0 takes the most likely token. >= 0.
         max_new_tokens: Tokens after which a completion is cut, > 0.
         stop_token_ids: Any of these ends a completion and stays in it as its last token.
+        stop: A completion ends with the token that completes any of these in its text, which stays in it whole, with
+            whatever else that token holds. Special tokens are no part of the text.
     """
 
     temperature: float
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,10 @@ class Completion:
     """One sampled continuation of a prompt.
 
     Args:
-        token_ids: Sampled tokens, the stop token included when ``finish`` is "stop".
+        token_ids: Sampled tokens, the one that ended it included when ``finish`` is "stop".
         logprobs: Natural-log probability of each token under the distribution it was drawn from, i.e.
             softmax(logits / temperature); for greedy sampling, of softmax(logits).
-        finish: "stop" when a stop token was drawn, "length" when the limit cut the completion.
+        finish: "stop" when a stop token was drawn or a stop text completed, "length" when the limit cut it.
         version: The weight version that produced it.
     """
 

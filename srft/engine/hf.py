@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.engine.base import Completion, Sampling
+from srft.engine.stops import StopTexts
 
 
 class HfEngine:
@@ -20,14 +21,22 @@ class HfEngine:
         dtype: Precision of the copy.
         pad_token_id: Fills prompts of a batch up to the same length, on the left.
         max_batch: Sequences sampled at once.
+        tokenizer: Reads the text of completions, for ``Sampling.stop``; None does without.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, dtype: torch.dtype, pad_token_id: int, max_batch: int
+        self,
+        model: PreTrainedModel,
+        *,
+        dtype: torch.dtype,
+        pad_token_id: int,
+        max_batch: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self._model = _own_copy(model, dtype)
         self._pad_token_id = pad_token_id
         self._max_batch = max_batch
+        self._tokenizer = tokenizer
         self.version = 0
 
     @torch.no_grad()
@@ -42,7 +51,7 @@ class HfEngine:
             seeds: ``seeds[p][k]`` is the seed of sample ``k`` of prompt ``p``, in [0, 2**63).
 
         Raises:
-            ValueError: For an empty prompt.
+            ValueError: For an empty prompt, or stop texts without a tokenizer.
         """
         if any(not prompt for prompt in prompts):
             raise ValueError("every prompt needs at least one token")
@@ -64,6 +73,8 @@ class HfEngine:
         device = self._model.device
         uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
         stop = torch.tensor(sampling.stop_token_ids, device=device)
+        texts = StopTexts(self._tokenizer, sampling.stop) if sampling.stop else None
+        said: list[list[int]] = [[] for _ in prompts]
         ids, mask, positions = _left_pad(prompts, self._pad_token_id, device)
         cache = DynamicCache(config=self._model.config)
         alive = torch.arange(len(prompts), device=device)  # rows of the result still being sampled
@@ -80,6 +91,8 @@ class HfEngine:
             token, logprob = _draw(logits, sampling.temperature, uniforms[alive, t])
             tokens[alive, t], logprobs[alive, t] = token, logprob
             newly = torch.isin(token, stop) & ~ended
+            if texts is not None:
+                newly |= _completed(texts, said, alive, token, ended)
             lengths[alive[newly]] = t + 1
             stopped[alive[newly]] = True
             ended |= newly
@@ -165,6 +178,17 @@ def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, 
     token = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
     token = token.clamp_(max=logits.shape[-1] - 1)
     return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def _completed(
+    texts: StopTexts, said: list[list[int]], alive: Tensor, token: Tensor, ended: Tensor
+) -> Tensor:
+    """[rows] bool: which running rows' new ``token`` completes a stop text; it is appended to what they ``said``."""
+    flags = []
+    for row, new, over in zip(alive.tolist(), token.tolist(), ended.tolist(), strict=True):
+        said[row].append(new)
+        flags.append(not over and texts.completed(said[row]))
+    return torch.tensor(flags, device=token.device)
 
 
 def _left_pad(sequences: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

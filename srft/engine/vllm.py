@@ -17,13 +17,15 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from srft.engine.base import Completion, EngineError, Sampling
+from srft.engine.stops import StopTexts
 from srft.engine.vllm_worker import read_message, write_message
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -47,6 +49,7 @@ class VllmEngine:
         dtype: str,
         max_model_len: int,
         log_path: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
         python: str | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -64,6 +67,7 @@ class VllmEngine:
             dtype: "float32", "bfloat16" or "float16": the type vLLM computes in.
             max_model_len: Most tokens of a prompt and its completion together, > 0.
             log_path: File that takes everything vLLM prints; its folder is made, earlier text is kept.
+            tokenizer: That of ``model_dir``, for ``Sampling.stop``; None does without.
             seed: vLLM's own seed; samples depend on the seeds given to ``generate`` alone.
             python: Python that has vLLM; None is the running one.
             gpu_memory_utilization: Share of the GPU's memory for weights and KV cache, in (0, 1].
@@ -84,6 +88,7 @@ class VllmEngine:
         self.log_path = Path(log_path).resolve()
         self.max_model_len = max_model_len
         self.version = 0
+        self._tokenizer = tokenizer
         _check_arguments(self.model_dir, dtype, max_model_len, gpu_memory_utilization, start_timeout_s)
 
         self._owner_pid = os.getpid()
@@ -109,6 +114,7 @@ class VllmEngine:
             model_dir=str(self.model_dir),
             dtype=dtype,
             max_model_len=max_model_len,
+            reads_text=tokenizer is not None,
             seed=seed,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_gib=kv_cache_gib,
@@ -127,9 +133,11 @@ class VllmEngine:
             seeds: One list per prompt, each seed in [0, 2**63).
 
         Raises:
-            ValueError: On an argument out of its range, or a prompt that leaves no room for the completion.
+            ValueError: On an argument out of its range, a prompt that leaves no room for the completion, or stop
+                texts without a tokenizer.
             EngineError: When vLLM fails.
         """
+        texts = StopTexts(self._tokenizer, sampling.stop) if sampling.stop else None
         if len(prompts) != len(seeds):
             raise ValueError(f"seeds must have one list per prompt, got {len(seeds)} for {len(prompts)}")
         if sampling.temperature != 0 and not _MIN_TEMPERATURE <= sampling.temperature <= _MAX_TEMPERATURE:
@@ -149,12 +157,16 @@ class VllmEngine:
             temperature=sampling.temperature,
             max_new_tokens=sampling.max_new_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
+            stop=list(sampling.stop),
         )
-        drawn = (
-            Completion(token_ids, logprobs, finish, self.version)
-            for token_ids, logprobs, finish in reply["completions"]
-        )
-        return [[next(drawn) for _ in row] for row in seeds]
+        drawn: list[Completion] = []
+        for token_ids, logprobs, finish in reply["completions"]:
+            # vLLM reads text piece by piece, and may go on past a stop text that only the whole shows
+            count = texts.cut(token_ids) if texts is not None else None
+            ended: Literal["stop", "length"] = "length" if finish == "length" and count is None else "stop"
+            drawn.append(Completion(token_ids[:count], logprobs[:count], ended, self.version))
+        rest = iter(drawn)
+        return [[next(rest) for _ in row] for row in seeds]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace the weights by these and drop every cache made with the old ones.

@@ -134,8 +134,8 @@ def _start(config: dict[str, Any]) -> LLM:
         kv_cache_gib = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 1))
     return LLM(
         model=config["model_dir"],
-        # token ids in, token ids out
-        skip_tokenizer_init=True,
+        # token ids in, token ids out; the text only tells where a stop text ends
+        skip_tokenizer_init=not config["reads_text"],
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
         dtype=config["dtype"],
@@ -185,7 +185,9 @@ def _generate(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
                     seed=seed,
                     logprobs=0,
                     flat_logprobs=True,
-                    detokenize=False,
+                    stop=request["stop"],
+                    include_stop_str_in_output=True,
+                    detokenize=bool(request["stop"]),
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
             )

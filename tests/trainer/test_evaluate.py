@@ -14,6 +14,10 @@ class Words:
     """A tokenizer of four words whose token 0 is special."""
 
     words = ["", "7", "8", "slow"]
+    all_special_ids = [0]
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self.words[token]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         assert skip_special_tokens

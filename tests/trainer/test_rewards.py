@@ -307,7 +307,7 @@ def test_countdown_data_is_right(file: str) -> None:
     for example in load_examples(str(DATA / file), require_demo=True):
         row = example.row
         for text in (
-            example.demo,
+            example.demos[0],
             row["solution"],
             row["answer"],
             f"<answer>{row['answer']} = {row['target']}</answer>",
@@ -358,7 +358,7 @@ def test_gsm8k_demos_score() -> None:
     examples = load_examples(str(DATA / "train/gsm8k_train.jsonl"), limit=500, require_demo=True)
     with RewardPool("numeric", 2, 5.0) as pool:
         assert check_demos(examples, pool) == []
-        spoiled = pool.score([(e.demo or "", f"{e.answer}7", e.row) for e in examples])
+        spoiled = pool.score([(e.demos[0], f"{e.answer}7", e.row) for e in examples])
     assert {result.value for result in spoiled} == {0.0}
 
 
@@ -382,11 +382,11 @@ def test_check_demos_names_those_that_fail() -> None:
     """Demonstrations without their final answer are listed by id; examples without one are passed over."""
     examples = load_examples("chain", limit=6)
     broken = [
-        e if i % 2 else type(e)(e.id, e.prompt, e.answer, "forgot", e.row) for i, e in enumerate(examples)
+        e if i % 2 else type(e)(e.id, e.prompt, e.answer, ["forgot"], e.row) for i, e in enumerate(examples)
     ]
-    without = type(examples[0])("none:0", "p", "1", None, {})
+    without = type(examples[0])("none:0", "p", "1", [], {})
     with RewardPool("exact", 1, 5.0) as pool:
-        assert check_demos([*broken, without], pool) == ["chain:0", "chain:2", "chain:4"]
+        assert check_demos([*broken, without], pool) == [("chain:0", 0), ("chain:2", 0), ("chain:4", 0)]
 
 
 def test_reasoning_gym_scores_with_the_tasks_own_scorer() -> None:

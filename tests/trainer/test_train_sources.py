@@ -252,7 +252,7 @@ def test_poisoned_demonstration_is_refused_by_default(chat_tokenizer: Path, tmp_
 def test_poisoned_rollouts_are_timeouts(tmp_path: Path) -> None:
     """Rollouts are judged the same way, and a good one after the poison still gets its reward."""
     pytest.importorskip("math_verify", reason="needs math-verify, the extra srft[train]")
-    example = Example("poison:0", "What is 1+1?", "2", None, {})
+    example = Example("poison:0", "What is 1+1?", "2", [], {})
     texts = [POISON, r"\boxed{2}", POISON, r"\boxed{3}"]
     rollouts = [Sequence([1], [2], False, False, [0.0], text) for text in texts]
     group = Group(Prompt(example, [1], []), rollouts=rollouts)

@@ -73,7 +73,7 @@ def sequence(
 
 def example(number: int, answer: str = "7") -> Example:
     """Problem ``number``."""
-    return Example(f"t:{number}", f"problem {number}", answer, None, {})
+    return Example(f"t:{number}", f"problem {number}", answer, [], {})
 
 
 def random_groups(
