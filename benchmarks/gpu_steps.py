@@ -11,6 +11,7 @@ import functools
 import statistics
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,12 @@ def workspace(job: Job) -> None:
 def peer(job: Job) -> None:
     """One peer with ours beside it: correctness and time; then the kernels and backends that it took."""
     adapter = peers.PEERS[job.peer]
+    try:
+        adapter.load(job.device)
+    except Exception as error:  # the import of a package that is not ours may raise anything
+        traceback.print_exc()
+        job.save(headline=f"{job.peer} left out: {type(error).__name__}: {error}".splitlines()[0])
+        return
     case = adapter.gives if adapter.gives in ("grpo", "cross_entropy") else "grpo"
     own = [] if job.without_ours else ["ours", "ours-16bit-logits"]
     options = {option: default for option, (default, _) in OPTIONS.items()} | {
