@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._numbers import is_number
+
 if TYPE_CHECKING:
     from ._chunked_head import LoraDelta
     from .vocab_parallel import VocabParallel
@@ -84,8 +86,6 @@ def check_head(
             raise ValueError(
                 f"temperature must be a float or [N]=[{num_tokens}], got {list(temperature.shape)}"
             )
-        if temperature.device.type == "cpu" and not bool((temperature > 0).all()):
-            raise ValueError(f"temperature must be > 0, got a minimum of {temperature.min().item()}")
         if temperature.dim() == 1 and temperature.device != hidden_states.device:
             raise ValueError(
                 f"temperature must be on {hidden_states.device}, got {temperature.device}; move it"
@@ -101,22 +101,42 @@ def check_head(
     check_positive("logit_scale", logit_scale)
     if math.isinf(logit_scale):
         raise ValueError(f"logit_scale must be finite, got {logit_scale}; a model that divides has 1 / its divisor")
-    if not isinstance(ignore_index, int):
+    if not is_number(ignore_index) or not isinstance(ignore_index, int):
         raise ValueError(f"ignore_index must be an int, got {ignore_index!r}")
     if lora is not None:
         _check_lora(lora, lm_head_weight)
 
 
-def check_labels(labels: Tensor, ignore_index: int, vocab: int) -> None:
-    """Raise ValueError for a label on CPU that is neither in [0, vocab) nor ``ignore_index``."""
-    if labels.device.type != "cpu":
-        return
-    wrong = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
-    if wrong.any():
-        raise ValueError(
-            f"labels must be in [0, V={vocab}) or ignore_index={ignore_index}, "
-            f"got {int(labels[wrong][0])}; mask such rows with ignore_index"
-        )
+def check_rows(labels: Tensor, ignore_index: int, vocab: int, temperature: float | Tensor) -> None:
+    """Refuse a label that is neither in [0, vocab) nor ``ignore_index``, or a temperature of a row that counts.
+
+    Args:
+        labels: Of any shape.
+        ignore_index: Label of rows at which the temperature may be anything.
+        vocab: Words in all.
+        temperature: A number, or 0-d, or in the shape of ``labels``.
+    """
+    valid = labels != ignore_index
+    _refuse(
+        "labels",
+        f"in [0, V={vocab}) or ignore_index={ignore_index}",
+        labels,
+        valid & ((labels < 0) | (labels >= vocab)),
+        "mask such rows with ignore_index",
+    )
+    if isinstance(temperature, Tensor):
+        wrong = ~((temperature > 0) & (temperature < math.inf))
+        if temperature.dim() > 0:
+            wrong = wrong & valid
+        _refuse("temperature", "> 0 and finite", temperature, wrong, "rows to skip are labelled ignore_index")
+
+
+def _refuse(name: str, expected: str, values: Tensor, wrong: Tensor, remedy: str) -> None:
+    """Raise ValueError where any of ``values`` is ``wrong``; on a GPU assert it on the device, without waiting."""
+    if wrong.is_cuda:
+        torch._assert_async(~wrong.any(), f"{name} must be {expected}; {remedy}")
+    elif wrong.device.type == "cpu" and bool(wrong.any()):
+        raise ValueError(f"{name} must be {expected}, got {values[wrong].flatten()[0].item()}; {remedy}")
 
 
 def _check_lora(lora: LoraDelta, lm_head_weight: Tensor) -> None:
@@ -136,7 +156,7 @@ def _check_lora(lora: LoraDelta, lm_head_weight: Tensor) -> None:
             f"lora.a must be [r, D={hidden_size}] and lora.b [V={vocab}, r], "
             f"got {list(a.shape)} and {list(b.shape)}"
         )
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not is_number(scale) or not math.isfinite(scale):
         raise ValueError(f"lora.scale must be a finite number, got {scale!r}; it is alpha / r")
 
 
@@ -204,7 +224,7 @@ def check_bool(**vectors: Tensor) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is a number above 0."""
-    if not isinstance(value, int | float) or not value > 0:
+    if not is_number(value) or not value > 0:
         raise ValueError(f"{name} must be a number > 0, got {value!r}")
 
 
@@ -216,13 +236,15 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 
 def check_count(name: str, value: float | Tensor | None) -> None:
-    """Raise ValueError unless ``value`` is None, a number >= 0 or a 0-d tensor."""
-    if value is None or (isinstance(value, Tensor) and value.dim() == 0):
-        return
+    """Refuse what is not None, a number >= 0 or a 0-d tensor of one; a number on a GPU is looked at there."""
     if isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {list(value.shape)}; sum it")
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a number >= 0 or a 0-d tensor, got {value!r}")
+        if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
+            got = f"{value.dtype} {list(value.shape)}"
+            raise ValueError(f"{name} must be a number >= 0 or a 0-d tensor of one, got {got}; sum it")
+        wrong = ~((value >= 0) & (value < math.inf))
+        _refuse(name, "a number >= 0 or a 0-d tensor of one", value, wrong, "count the tokens of all micro-batches")
+    elif value is not None and not (is_number(value) and 0 <= value < math.inf):
+        raise ValueError(f"{name} must be a number >= 0 or a 0-d tensor of one, got {value!r}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, num_tokens: int, reason: str) -> None:
@@ -245,7 +267,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, num_tokens: int, reason: str) ->
 
 def _check_coef(**values: float) -> None:
     for name, value in values.items():
-        if not isinstance(value, int | float) or not (0 <= value < math.inf):
+        if not is_number(value) or not (0 <= value < math.inf):
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
@@ -257,6 +279,7 @@ def check_grpo(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
+    max_log_ratio: float,
     ref_logprobs: Tensor | None,
     kl_coef: float,
     rollout_weights: Tensor | None,
@@ -278,10 +301,11 @@ def check_grpo(
     )
     check_positive("clip_low", clip_low)
     check_positive("clip_high", clip_high)
-    if dual_clip is not None and not (isinstance(dual_clip, int | float) and dual_clip > 1):
+    if dual_clip is not None and not (is_number(dual_clip) and dual_clip > 1):
         raise ValueError(f"dual_clip must be a number > 1, got {dual_clip!r}; None turns it off")
+    check_positive("max_log_ratio", max_log_ratio)
     _check_coef(kl_coef=kl_coef)
-    if not isinstance(entropy_coef, int | float) or not math.isfinite(entropy_coef):
+    if not is_number(entropy_coef) or not math.isfinite(entropy_coef):
         raise ValueError(f"entropy_coef must be a finite number, got {entropy_coef!r}")
     if kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs is required by kl_coef={kl_coef}; pass it or set kl_coef=0")
@@ -299,6 +323,7 @@ def check_srft(
     old_logprobs: Tensor | None,
     sft_coef: float,
     rl_coef: float,
+    max_log_ratio: float,
     batch_entropy: float | Tensor | None,
     token_weights: Tensor | None,
     num_rollout_tokens: int | Tensor | None,
@@ -312,7 +337,7 @@ def check_srft(
     check_choice("entropy_scope", entropy_scope, ("token", "sequence", "batch"))
     if demo_gamma is not None:
         check_positive("demo_gamma", demo_gamma)
-    if not isinstance(entropy_coef, int | float) or not math.isfinite(entropy_coef):
+    if not is_number(entropy_coef) or not math.isfinite(entropy_coef):
         raise ValueError(f"entropy_coef must be a finite number, got {entropy_coef!r}")
     for name, x in (("advantages", advantages), ("is_demo", is_demo), ("is_correct", is_correct)):
         check_required(name, x)
@@ -326,6 +351,7 @@ def check_srft(
     )
     check_bool(is_demo=is_demo, is_correct=is_correct)
     _check_coef(sft_coef=sft_coef, rl_coef=rl_coef)
+    check_positive("max_log_ratio", max_log_ratio)
     if batch_entropy is not None:
         if entropy_scope != "batch":
             raise ValueError(

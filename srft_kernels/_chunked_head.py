@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _row_cpu as row_cpu
 from . import row_kernels
+from ._checks import check_vectors
 from ._row_cpu import Rows, Stats
 from .vocab_parallel import VocabParallel, merge
 
@@ -101,6 +102,17 @@ class Tokens:
         if self.kept is None:
             return cu_seqlens
         return torch.cat([cu_seqlens.new_zeros(1), self.mask.cumsum(0)])[cu_seqlens]
+
+
+def taking_part(labels: Tensor, token_weights: Tensor | None, ignore_index: int) -> Tensor:
+    """``labels``, with ``ignore_index`` at tokens of weight 0, so that nothing else of theirs is looked at.
+
+    What is of the wrong kind is left to the checks of the head.
+    """
+    if token_weights is None or not (isinstance(labels, Tensor) and isinstance(ignore_index, int)):
+        return labels
+    check_vectors(labels, token_weights=token_weights)
+    return torch.where(token_weights == 0, ignore_index, labels)
 
 
 class Live(NamedTuple):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._chunked_head import compute_dtype
+from ._numbers import plain_numbers
 from ._op_schema import NAMESPACE, Schema
 
 P = ParamSpec("P")
@@ -50,6 +51,7 @@ def _dispatch(function: Callable[P, R], traced: Callable[[dict[str, Any]], Any])
     """``function``, and under torch.compile ``traced`` of its arguments by name."""
     signature = inspect.signature(function)
 
+    @plain_numbers
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.compiler.is_compiling():

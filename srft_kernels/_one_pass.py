@@ -43,13 +43,14 @@ class PolicyLoss(NamedTuple):
     loss: Tensor
     """[] scalar; backward may run once."""
     logprobs: Tensor
-    """[N] log-probability of each label in nats, 0 where ignored."""
+    """[N] log-probability of each label in nats, 0 where ignored (a weight of 0 ignores, too)."""
     entropy: Tensor
     """[N] entropy in nats, 0 where ignored."""
     ratio: Tensor
-    """[N] importance ratio (of the sequence for GSPO), 1 where ignored, on-policy or a demonstration."""
+    """[N] importance ratio (of the sequence for GSPO), 1 where ignored, on-policy or a demonstration, and where it is
+    out of bounds and nothing is multiplied by it."""
     clipped: Tensor
-    """[N] bool, the clip changed the gradient of this token."""
+    """[N] bool, the clip, or the bound of the log-ratio, changed the gradient of this token."""
     terms: dict[str, Tensor]
     """Named 0-d parts of the loss and sums for metrics; they add up over micro-batches."""
 

@@ -68,7 +68,10 @@ def _logits(z: Tensor, rows: Rows, block: slice, out: Tensor) -> Tensor:
     if rows.bias is not None:
         source = torch.add(source, rows.bias, out=out)
     if rows.softcap is not None:
+        removed = source == -math.inf
         source = torch.div(source, rows.softcap, out=out).tanh_().mul_(rows.softcap)
+        if bool(removed.any()):
+            source.masked_fill_(removed, -math.inf)
     if rows.inv_temperature is not None:
         source = torch.mul(source, rows.inv_temperature[block, None], out=out)
     return source
@@ -177,7 +180,8 @@ def gradient(
             logits = _logits(z, rows, block, out=shifted)
             if rows.softcap is not None:
                 inv_temperature = 1.0 if rows.inv_temperature is None else rows.inv_temperature[block, None]
-                torch.div(logits, rows.softcap * inv_temperature, out=tanh)
+                # -inf, which removes a word, has the slope 0 of tanh there
+                torch.div(logits, rows.softcap * inv_temperature, out=tanh).clamp_(min=-1.0)
             torch.sub(logits, known.top[block, None], out=shifted)
             if slope is None:
                 _exp(shifted, out=grad).mul_(base[block])

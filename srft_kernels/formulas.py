@@ -57,47 +57,92 @@ def _formula(function: Callable[..., Any]) -> Formula:
     return cast(Formula, device)
 
 
+# --- ratios: max_log_ratio bounds them above and below, and a ratio at a bound does not move with logp ---
+
+
+@_formula
+def log_ratio_if(present, logp, other):
+    # exactly 0 where the other is absent, also for a logp of -inf, and between two of -inf
+    return tl.where((present > 0) & (logp != other), logp - other, 0.0)
+
+
+@_formula
+def heard(factor, log_ratio, max_log_ratio):
+    # where a factor of 0 multiplies all that the log-ratio does, one beyond the bound, or NaN, is not heard of
+    return (factor != 0) | ((log_ratio < max_log_ratio) & (log_ratio > -max_log_ratio))
+
+
+@_formula
+def beyond(log_ratio, max_log_ratio):
+    return (log_ratio > max_log_ratio) | (log_ratio < -max_log_ratio)
+
+
+@_formula
+def bounded(log_ratio, max_log_ratio):
+    below = tl.where(log_ratio < -max_log_ratio, -max_log_ratio, log_ratio)
+    return tl.where(log_ratio > max_log_ratio, max_log_ratio, below)
+
+
+@_formula
+def still(logp, log_ratio, max_log_ratio):
+    # a ratio at a bound, or of a logp of -inf: its derivative is 0
+    return beyond(log_ratio, max_log_ratio) | (logp < -1e30)
+
+
 # --- policy terms: (loss, dloss/dlogp, ratio, clipped); log_ratio is logp - old_logp, or its sequence mean
 # (GSPO) ---
 
 
 @_formula
-def clip_policy(logp, log_ratio, advantage, clip_low, clip_high, dual_clip):
+def clip_policy(logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio):
     # -min(r A, clip(r) A); with A < 0 the ratio also stops at dual_clip, so one token's loss is bounded by -A
     # dual_clip
-    ratio = tl.exp(log_ratio)
+    ratio = tl.exp(bounded(log_ratio, max_log_ratio))
     low = 1.0 - clip_low
     high = 1.0 + clip_high
     below = (advantage < 0) & (ratio < low)
     above = (advantage > 0) & (ratio > high)
     far = (advantage < 0) & (ratio > dual_clip)
-    clipped = below | above | far
+    clipped = below | above | far | (still(logp, log_ratio, max_log_ratio) & (advantage != 0))
     kept = tl.where(below, low, tl.where(above, high, tl.where(far, dual_clip, ratio)))
     return -kept * advantage, tl.where(clipped, 0.0, -ratio * advantage), ratio, clipped
 
 
 @_formula
-def cispo_policy(logp, log_ratio, advantage, clip_low, clip_high, dual_clip):
+def cispo_policy(logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio):
     # -clip(sg r) A logp: the clip bounds the weight of the token, never removes its gradient direction
-    ratio = tl.exp(log_ratio)
+    ratio = tl.exp(bounded(log_ratio, max_log_ratio))
     low = 1.0 - clip_low
     high = 1.0 + clip_high
     kept = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-    clipped = ((ratio < low) | (ratio > high)) & (advantage != 0)
+    clipped = ((ratio < low) | (ratio > high) | beyond(log_ratio, max_log_ratio)) & (advantage != 0)
     return -kept * advantage * logp, -kept * advantage, ratio, clipped
 
 
 @_formula
-def reinforce_policy(logp, log_ratio, advantage, clip_low, clip_high, dual_clip):
-    ratio = tl.exp(log_ratio)
+def reinforce_policy(logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio):
+    ratio = tl.exp(bounded(log_ratio, max_log_ratio))
     return -advantage * logp, -advantage, ratio, ratio < 0
 
 
 @_formula
-def k3(log_ratio):
+def k3(logp, log_ratio, max_log_ratio):
     # log_ratio = ref_logp - logp; the derivative is with respect to logp
-    ratio = tl.exp(log_ratio)
-    return ratio - log_ratio - 1.0, 1.0 - ratio
+    held = bounded(log_ratio, max_log_ratio)
+    ratio = tl.exp(held)
+    return ratio - held - 1.0, tl.where(still(logp, log_ratio, max_log_ratio), 0.0, 1.0 - ratio)
+
+
+@_formula
+def policy_factor(advantage, rollout_weight):
+    # 0 where either of them takes the policy term out, whatever the other is
+    return tl.where(advantage != 0, rollout_weight, 0.0)
+
+
+@_formula
+def weighted(weight, x):
+    # a weight of 0 keeps out what is infinite or NaN
+    return tl.where(weight != 0, weight * x, 0.0)
 
 
 # --- SRFT terms ---
@@ -109,22 +154,24 @@ def srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamm
     weight = sft_coef * tl.exp(sft_sign * weight_entropy)
     p = tl.exp(logp)
     shape = gamma_p * p + gamma
-    return -weight * logp, -weight, -advantage * p / shape, -advantage * p * gamma / (shape * shape)
+    return weighted(weight, -logp), -weight, -advantage * p / shape, -advantage * p * gamma / (shape * shape)
 
 
 @_formula
-def srft_likelihood(logp, log_ratio, advantage, correct, weight_entropy, rl_coef):
+def srft_likelihood(logp, log_ratio, advantage, correct, weight_entropy, rl_coef, max_log_ratio):
     # -c logp for a correct rollout, +logp for an incorrect one, with c = rl_coef exp(H)
     sign = tl.where(correct > 0, -rl_coef * tl.exp(weight_entropy), 1.0)
-    return sign * logp, sign, tl.exp(log_ratio), correct > 0
+    return weighted(sign, logp), sign, tl.exp(bounded(log_ratio, max_log_ratio)), correct > 0
 
 
 @_formula
-def srft_ratio(logp, log_ratio, advantage, correct, weight_entropy, rl_coef):
+def srft_ratio(logp, log_ratio, advantage, correct, weight_entropy, rl_coef, max_log_ratio):
     # -A r c for A > 0 and -A r otherwise
-    ratio = tl.exp(log_ratio)
+    log_ratio = tl.where(heard(advantage, log_ratio, max_log_ratio), log_ratio, 0.0)
+    ratio = tl.exp(bounded(log_ratio, max_log_ratio))
     weight = tl.where(advantage > 0, rl_coef * tl.exp(weight_entropy), 1.0)
-    return -advantage * ratio * weight, -advantage * ratio * weight, ratio, advantage > 0
+    loss = tl.where(advantage != 0, -advantage * ratio * weight, 0.0)
+    return loss, tl.where(still(logp, log_ratio, max_log_ratio), 0.0, loss), ratio, advantage > 0
 
 
 # fmt: off
@@ -133,94 +180,96 @@ def srft_ratio(logp, log_ratio, advantage, correct, weight_entropy, rl_coef):
 
 
 @_formula
-def log_ratio_if(present, logp, other):
-    # exactly 0 where the other is absent, also for a logp of -inf
-    return tl.where(present > 0, logp - other, 0.0)
-
-
-@_formula
-def weighted(weight, loss):
-    # a weight of 0 keeps out an infinite loss
-    return tl.where(weight != 0, weight * loss, 0.0)
-
-
-@_formula
 def cross_entropy_token(logp, entropy, weight):
     return -weight * logp, -weight, 0.0, 1.0, False
 
 
 @_formula
+def _grpo_log_ratio(logp, advantage, old_logp, rollout_weight, off_policy, max_log_ratio):
+    log_ratio = log_ratio_if(off_policy, logp, old_logp)
+    factor = policy_factor(advantage, rollout_weight)
+    return tl.where(heard(factor, log_ratio, max_log_ratio), log_ratio, 0.0)
+
+
+@_formula
 def _grpo_sum(
-    logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight, kl_coef, with_ref, entropy_coef
+    logp, entropy, policy, dpolicy, weight, advantage, ref_logp, rollout_weight,
+    kl_coef, with_ref, entropy_coef, max_log_ratio,
 ):
-    kl, dkl = k3(log_ratio_if(with_ref, ref_logp, logp))
-    loss = weight * (rollout_weight * policy + kl_coef * kl - entropy_coef * entropy)
-    return loss, weight * (rollout_weight * dpolicy + kl_coef * dkl), -weight * entropy_coef
+    kl, dkl = k3(logp, log_ratio_if(with_ref, ref_logp, logp), max_log_ratio)
+    factor = policy_factor(advantage, rollout_weight)
+    loss = weighted(weight, weighted(factor, policy) + kl_coef * kl - entropy_coef * entropy)
+    return loss, weighted(weight, weighted(factor, dpolicy) + kl_coef * dkl), -weight * entropy_coef
 
 
 @_formula
 def clip_token(
     logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
-    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef,
+    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef, max_log_ratio,
 ):
+    log_ratio = _grpo_log_ratio(logp, advantage, old_logp, rollout_weight, off_policy, max_log_ratio)
     policy, dpolicy, ratio, clipped = clip_policy(
-        logp, log_ratio_if(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip)
+        logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio)
     loss, dlogp, dentropy = _grpo_sum(
-        logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight,
-        kl_coef, with_ref, entropy_coef)
+        logp, entropy, policy, dpolicy, weight, advantage, ref_logp, rollout_weight,
+        kl_coef, with_ref, entropy_coef, max_log_ratio)
     return loss, dlogp, dentropy, ratio, clipped
 
 
 @_formula
 def cispo_token(
     logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
-    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef,
+    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef, max_log_ratio,
 ):
+    log_ratio = _grpo_log_ratio(logp, advantage, old_logp, rollout_weight, off_policy, max_log_ratio)
     policy, dpolicy, ratio, clipped = cispo_policy(
-        logp, log_ratio_if(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip)
+        logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio)
     loss, dlogp, dentropy = _grpo_sum(
-        logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight,
-        kl_coef, with_ref, entropy_coef)
+        logp, entropy, policy, dpolicy, weight, advantage, ref_logp, rollout_weight,
+        kl_coef, with_ref, entropy_coef, max_log_ratio)
     return loss, dlogp, dentropy, ratio, clipped
 
 
 @_formula
 def reinforce_token(
     logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
-    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef,
+    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef, max_log_ratio,
 ):
+    log_ratio = _grpo_log_ratio(logp, advantage, old_logp, rollout_weight, off_policy, max_log_ratio)
     policy, dpolicy, ratio, clipped = reinforce_policy(
-        logp, log_ratio_if(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip)
+        logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio)
     loss, dlogp, dentropy = _grpo_sum(
-        logp, entropy, policy, dpolicy, weight, ref_logp, rollout_weight,
-        kl_coef, with_ref, entropy_coef)
+        logp, entropy, policy, dpolicy, weight, advantage, ref_logp, rollout_weight,
+        kl_coef, with_ref, entropy_coef, max_log_ratio)
     return loss, dlogp, dentropy, ratio, clipped
 
 
 @_formula
 def srft_likelihood_token(
     logp, entropy, demo_weight, rollout_weight, entropy_weight, advantage, correct, old_logp, scope_entropy,
-    sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy,
+    sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy, max_log_ratio,
 ):
     weight_entropy = scope_entropy + own_entropy * entropy
     sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
     rollout, drollout, ratio, positive = srft_likelihood(
-        logp, log_ratio_if(off_policy, logp, old_logp), advantage, correct, weight_entropy, rl_coef)
+        logp, log_ratio_if(off_policy, logp, old_logp), advantage, correct, weight_entropy, rl_coef, max_log_ratio)
     loss = weighted(demo_weight, sft + rl) + weighted(rollout_weight, rollout) - entropy_weight * entropy
-    return loss, demo_weight * (dsft + drl) + rollout_weight * drollout, -entropy_weight, ratio, ratio < 0
+    dlogp = weighted(demo_weight, dsft + drl) + weighted(rollout_weight, drollout)
+    return loss, dlogp, -entropy_weight, ratio, ratio < 0
 
 
 @_formula
 def srft_ratio_token(
     logp, entropy, demo_weight, rollout_weight, entropy_weight, advantage, correct, old_logp, scope_entropy,
-    sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy,
+    sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy, max_log_ratio,
 ):
     weight_entropy = scope_entropy + own_entropy * entropy
     sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
     rollout, drollout, ratio, positive = srft_ratio(
-        logp, log_ratio_if(off_policy, logp, old_logp), advantage, correct, weight_entropy, rl_coef)
+        logp, log_ratio_if(off_policy, logp, old_logp), advantage, correct, weight_entropy, rl_coef, max_log_ratio)
     loss = weighted(demo_weight, sft + rl) + weighted(rollout_weight, rollout) - entropy_weight * entropy
-    return loss, demo_weight * (dsft + drl) + rollout_weight * drollout, -entropy_weight, ratio, ratio < 0
+    dlogp = weighted(demo_weight, dsft + drl) + weighted(rollout_weight, drollout)
+    return loss, dlogp, -entropy_weight, ratio, ratio < 0
 
 
 # fmt: on

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._checks import check_head, check_labels, check_mechanism
+from ._checks import check_head, check_mechanism, check_rows
 from ._chunked_head import (
     Head,
     LoraDelta,
@@ -54,7 +54,8 @@ def make_head(
         hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, lora, ignore_index
     )
     check_mechanism(hidden_states, lm_head_weight, vocab_parallel, weight_grad, logits_dtype)
-    check_labels(labels, ignore_index, vocab_parallel.vocab_size if vocab_parallel else lm_head_weight.shape[0])
+    vocab = vocab_parallel.vocab_size if vocab_parallel else lm_head_weight.shape[0]
+    check_rows(labels, ignore_index, vocab, temperature)
     tokens = Tokens(labels, ignore_index)
     dtype = compute_dtype(hidden_states.dtype)
     # c tanh(s x / c) / T = (c / s) tanh(x / (c / s)) / (T / s): the scale is part of cap and temperature
@@ -269,12 +270,13 @@ def linear_logprobs(
     Args:
         hidden_states: [N, D] bf16, fp16, fp32 (fp64 on CPU); final normed states, batch and time flattened.
         lm_head_weight: [V, D], dtype of ``hidden_states``; a plain tensor, not a DTensor.
-        labels: [N] int64 in [0, V), already shifted. On a GPU they are not checked, since that would make the host
-            wait: what another label gives there is undefined.
-        bias: [V], added to the logits.
-        temperature: Divides the logits, > 0; a float, or [N] with one value per token. No gradient flows to
-            it.
-        logit_softcap: c > 0 in z = c tanh(z / c), applied before the temperature. None: no cap.
+        labels: [N] int64 in [0, V), already shifted. Values on a GPU, such as these, are checked by an assertion on
+            the device, for which the host does not wait, and after which the process cannot use it.
+        bias: [V], added to the logits; -inf removes a word, such as the padding of a vocabulary.
+        temperature: Divides the logits, > 0; a float, or [N] with one value per token, not looked at on rows to
+            skip. No gradient flows to it.
+        logit_softcap: c > 0 in z = c tanh(z / c), applied before the temperature; a word that a bias of -inf removes
+            stays removed. None: no cap.
         logit_scale: s > 0 in z = s (hidden weight^T + bias), applied before the softcap.
         ignore_index: Label of rows to skip: log-probability 0, entropy 0, no gradient.
         lora: LoraDelta(a [r, D], b [V, r], scale): the weight is lm_head_weight + scale b a. ``a`` and ``b``

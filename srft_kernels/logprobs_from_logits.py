@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._checks import FLOAT_DTYPES, check_positive
+from ._checks import FLOAT_DTYPES, check_positive, check_rows
 from ._chunked_head import compute_dtype, rows_backend
+from ._numbers import is_number, plain_numbers
 from ._row_cpu import Rows, Stats
 
 __all__ = ["logprobs_from_logits"]
 
 
 def check_logits(
-    logits: Tensor, labels: Tensor, temperature: float | Tensor, logit_softcap: float | None
+    logits: Tensor, labels: Tensor, temperature: float | Tensor, logit_softcap: float | None, ignore_index: int
 ) -> None:
-    """Raise ValueError unless ``logits``, ``labels``, ``temperature`` and ``logit_softcap`` fit together."""
+    """Raise ValueError unless the arguments of ``logprobs_from_logits`` that its twin has too fit together."""
     for name, x in (("logits", logits), ("labels", labels)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -49,13 +50,14 @@ def check_logits(
             )
         if temperature.dim() > 0 and temperature.device != logits.device:
             raise ValueError(f"temperature must be on {logits.device}, got {temperature.device}; move it")
-        if temperature.device.type == "cpu" and not bool((temperature > 0).all()):
-            raise ValueError(f"temperature must be > 0, got a minimum of {temperature.min().item()}")
     for name, value in (("temperature", temperature), ("logit_softcap", logit_softcap)):
         if value is not None and not isinstance(value, Tensor):
             check_positive(name, value)
             if math.isinf(value):
                 raise ValueError(f"{name} must be finite, got {value}")
+    if not is_number(ignore_index) or not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index must be an int, got {ignore_index!r}")
+    check_rows(labels, ignore_index, logits.shape[-1], temperature)
 
 
 def _check_layout(logits: Tensor, inplace_backward: bool) -> None:
@@ -157,6 +159,7 @@ class _LogprobsFromLogits(torch.autograd.Function):
         return dlogits, None, None, None
 
 
+@plain_numbers
 def logprobs_from_logits(
     logits: Tensor,
     labels: Tensor,
@@ -181,10 +184,12 @@ def logprobs_from_logits(
     Args:
         logits: [..., V] bf16, fp16 or fp32 (fp64 on CPU), with stride 1 along V and any other strides; they
             need not be contiguous, as in ``logits[:, :-1]``. -inf removes a word.
-        labels: [...] int64 in [0, V), already shifted. Not checked, since that would wait for the GPU.
-        temperature: Divides the logits, > 0; a float, or [...] with one value per token. No gradient flows to
-            it.
-        logit_softcap: c > 0 in z = c tanh(z / c), applied before the temperature. None: no cap.
+        labels: [...] int64 in [0, V), already shifted. Values on a GPU, such as these, are checked by an assertion on
+            the device, for which the host does not wait, and after which the process cannot use it.
+        temperature: Divides the logits, > 0; a float, or [...] with one value per token, not looked at on rows to
+            skip. No gradient flows to it.
+        logit_softcap: c > 0 in z = c tanh(z / c), applied before the temperature; a removed word stays removed. None:
+            no cap.
         ignore_index: Label of rows to skip: log-probability 0, entropy 0, gradient 0.
         entropy_grad: Let the entropy carry a gradient.
         inplace_backward: Write the gradient over ``logits``, whose values are then gone: nobody else may read
@@ -196,8 +201,8 @@ def logprobs_from_logits(
         only with ``entropy_grad``.
 
     Raises:
-        ValueError: On a wrong shape, dtype, device or stride, a DTensor, a temperature or softcap that is not
-        positive, or ``inplace_backward`` with a leaf or with rows that share memory.
+        ValueError: On a wrong shape, dtype, device or stride, a DTensor, a label that is no column, a temperature or
+        softcap that is not positive, or ``inplace_backward`` with a leaf or with rows that share memory.
         RuntimeError: On a second backward with ``inplace_backward``.
 
     Numerics: all arithmetic and the statistics in fp32; the gradient is rounded once, to the dtype of the
@@ -205,7 +210,7 @@ def logprobs_from_logits(
     others. Peak extra memory: the gradient, or O(N) with ``inplace_backward``.
     Eager twin: ``reference.logprobs_from_logits``.
     """
-    check_logits(logits, labels, temperature, logit_softcap)
+    check_logits(logits, labels, temperature, logit_softcap, ignore_index)
     _check_layout(logits, inplace_backward)
     dtype = compute_dtype(logits.dtype)
     inv_temperature = None

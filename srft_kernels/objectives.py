@@ -13,8 +13,10 @@ from .formulas import (
     cispo_token,
     clip_policy,
     clip_token,
+    heard,
     k3,
     log_ratio_if,
+    policy_factor,
     reinforce_policy,
     reinforce_token,
     srft_demo,
@@ -125,37 +127,49 @@ class GrpoObjective(TokenObjective):
 
     policy: Formula = clip_policy
 
-    def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
-        if self.scope == "token":
-            return self.inputs[:, rows]
-        # moves old_logp so that logp - old_logp is the mean log-ratio of the sequence
-        weight, advantage, old_logp, ref_logp, rollout_weight = self.inputs[:, rows]
-        mean = sequence_mean(logp - old_logp, self.valid[rows], _local_offsets(self.offsets, rows))
-        return torch.stack([weight, advantage, logp - mean, ref_logp, rollout_weight])
+    def _log_ratio(self, logp: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The log-ratio of each token, whether its own is part of it, and what multiplies the policy term [n]."""
+        _, advantage, old_logp, _, rollout_weight = self.inputs[:, rows]
+        off_policy, max_log_ratio = self.params[3], self.params[7]
+        log_ratio = log_ratio_if.eager(off_policy, logp, old_logp)
+        factor = policy_factor.eager(advantage, rollout_weight)
+        heard_of = heard.eager(factor, log_ratio, max_log_ratio) & self.valid[rows]
+        if self.scope == "sequence":
+            # inf - inf is NaN
+            log_ratio = log_ratio.clamp(-1e30, 1e30)
+            log_ratio = sequence_mean(log_ratio, heard_of, _local_offsets(self.offsets, rows))
+        return torch.where(heard_of, log_ratio, 0.0), heard_of, factor
 
     def coefficients(self, logp: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
         """See TokenObjective; the tokens of a sequence share the gradient of its ratio equally."""
         if self.scope == "token":
             return super().coefficients(logp, entropy, rows)
         entropy_coef = self.params[6]
-        dlogp = self._sequence_derivative(logp, entropy, rows) + self._kl_derivative(logp, rows)
+        dlogp = self._sequence_derivative(logp, rows) + self._kl_derivative(logp, rows)
         return dlogp, -self.inputs[0, rows] * entropy_coef if self.entropy_grad else None
 
-    def _sequence_derivative(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+    def _moves(self, logp: Tensor, rows: slice) -> Tensor:
+        """Tokens with which the ratio of their sequence moves."""
+        return self._log_ratio(logp, rows)[1] & (logp > -torch.inf)
+
+    def _sequence_derivative(self, logp: Tensor, rows: slice) -> Tensor:
         """Derivative of the policy term by each logp: one number a sequence, 0 at tokens that do not count."""
-        weight, advantage, old_logp, _, rollout_weight = self._inputs(logp, entropy, rows)
-        clip_low, clip_high, dual_clip, off_policy, *_ = self.params
+        weight, advantage = self.inputs[:2, rows]
+        clip_low, clip_high, dual_clip, *_, max_log_ratio = self.params
+        log_ratio, counted, factor = self._log_ratio(logp, rows)
+        # of the sequence, so that the logp of one token is no matter
         _, dpolicy, _, _ = self.policy.eager(
-            logp, log_ratio_if.eager(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip
+            torch.zeros_like(logp), log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio
         )
-        valid = self.valid[rows]
-        mean = sequence_mean(weight * rollout_weight * dpolicy, valid, _local_offsets(self.offsets, rows))
-        return torch.where(valid, mean, 0.0)
+        share = weighted.eager(weight * factor, dpolicy)
+        mean = sequence_mean(share, counted, _local_offsets(self.offsets, rows))
+        return torch.where(self._moves(logp, rows), mean, 0.0)
 
     def _kl_derivative(self, logp: Tensor, rows: slice) -> Tensor:
         weight, _, _, ref_logp, _ = self.inputs[:, rows]
-        kl_coef, with_ref = self.params[4:6]
-        return weight * kl_coef * k3.eager(log_ratio_if.eager(with_ref, ref_logp, logp))[1]
+        kl_coef, with_ref, _, max_log_ratio = self.params[4:]
+        dkl = k3.eager(logp, log_ratio_if.eager(with_ref, ref_logp, logp), max_log_ratio)[1]
+        return weighted.eager(weight, kl_coef * dkl)
 
     @property
     def deferred(self) -> int:
@@ -170,35 +184,34 @@ class GrpoObjective(TokenObjective):
     def parts(self, logp: Tensor, rows: slice) -> tuple[Tensor | None, list[Tensor]]:
         """See TokenObjective; the KL is a token's own, the policy term its sequence's."""
         kl = self._kl_derivative(logp, rows) if self.params[4] != 0 else None
-        return kl, [self.valid[rows].to(logp.dtype)]
+        return kl, [self._moves(logp, rows).to(logp.dtype)]
 
     def scalars(self, logp: Tensor, entropy: Tensor, rows: slice) -> list[Tensor]:
         """See TokenObjective; logp and entropy of ``rows``, which are one sequence."""
         # 0 at tokens that do not count, and the same elsewhere
-        derivative = self._sequence_derivative(logp, entropy, rows)
-        return [derivative.sum() / self.valid[rows].sum().clamp(min=1)]
+        derivative = self._sequence_derivative(logp, rows)
+        return [derivative.sum() / self._moves(logp, rows).sum().clamp(min=1)]
 
     def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """See TokenObjective; from logp and entropy of all rows."""
-        weight, advantage, old_logp, ref_logp, rollout_weight = self._inputs(
-            logp, entropy, slice(0, logp.numel())
-        )
-        clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef = self.params
+        weight, advantage, _, ref_logp, _ = self.inputs
+        clip_low, clip_high, dual_clip, _, kl_coef, with_ref, entropy_coef, max_log_ratio = self.params
+        log_ratio, heard_of, factor = self._log_ratio(logp, slice(0, logp.numel()))
         policy, _, ratio, clipped = self.policy.eager(
-            logp, log_ratio_if.eager(off_policy, logp, old_logp), advantage, clip_low, clip_high, dual_clip
+            logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio
         )
-        kl, _ = k3.eager(log_ratio_if.eager(with_ref, ref_logp, logp))
+        kl, _ = k3.eager(logp, log_ratio_if.eager(with_ref, ref_logp, logp), max_log_ratio)
         terms = {
-            "policy": (weight * rollout_weight * policy).sum(),
-            "kl": kl_coef * (weight * kl).sum(),
+            "policy": weighted.eager(weight * factor, policy).sum(),
+            "kl": kl_coef * weighted.eager(weight, kl).sum(),
             "entropy_bonus": -entropy_coef * (weight * entropy).sum(),
         }
         loss = terms["policy"] + terms["kl"] + terms["entropy_bonus"]
-        clipped = clipped & self.valid
+        clipped = clipped & self.valid & (factor != 0)
         terms["clip_low_sum"] = (clipped & (ratio < 1)).sum().to(loss.dtype)
         terms["clip_high_sum"] = (clipped & (ratio > 1)).sum().to(loss.dtype)
         terms["sum_entropy"] = entropy.sum()
-        return loss, torch.where(self.valid, ratio, 1.0), clipped, terms
+        return loss, torch.where(heard_of, ratio, 1.0), clipped, terms
 
 
 @dataclass(frozen=True)
@@ -231,11 +244,11 @@ class SrftObjective(TokenObjective):
 
     def parts(self, logp: Tensor, rows: slice) -> tuple[Tensor | None, list[Tensor]]:
         """See TokenObjective: a coefficient is linear in s and c, so its values at 0 and 1 tell the parts."""
-        _, sft_sign, gamma_p, gamma, _, off_policy, own_entropy = self.params
+        _, sft_sign, gamma_p, gamma, _, *rest = self.params
         zeros = torch.zeros_like(logp)
 
         def dlogp(sft_weight: float, rl_weight: float) -> Tensor:
-            weights = (sft_weight, sft_sign, gamma_p, gamma, rl_weight, off_policy, own_entropy)
+            weights = (sft_weight, sft_sign, gamma_p, gamma, rl_weight, *rest)
             return self.formula.eager(logp, zeros, *self.inputs[:, rows], *weights)[1]
 
         fixed = dlogp(0.0, 0.0)
@@ -252,7 +265,7 @@ class SrftObjective(TokenObjective):
         demo_weight, rollout_weight, entropy_weight, advantage, correct, old_logp, scope_entropy = (
             self._inputs(logp, entropy, slice(0, logp.numel()))
         )
-        sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy = self.params
+        sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy, max_log_ratio = self.params
         weight_entropy = scope_entropy + own_entropy * entropy
         log_ratio = log_ratio_if.eager(off_policy, logp, old_logp)
         is_demo, is_rollout = self.is_demo & self.valid, ~self.is_demo & self.valid
@@ -263,7 +276,9 @@ class SrftObjective(TokenObjective):
             ("_unweighted", torch.zeros_like(entropy), 1.0, 1.0),
         ):
             sft, _, rl, _ = srft_demo.eager(logp, advantage, h, sft_scale, sft_sign, gamma_p, gamma)
-            rollout, _, ratio, positive = self.rollout.eager(logp, log_ratio, advantage, correct, h, rl_scale)
+            rollout, _, ratio, positive = self.rollout.eager(
+                logp, log_ratio, advantage, correct, h, rl_scale, max_log_ratio
+            )
             terms["demo_sft" + suffix] = weighted.eager(demo_weight, sft).sum()
             terms["demo_rl" + suffix] = weighted.eager(demo_weight, rl).sum()
             rollout = weighted.eager(rollout_weight, rollout)

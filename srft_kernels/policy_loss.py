@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_count, check_grpo, check_srft
-from ._chunked_head import LoraDelta, Tokens, compute_dtype, scalar
+from ._chunked_head import LoraDelta, Tokens, compute_dtype, scalar, taking_part
 from ._compiled import GRPO_TERMS, SRFT_TERMS, loss_op, user_loss_op
 from ._one_pass import CallableObjective, PolicyLoss, policy_loss
 from ._presets import srft_switches
@@ -117,6 +117,7 @@ def linear_grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    max_log_ratio: float = 20.0,
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     rollout_weights: Tensor | None = None,
@@ -147,6 +148,16 @@ def linear_grpo_loss(
     - cispo: -clip(r, ...) A logp, with no gradient through the clipped ratio.
     - reinforce: -A logp.
 
+    A log-ratio stays within ``max_log_ratio``: in k3 and in r it is taken to be at the bound where it lies beyond, and
+    has no gradient there; between two log-probabilities of -inf it is 0. (cispo and reinforce keep their gradient,
+    which is not that of the ratio.)
+
+    A weight of exactly 0 takes out what it multiplies, whatever stands in the other vectors, NaN included. A token with
+    ``token_weights`` 0 is ignored as if its label were ``ignore_index``, but counted where ``num_tokens`` is None.
+    ``advantages`` or ``rollout_weights`` of 0 take out the policy term; the KL and the entropy bonus stay. In gspo such
+    a token stays in the mean log-ratio of its sequence, which others are multiplied by, unless its own log-ratio is
+    NaN or not within the bound.
+
     Args:
         hidden_states: [N, D], see ``linear_logprobs``, as for every argument that is not described here.
         lm_head_weight: [V, D].
@@ -158,15 +169,17 @@ def linear_grpo_loss(
         clip_low: > 0; the ratio is kept above 1 - clip_low. May be inf.
         clip_high: > 0; the ratio is kept below 1 + clip_high. May be inf.
         dual_clip: > 1, largest ratio for a negative advantage; None: no such bound.
+        max_log_ratio: > 0, nats; bounds logp - old_logp (in gspo its mean) and ref_logp - logp from both sides,
+            against overflow. May be inf.
         ref_logprobs: [N] log-probabilities of the reference model, needed where ``kl_coef`` is not 0.
         kl_coef: Weight of the KL estimate k3, >= 0.
-        rollout_weights: [N] multiplies the policy term, such as a truncated trainer-to-sampler ratio.
+        rollout_weights: [N] multiplies the policy term, such as a truncated trainer-to-sampler ratio; 0 takes it out.
         entropy_coef: Weight of the entropy bonus, which has a gradient.
         cu_seqlens: [B+1] int32 sequence bounds from 0 to N, for gspo, on CPU where possible: chunks of logits
             can then end where sequences do.
-        token_weights: [N] multiplies all terms of a token (1 / length gives a mean over sequences).
+        token_weights: [N] multiplies all terms of a token (1 / length gives a mean over sequences); 0 ignores it.
         num_tokens: Denominator, counted over micro-batches and ranks; int or 0-d tensor, 0 counts as 1. None:
-            the valid tokens of this call.
+            the tokens of this call with a label, whatever their weight.
         bias: [V].
         temperature: Divides the logits, > 0; a float or [N].
         logit_softcap: Cap of the logits, > 0, or None.
@@ -181,8 +194,8 @@ def linear_grpo_loss(
     Returns:
         PolicyLoss. ``terms``: "policy", "kl" (0 where ``kl_coef`` is) and "entropy_bonus" as they enter the
         loss, whose sum is the loss; "clip_low_sum" and "clip_high_sum", counts of clipped tokens with a ratio
-        below and above 1; "sum_entropy" over the valid tokens. Each adds up over micro-batches when ``num_tokens``
-        is given.
+        below and above 1; "sum_entropy" over the tokens that are not ignored. Each adds up over micro-batches when
+        ``num_tokens`` is given.
 
     Raises:
         ValueError: As ``linear_logprobs``, or for an argument out of the ranges above.
@@ -191,13 +204,14 @@ def linear_grpo_loss(
     CISPO https://arxiv.org/abs/2506.13585; dual clip https://arxiv.org/abs/1912.09729. Eager twin:
     ``reference.linear_grpo_loss``.
     """
+    kept = taking_part(labels, token_weights, ignore_index)
     inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
+        hidden_states, lm_head_weight, kept, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
         vocab_parallel, weight_grad, logits_dtype,
     )  # fmt: skip
     check_grpo(
-        labels, advantages, old_logprobs, loss_type, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef,
-        rollout_weights, entropy_coef, cu_seqlens, token_weights, num_tokens,
+        labels, advantages, old_logprobs, loss_type, clip_low, clip_high, dual_clip, max_log_ratio, ref_logprobs,
+        kl_coef, rollout_weights, entropy_coef, cu_seqlens, token_weights, num_tokens,
     )  # fmt: skip
     dtype = compute_dtype(hidden_states.dtype)
     ones = torch.ones_like(labels, dtype=dtype)
@@ -210,10 +224,10 @@ def linear_grpo_loss(
         ref_logprobs,
         ones if rollout_weights is None else rollout_weights,
     )
-    vectors[0] *= _reciprocal(_count(num_tokens, tokens.valid, dtype))
+    vectors[0] *= _reciprocal(_count(num_tokens, labels != ignore_index, dtype))
     off_policy, with_ref = float(old_logprobs is not None), float(ref_logprobs is not None and kl_coef != 0)
     dual_clip = float("inf") if dual_clip is None else dual_clip
-    params = (clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef)
+    params = (clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef, max_log_ratio)
     formula, policy = GRPO_FORMULAS[loss_type]
     objective = GrpoObjective(
         formula,
@@ -252,6 +266,7 @@ def linear_srft_loss(
     preset: str = "paper",
     sft_coef: float = 0.5,
     rl_coef: float = 0.1,
+    max_log_ratio: float = 20.0,
     sft_entropy_sign: int | None = None,
     entropy_scope: str | None = None,
     batch_entropy: float | Tensor | None = None,
@@ -282,7 +297,13 @@ def linear_srft_loss(
 
     For self_rollout "likelihood", l_n is -c_n logp_n where ``is_correct`` and +logp_n elsewhere; for "ratio"
     it is -A_n r_n (c_n if A_n > 0 else 1). No gradient flows through s and c. The mean of H is its sum over
-    num_demo_tokens + num_rollout_tokens, without ``token_weights``.
+    num_demo_tokens + num_rollout_tokens, without ``token_weights``. The log of r stays within ``max_log_ratio``: beyond
+    it r is that of the bound and has no gradient; between two log-probabilities of -inf r is 1.
+
+    A weight of exactly 0 takes out what it multiplies, whatever stands in the other vectors, NaN included. A token with
+    ``token_weights`` 0 is ignored as if its label were ``ignore_index``, also in every mean of H, but counted where a
+    denominator is None. An advantage, ``sft_coef`` or ``rl_coef`` of 0 takes out the term it multiplies: the rest of
+    the token, its entropy too, stays. Likelihood rollouts read no advantage.
 
     ============================  ============  ==========  ============
     switch                        "paper"       "official"  "upt"
@@ -308,6 +329,7 @@ def linear_srft_loss(
         preset: "paper", "official" or "upt": the switches above that are not given.
         sft_coef: Scale of the weight s, >= 0.
         rl_coef: Scale of the weight c, >= 0.
+        max_log_ratio: > 0, nats; bounds logp - old_logp from both sides, against overflow. May be inf.
         sft_entropy_sign: -1 or +1, sign of H in s. 0 makes s constant. None: by preset.
         entropy_scope: H in s and c: "token" its own; "sequence" the mean over the valid tokens of its
             sequence; "batch" the mean over all valid tokens of this call, or ``batch_entropy``. None: by
@@ -317,9 +339,9 @@ def linear_srft_loss(
         self_rollout: "likelihood" or "ratio". None: by preset.
         demo_gamma: gamma > 0 of f, or None for f(p) = p. "preset": by preset.
         entropy_coef: Weight of the entropy bonus, which has a gradient. None: by preset.
-        token_weights: [N] multiplies the terms of a token (1 / length gives a mean over sequences).
+        token_weights: [N] multiplies the terms of a token (1 / length gives a mean over sequences); 0 ignores it.
         num_rollout_tokens: Denominator of rollout terms, counted over micro-batches and ranks; int or 0-d
-            tensor, 0 counts as 1. None: the valid rollout tokens of this call.
+            tensor, 0 counts as 1. None: the rollout tokens of this call with a label, whatever their weight.
         num_demo_tokens: The same for demonstrations.
         bias: [V].
         temperature: Divides the logits, > 0; a float or [N].
@@ -346,19 +368,21 @@ def linear_srft_loss(
     Reference: Fu et al., https://arxiv.org/abs/2506.19767 (eq. 8 to 13). Eager twin:
     ``reference.linear_srft_loss``.
     """
+    kept = taking_part(labels, token_weights, ignore_index)
     inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
+        hidden_states, lm_head_weight, kept, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
         vocab_parallel, weight_grad, logits_dtype,
     )  # fmt: skip
     switches = srft_switches(preset, self_rollout, sft_entropy_sign, entropy_scope, demo_gamma, entropy_coef)
     check_srft(
-        labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs, sft_coef, rl_coef, batch_entropy,
-        token_weights, num_rollout_tokens, num_demo_tokens, switches,
+        labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs, sft_coef, rl_coef, max_log_ratio,
+        batch_entropy, token_weights, num_rollout_tokens, num_demo_tokens, switches,
     )  # fmt: skip
     dtype = compute_dtype(hidden_states.dtype)
     demo = tokens.select(is_demo)
-    num_demo = _count(num_demo_tokens, demo & tokens.valid, dtype)
-    num_rollout = _count(num_rollout_tokens, ~demo & tokens.valid, dtype)
+    labelled = labels != ignore_index
+    num_demo = _count(num_demo_tokens, is_demo & labelled, dtype)
+    num_rollout = _count(num_rollout_tokens, ~is_demo & labelled, dtype)
     weight = tokens.valid.to(dtype) if token_weights is None else tokens.take(token_weights.detach().to(dtype))
     given_entropy = switches.entropy_scope == "batch" and batch_entropy is not None
     scope_entropy = scalar(0.0 if batch_entropy is None else batch_entropy, dtype, labels.device).expand(labels.shape)
@@ -384,6 +408,7 @@ def linear_srft_loss(
         rl_coef,
         old_logprobs is not None,
         own_entropy,
+        max_log_ratio,
     )
     objective = SrftObjective(
         formula,

@@ -14,8 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._checks import check_grpo, check_head, check_labels, check_srft
-from ._chunked_head import LoraDelta
+from ._checks import check_count, check_grpo, check_head, check_rows, check_srft
+from ._chunked_head import LoraDelta, taking_part
+from ._numbers import plain_numbers
 from ._one_pass import PolicyLoss
 from ._presets import srft_switches
 from .formulas import k3, srft_demo
@@ -23,6 +24,7 @@ from .logprobs_from_logits import check_logits
 from .objectives import GRPO_FORMULAS, SRFT_FORMULAS
 
 
+@plain_numbers
 def linear_logprobs(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -45,8 +47,9 @@ def linear_logprobs(
     check_head(
         hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, lora, ignore_index
     )
-    check_labels(labels, ignore_index, lm_head_weight.shape[0])
+    check_rows(labels, ignore_index, lm_head_weight.shape[0], temperature)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    hidden_states = torch.where((labels != ignore_index)[:, None], hidden_states, 0.0)
     logits = hidden_states.to(dtype) @ lm_head_weight.to(dtype).t()
     if lora is not None:
         logits = logits + lora.scale * (hidden_states.to(dtype) @ lora.a.to(dtype).t()) @ lora.b.to(dtype).t()
@@ -55,20 +58,36 @@ def linear_logprobs(
     if bias is not None:
         logits = logits + bias.to(dtype)
     logits = logit_scale * logits
-    if logit_softcap is not None:
-        logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach().to(hidden_states.device, dtype).expand(labels.shape)[:, None]
-    logits = logits / temperature
+    return _statistics(logits, labels, temperature, logit_softcap, ignore_index, entropy_grad)
+
+
+def _statistics(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    logit_softcap: float | None,
+    ignore_index: int,
+    entropy_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy, from logits before softcap and temperature."""
     valid = labels != ignore_index
-    all_logprobs = logits.log_softmax(-1)
-    logprobs = all_logprobs.gather(-1, torch.where(valid, labels, 0)[:, None])[:, 0]
+    if logit_softcap is not None:
+        # a word that -inf removes stays removed
+        removed = logits == -torch.inf
+        capped = logit_softcap * torch.tanh(logits.masked_fill(removed, 0.0) / logit_softcap)
+        logits = capped.masked_fill(removed, -torch.inf)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(logits.device, logits.dtype).expand(labels.shape)
+        temperature = torch.where(valid, temperature, 1.0)[..., None]
+    all_logprobs = (logits / temperature).log_softmax(-1)
+    logprobs = all_logprobs.gather(-1, torch.where(valid, labels, 0)[..., None])[..., 0]
     # a logit of -inf has probability 0 and adds nothing to the entropy
     entropy = -(all_logprobs.exp() * all_logprobs.masked_fill(all_logprobs == -torch.inf, 0.0)).sum(-1)
     logprobs, entropy = logprobs.masked_fill(~valid, 0.0), entropy.masked_fill(~valid, 0.0)
     return logprobs, entropy if entropy_grad else entropy.detach()
 
 
+@plain_numbers
 def logprobs_from_logits(
     logits: Tensor,
     labels: Tensor,
@@ -84,21 +103,13 @@ def logprobs_from_logits(
     logits, labels, temperature, logit_softcap, ignore_index, entropy_grad: as in
     ``srft_kernels.logprobs_from_logits``.
     """
-    check_logits(logits, labels, temperature, logit_softcap)
+    check_logits(logits, labels, temperature, logit_softcap, ignore_index)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if logit_softcap is not None:
-        logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach().to(logits.device, logits.dtype).expand(labels.shape)[..., None]
-    valid = labels != ignore_index
-    all_logprobs = (logits / temperature).log_softmax(-1)
-    logprobs = all_logprobs.gather(-1, torch.where(valid, labels, 0)[..., None])[..., 0]
-    # a logit of -inf has probability 0 and adds nothing to the entropy
-    entropy = -(all_logprobs.exp() * all_logprobs.masked_fill(all_logprobs == -torch.inf, 0.0)).sum(-1)
-    logprobs, entropy = logprobs.masked_fill(~valid, 0.0), entropy.masked_fill(~valid, 0.0)
-    return logprobs, entropy if entropy_grad else entropy.detach()
+    logits = torch.where((labels != ignore_index)[..., None], logits, 0.0)
+    return _statistics(logits, labels, temperature, logit_softcap, ignore_index, entropy_grad)
 
 
+@plain_numbers
 def linear_cross_entropy(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -123,9 +134,11 @@ def linear_cross_entropy(
         logit_softcap=logit_softcap, logit_scale=logit_scale,
         ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype,
     )  # fmt: skip
+    check_count("num_tokens", num_tokens)
     return -logprobs.sum() / _at_least_one(num_tokens, labels != ignore_index)
 
 
+@plain_numbers
 def linear_grpo_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -137,6 +150,7 @@ def linear_grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    max_log_ratio: float = 20.0,
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     rollout_weights: Tensor | None = None,
@@ -155,39 +169,46 @@ def linear_grpo_loss(
     """Loss of the GRPO family, from materialised logits.
 
     hidden_states, lm_head_weight, labels, advantages, old_logprobs, loss_type, clip_low, clip_high,
-    dual_clip, ref_logprobs, kl_coef, rollout_weights, entropy_coef, cu_seqlens, token_weights,
-    num_tokens, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
+    dual_clip, max_log_ratio, ref_logprobs, kl_coef, rollout_weights, entropy_coef, cu_seqlens,
+    token_weights, num_tokens, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
     logits_dtype: as in ``srft_kernels.linear_grpo_loss``.
     """
+    kept = taking_part(labels, token_weights, ignore_index)
     logp, entropy = linear_logprobs(
-        hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
+        hidden_states, lm_head_weight, kept, bias=bias, temperature=temperature,
         logit_softcap=logit_softcap, logit_scale=logit_scale,
         ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype, entropy_grad=True,
     )  # fmt: skip
     check_grpo(
-        labels, advantages, old_logprobs, loss_type, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef,
-        rollout_weights, entropy_coef, cu_seqlens, token_weights, num_tokens,
+        labels, advantages, old_logprobs, loss_type, clip_low, clip_high, dual_clip, max_log_ratio, ref_logprobs,
+        kl_coef, rollout_weights, entropy_coef, cu_seqlens, token_weights, num_tokens,
     )  # fmt: skip
-    valid = labels != ignore_index
+    valid = kept != ignore_index
     advantages = _valid(advantages, valid, logp)
-    w = _valid(token_weights, valid, logp, fill=1.0) / _at_least_one(num_tokens, valid)
+    w = _valid(token_weights, valid, logp, fill=1.0) / _at_least_one(num_tokens, labels != ignore_index)
     rho = _valid(rollout_weights, valid, logp, fill=1.0)
 
-    log_ratio = logp - (logp.detach() if old_logprobs is None else _valid(old_logprobs, valid, logp))
+    old = logp.detach() if old_logprobs is None else _valid(old_logprobs, valid, logp)
+    log_ratio = _log_ratio(logp, old)
+    in_policy = (advantages != 0) & (rho != 0)
+    advantages, rho = (torch.where(in_policy, x, 0.0) for x in (advantages, rho))
+    # what multiplies nothing, and is no usable ratio
+    unheard = ~in_policy & ~(log_ratio.detach().abs() < max_log_ratio)
     if loss_type == "gspo":
-        log_ratio = _sequence_mean(log_ratio, valid, cu_seqlens)
+        log_ratio = _sequence_mean(log_ratio.clamp(-1e30, 1e30), valid & ~unheard, cu_seqlens)
+    log_ratio = torch.where(unheard, 0.0, log_ratio)
     if loss_type == "cispo":
         log_ratio = log_ratio.detach()
     dual_clip = float("inf") if dual_clip is None else dual_clip
     _, formula = GRPO_FORMULAS[loss_type]
-    policy, _, ratio, clipped = formula.eager(logp, log_ratio, advantages, clip_low, clip_high, dual_clip)
-
-    terms = {"policy": (w * rho * policy).sum()}
-    kl = (
-        torch.zeros_like(logp)
-        if ref_logprobs is None or kl_coef == 0
-        else k3.eager(_valid(ref_logprobs, valid, logp) - logp)[0]
+    policy, _, ratio, clipped = formula.eager(
+        logp, log_ratio, advantages, clip_low, clip_high, dual_clip, max_log_ratio
     )
+
+    terms = {"policy": torch.where(in_policy, w * rho * policy, 0.0).sum()}
+    kl = torch.zeros_like(logp)
+    if ref_logprobs is not None and kl_coef != 0:
+        kl = k3.eager(logp, _log_ratio(_valid(ref_logprobs, valid, logp), logp), max_log_ratio)[0]
     terms["kl"] = kl_coef * (w * kl).sum()
     terms["entropy_bonus"] = -entropy_coef * (w * entropy).sum()
     loss = terms["policy"] + terms["kl"] + terms["entropy_bonus"]
@@ -195,9 +216,10 @@ def linear_grpo_loss(
     terms["clip_low_sum"] = (clipped & (ratio < 1)).sum().to(loss.dtype)
     terms["clip_high_sum"] = (clipped & (ratio > 1)).sum().to(loss.dtype)
     terms["sum_entropy"] = entropy.sum()
-    return _result(loss, logp, entropy, torch.where(valid, ratio, 1.0), clipped, terms)
+    return _result(loss, logp, entropy, torch.where(valid & ~unheard, ratio, 1.0), clipped, terms)
 
 
+@plain_numbers
 def linear_srft_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -211,6 +233,7 @@ def linear_srft_loss(
     preset: str = "paper",
     sft_coef: float = 0.5,
     rl_coef: float = 0.1,
+    max_log_ratio: float = 20.0,
     sft_entropy_sign: int | None = None,
     entropy_scope: str | None = None,
     batch_entropy: float | Tensor | None = None,
@@ -231,23 +254,27 @@ def linear_srft_loss(
     """SRFT loss, from materialised logits.
 
     hidden_states, lm_head_weight, labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs,
-    preset, sft_coef, rl_coef, sft_entropy_sign, entropy_scope, batch_entropy, self_rollout, demo_gamma,
-    entropy_coef, token_weights, num_rollout_tokens, num_demo_tokens, bias, temperature, logit_softcap,
+    preset, sft_coef, rl_coef, max_log_ratio, sft_entropy_sign, entropy_scope, batch_entropy, self_rollout,
+    demo_gamma, entropy_coef, token_weights, num_rollout_tokens, num_demo_tokens, bias, temperature, logit_softcap,
     logit_scale, ignore_index, lora, logits_dtype: as in ``srft_kernels.linear_srft_loss``.
     """
+    kept = taking_part(labels, token_weights, ignore_index)
     logp, entropy = linear_logprobs(
-        hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
+        hidden_states, lm_head_weight, kept, bias=bias, temperature=temperature,
         logit_softcap=logit_softcap, logit_scale=logit_scale,
         ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype, entropy_grad=True,
     )  # fmt: skip
     switches = srft_switches(preset, self_rollout, sft_entropy_sign, entropy_scope, demo_gamma, entropy_coef)
     check_srft(
-        labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs, sft_coef, rl_coef, batch_entropy,
-        token_weights, num_rollout_tokens, num_demo_tokens, switches,
+        labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs, sft_coef, rl_coef, max_log_ratio,
+        batch_entropy, token_weights, num_rollout_tokens, num_demo_tokens, switches,
     )  # fmt: skip
-    valid = labels != ignore_index
+    valid, labelled = kept != ignore_index, labels != ignore_index
     demo, rollout = is_demo & valid, ~is_demo & valid
-    advantages = _valid(advantages, valid, logp)
+    if num_demo_tokens is None:
+        num_demo_tokens = (is_demo & labelled).sum()
+    if num_rollout_tokens is None:
+        num_rollout_tokens = (~is_demo & labelled).sum()
     w = _valid(token_weights, valid, logp, fill=1.0)
     w_demo = torch.where(demo, w, 0.0) / _at_least_one(num_demo_tokens, demo)
     w_rollout = torch.where(rollout, w, 0.0) / _at_least_one(num_rollout_tokens, rollout)
@@ -263,28 +290,27 @@ def linear_srft_loss(
 
     log_ratio = torch.zeros_like(logp)
     if old_logprobs is not None:
-        log_ratio = torch.where(rollout, logp - _valid(old_logprobs, rollout, logp), 0.0)
+        log_ratio = torch.where(rollout, _log_ratio(logp, _valid(old_logprobs, rollout, logp)), 0.0)
     else:
-        log_ratio = logp - logp.detach()
+        log_ratio = _log_ratio(logp, logp.detach())
     _, formula = SRFT_FORMULAS[switches.self_rollout]
     gamma_p, gamma = (0.0, 1.0) if switches.demo_gamma is None else (1.0, switches.demo_gamma)
     sign = switches.sft_entropy_sign
     correct = is_correct.to(logp.dtype)
+    demo_advantages, rollout_advantages = (_valid(advantages, kind, logp) for kind in (demo, rollout))
     terms = {}
     for suffix, weight_h, s, c in (
         ("", h, sft_coef, rl_coef),
         ("_unweighted", torch.zeros_like(h), 1.0, 1.0),
     ):
-        demo_sft, _, demo_rl, _ = srft_demo.eager(logp, advantages, weight_h, s, sign, gamma_p, gamma)
-        rollout_loss, _, ratio, positive = formula.eager(logp, log_ratio, advantages, correct, weight_h, c)
-        terms["demo_sft" + suffix] = (w_demo * demo_sft).sum()
-        terms["demo_rl" + suffix] = (w_demo * demo_rl).sum()
-        terms["rollout_positive" + suffix] = (w_rollout * rollout_loss)[positive].sum()
-        terms["rollout_negative" + suffix] = (w_rollout * rollout_loss)[~positive].sum()
-    if num_demo_tokens is None:
-        num_demo_tokens = demo.sum()
-    if num_rollout_tokens is None:
-        num_rollout_tokens = rollout.sum()
+        demo_sft, _, demo_rl, _ = srft_demo.eager(logp, demo_advantages, weight_h, s, sign, gamma_p, gamma)
+        rollout_loss, _, ratio, positive = formula.eager(
+            logp, log_ratio, rollout_advantages, correct, weight_h, c, max_log_ratio
+        )
+        terms["demo_sft" + suffix] = (w_demo * demo_sft)[demo].sum()
+        terms["demo_rl" + suffix] = (w_demo * demo_rl)[demo].sum()
+        terms["rollout_positive" + suffix] = (w_rollout * rollout_loss)[rollout & positive].sum()
+        terms["rollout_negative" + suffix] = (w_rollout * rollout_loss)[rollout & ~positive].sum()
     mean_entropy = entropy.sum() / _at_least_one(num_demo_tokens + num_rollout_tokens, valid)
     terms["entropy_bonus"] = -switches.entropy_coef * mean_entropy
     loss = (
@@ -300,6 +326,7 @@ def linear_srft_loss(
     return _result(loss, logp, entropy, torch.where(rollout, ratio, 1.0), torch.zeros_like(valid), terms)
 
 
+@plain_numbers
 def linear_policy_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -337,6 +364,11 @@ def _valid(x: Tensor | None, valid: Tensor, like: Tensor, fill: float = 0.0) -> 
     """``x`` in the dtype of ``like``, ``fill`` where it is None, and 0 at rows that are not valid."""
     x = torch.full_like(like, fill) if x is None else x.detach().to(like.dtype)
     return torch.where(valid, x, 0.0)
+
+
+def _log_ratio(logp: Tensor, other: Tensor) -> Tensor:
+    """logp - other, and 0 between two of -inf."""
+    return torch.where((logp == other) & (logp == -torch.inf), 0.0, logp - other)
 
 
 def _at_least_one(given: int | Tensor | None, counted: Tensor) -> Tensor:

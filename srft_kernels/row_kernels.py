@@ -48,7 +48,8 @@ def _logits(
         # tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|), which cannot overflow
         e = tl.exp(-2.0 * tl.abs(z) / softcap)
         capped = softcap * (1.0 - e) / (1.0 + e)
-        z = tl.where(z < 0, -capped, capped)
+        # a word that -inf removes stays removed; any other gains 0
+        z = tl.where(z < 0, -capped, capped) + tl.minimum(z + 3e38, 0.0)
     return z * inv_temperature
 
 
@@ -185,7 +186,8 @@ def _row_kernel(
                 dz -= e * tl.exp(logp_v) * (tl.maximum(logp_v, _LOWEST_LOGPROB) + entropy)
             dz = tl.where(cols == label, dz + a, dz)
             if HAS_SOFTCAP:
-                tanh = z / (softcap * inv_temperature)
+                # at -inf, which removes a word, the slope is 0
+                tanh = tl.maximum(z / (softcap * inv_temperature), -1.0)
                 dz *= 1.0 - tanh * tanh
             dz *= inv_temperature
             if HALF_ROW:

@@ -116,6 +116,8 @@ def grpo_loss(
             clip_low=clip_low,
             clip_high=clip_high,
             dual_clip=dual_clip,
+            # Liger has no such bound
+            max_log_ratio=math.inf,
             ref_logprobs=flat(batch.ref) if with_kl else None,
             kl_coef=options.beta if with_kl else 0.0,
             rollout_weights=flat(batch.is_ratio),
@@ -199,7 +201,7 @@ def _log_weights(logp: Tensor, batch: Batch, options: Options) -> Tensor:
 
 def _kl(logp: Tensor, log_weights: Tensor, batch: Batch, options: Options) -> Tensor:
     ref = logp.detach() if batch.ref is None else batch.ref
-    kl = k3.eager(ref - logp)[0]
+    kl = k3.eager(logp, ref - logp, math.inf)[0]
     return kl * log_weights.exp() if options.use_bias_correction_kl else kl
 
 
@@ -216,7 +218,9 @@ def _terms(logp: Tensor, batch: Batch, options: Options) -> Tensor:
         policy = -_vespo_weight(log_weights.detach(), batch, options) * advantages * logp
     else:
         clip_high, dual_clip = _upper_bounds(options)
-        policy = clip_policy.eager(logp, log_weights, advantages, options.epsilon_low, clip_high, dual_clip)[0]
+        policy = clip_policy.eager(
+            logp, log_weights, advantages, options.epsilon_low, clip_high, dual_clip, math.inf
+        )[0]
     if batch.is_ratio is not None and options.loss_type != "vespo":
         policy = policy * batch.is_ratio
     return policy + options.beta * _kl(logp, log_weights, batch, options) if options.beta != 0 else policy

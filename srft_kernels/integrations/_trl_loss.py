@@ -122,6 +122,8 @@ class FusedLoss:
             clip_low=math.inf if cispo else trainer.epsilon_low,
             clip_high=trainer.epsilon_high - 1 if cispo else trainer.epsilon_high,
             dual_clip=None if cispo else args.delta,
+            # TRL has no such bound
+            max_log_ratio=math.inf,
             ref_logprobs=rows(inputs["ref_per_token_logps"]) if trainer.beta != 0 else None,
             kl_coef=trainer.beta,
             rollout_weights=rows(inputs["importance_sampling_ratio"]) if corrected else None,

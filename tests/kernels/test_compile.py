@@ -101,7 +101,7 @@ def assert_clean(kernel, target: str, tmp_path) -> None:
 def test_srft_kernel_compiles(target, options, aligned, tmp_path):
     """The one-launch kernel with the largest objective, bf16 gradient in half a row."""
     formula = formulas.srft_likelihood_token
-    kernel = compile_row_kernel(TARGETS[target], formula, 7, 7, aligned=aligned, **options)
+    kernel = compile_row_kernel(TARGETS[target], formula, 7, 8, aligned=aligned, **options)
     assert_clean(kernel, target, tmp_path)
 
 
@@ -109,10 +109,10 @@ def test_srft_kernel_compiles(target, options, aligned, tmp_path):
     ("formula", "num_inputs", "num_params"),
     [
         (formulas.cross_entropy_token, 1, 0),
-        (formulas.clip_token, 5, 7),
-        (formulas.cispo_token, 5, 7),
-        (formulas.reinforce_token, 5, 7),
-        (formulas.srft_ratio_token, 7, 7),
+        (formulas.clip_token, 5, 8),
+        (formulas.cispo_token, 5, 8),
+        (formulas.reinforce_token, 5, 8),
+        (formulas.srft_ratio_token, 7, 8),
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
@@ -140,7 +140,7 @@ def test_passes_compile(dtype, flags, tmp_path):
 )
 def test_16_bit_scores_compile(target, dtype, flags, tmp_path):
     """Scores and gradient of 16 bits, with all options."""
-    formula, sizes = (None, (0, 0)) if flags else (formulas.srft_likelihood_token, (7, 7))
+    formula, sizes = (None, (0, 0)) if flags else (formulas.srft_likelihood_token, (7, 8))
     kernel = compile_row_kernel(TARGETS[target], formula, *sizes, dtype=dtype, scores=dtype, **OPTIONS, **flags)
     assert_clean(kernel, target, tmp_path)
 

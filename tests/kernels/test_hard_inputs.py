@@ -130,3 +130,47 @@ def test_reference_that_is_not_used():
         out = run(grpo, module, case, ref_logprobs=case.ref_logprobs)
         assert torch.isfinite(out["loss"]) and out["terms/kl"] == 0
         torch.testing.assert_close(out["loss"], expected["loss"])
+
+
+@each_op
+def test_softcap_of_a_padded_vocabulary(op):
+    """Words that a bias of -inf removes have no part in values and gradients under a softcap either."""
+    case = make_case((7, 33, 8), ignored=0.3)
+    removed = torch.tensor([0, 1, 2, 17, 29, 30, 31, 32])
+    case.bias[removed] = -float("inf")
+    kept = torch.tensor([i for i in range(33) if i not in removed])
+    case.labels = torch.where(torch.isin(case.labels, removed), 7, case.labels)
+    entropy = {} if op is cross_entropy else {"entropy_grad": True} if op is logprobs else {"entropy_coef": 0.1}
+    options = {"logit_softcap": 2.0, "temperature": case.temperature, **entropy}
+    assert_matches_reference(op, case, **options)
+    # as if the words had never been there
+    labels = torch.where(case.labels == -100, -100, torch.searchsorted(kept, case.labels))
+    small = replace(case, weight=case.weight[kept], bias=case.bias[kept], labels=labels)
+    expected = run(op, srft_kernels, small, **options)
+    out = run(op, srft_kernels, case, **options)
+    torch.testing.assert_close(out["loss"], expected["loss"])
+    torch.testing.assert_close(out["dweight"][kept], expected["dweight"])
+    assert not out["dweight"][removed].any() and not out["dbias"][removed].any()
+
+
+def test_softcap_of_a_label_that_is_removed():
+    """Such a label has log-probability -inf; through the softcap, flat there, it has no gradient of its own."""
+    case = make_case((7, 33, 8), ignored=0.0)
+    case.bias[5], case.labels[4] = -float("inf"), 5
+    for module in (srft_kernels, reference):
+        out = run(logprobs, module, case, logit_softcap=2.0)
+        assert out["logprobs"][4] == -float("inf")
+        assert torch.isfinite(out["dweight"]).all() and not out["dweight"][5].any()
+
+
+@each_op
+def test_temperature_of_ignored_rows(op):
+    """What stands for the temperature of a row to skip is not looked at, and changes nothing."""
+    case = make_case((7, 33, 8), ignored=0.0)
+    case.labels[2:6] = -100
+    spoiled = case.temperature.clone()
+    spoiled[2:6] = torch.tensor([0.0, -1.0, float("nan"), float("inf")])
+    for module in (srft_kernels, reference):
+        expected = run(op, module, case, temperature=case.temperature)
+        actual = run(op, module, case, temperature=spoiled)
+        assert all(torch.equal(actual[name], x) for name, x in expected.items())

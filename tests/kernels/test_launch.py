@@ -111,7 +111,7 @@ def test_every_call_of_every_op_is_bound(dtype, monkeypatch):
 def test_every_formula_compiles_as_launched(formula):
     """A launch of each formula ends in machine code for the H100."""
     formula = getattr(formulas, formula)
-    scalars = (0.5,) * (0 if formula is formulas.cross_entropy_token else 7)
+    scalars = (0.5,) * (0 if formula is formulas.cross_entropy_token else 8)
     inputs = torch.ones(len(formula.arg_names) - 2 - len(scalars), 6)
     rows = Rows(torch.zeros(6, dtype=torch.int64), None, None, None, -100, torch.bfloat16)
     with recorded_launches() as launches:

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,32 @@ from tests.kernels.cases import assert_matches_reference, cross_entropy, grpo, m
 
 _COPIES = itertools.count()
 PACKAGE = Path(__file__).resolve().parents[2] / "srft_kernels"
+
+
+
+def out_of_bounds(module, case, **options):
+    """grpo of tokens that a weight of 0 takes out, with rubbish beside it, and of live ones beyond the bound."""
+    names = ("advantages", "old_logprobs", "ref_logprobs", "weights")
+    case = replace(case, **{name: getattr(case, name).clone() for name in names})
+    case.advantages[::5], case.old_logprobs[::5] = 0.0, -float("inf")
+    case.weights[1::5], case.old_logprobs[1::5], case.advantages[1::5] = 0.0, float("nan"), float("nan")
+    case.old_logprobs[2::5], case.ref_logprobs[3::5] = -1e4, 1e4
+    given = {"ref_logprobs": case.ref_logprobs, "kl_coef": 0.3, "token_weights": case.weights, "num_tokens": 50}
+    return grpo(module, case, **given, **options)
+
+
+def unread(module, case, **options):
+    """srft whose likelihood rollouts, which have no use for an advantage, hold NaN for one."""
+    advantages = case.advantages.masked_fill(~case.is_demo, float("nan"))
+    return srft(module, replace(case, advantages=advantages), **options)
+
+
+def padded(module, case, **options):
+    """cross_entropy of a vocabulary whose last words a bias of -inf removes, under a softcap."""
+    bias = torch.cat([case.bias[:-9], torch.full((9,), -float("inf"))])
+    labels = case.labels.clamp(max=87)
+    return cross_entropy(module, replace(case, bias=bias, labels=labels), logit_softcap=2.0, **options)
+
 
 # name: (file, text, its replacement, op, options of the op that shows it)
 CPU_FAULTS = {
@@ -54,6 +81,20 @@ CPU_FAULTS = {
         "(-known.log_sum)",
         grpo,
         {"entropy_coef": 0.5},
+    ),
+    "let a removed word back in": (
+        "_row_cpu.py",
+        "source.masked_fill_(removed, -math.inf)",
+        "pass",
+        padded,
+        {},
+    ),
+    "take the slope of a softcap at a removed word": (
+        "_row_cpu.py",
+        ".clamp_(min=-1.0)",
+        "",
+        padded,
+        {},
     ),
     "drop the first chunk of the weight gradient": (
         "_gradients.py",
@@ -150,6 +191,41 @@ FORMULA_FAULTS = {
         grpo,
         {"entropy_coef": 0.5},
     ),
+    "hear a log-ratio that multiplies nothing": (
+        "formulas.py",
+        "return (factor != 0) | (",
+        "return (factor == factor) | (",
+        out_of_bounds,
+        {"loss_type": "gspo"},
+    ),
+    "multiply by 0 what is NaN": (
+        "formulas.py",
+        "return tl.where(weight != 0, weight * x, 0.0)",
+        "return weight * x",
+        unread,
+        {},
+    ),
+    "forget that a weight of 0 ignores a token": (
+        "_chunked_head.py",
+        "return torch.where(token_weights == 0, ignore_index, labels)",
+        "return labels",
+        out_of_bounds,
+        {"entropy_coef": 0.1, "loss_type": "gspo"},
+    ),
+    "forget the bound of a log-ratio": (
+        "formulas.py",
+        "return tl.where(log_ratio > max_log_ratio, max_log_ratio, below)",
+        "return below",
+        out_of_bounds,
+        {},
+    ),
+    "leave a gradient beyond the bound": (
+        "formulas.py",
+        "return beyond(log_ratio, max_log_ratio) | (logp < -1e30)",
+        "return logp < -1e30",
+        out_of_bounds,
+        {},
+    ),
     "lose the constant of the KL gradient": (
         "formulas.py",
         "1.0 - ratio",
@@ -159,6 +235,20 @@ FORMULA_FAULTS = {
     ),
 }
 KERNEL_FAULTS = {
+    "let a removed word back in": (
+        "row_kernels.py",
+        " + tl.minimum(z + 3e38, 0.0)",
+        "",
+        padded,
+        {},
+    ),
+    "take the slope of a softcap at a removed word": (
+        "row_kernels.py",
+        "tl.maximum(z / (softcap * inv_temperature), -1.0)",
+        "z / (softcap * inv_temperature)",
+        padded,
+        {},
+    ),
     "drop the last column": (
         "row_kernels.py",
         "mask = cols < vocab\n",

@@ -1,13 +1,16 @@
 """Each wrong argument raises a ValueError that names it, from the op and from the reference alike."""
 
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import reference
-from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, srft
+from srft_kernels import LoraDelta, _checks, reference
+from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft
 
 CASE = make_case((8, 11, 4))
 MODULES = pytest.mark.parametrize("module", [srft_kernels, reference], ids=["op", "reference"])
@@ -73,6 +76,8 @@ def test_logit_options(module, op, options, message):
     ("options", "message"),
     [
         ({"loss_type": "ppo"}, "loss_type must be one of 'grpo', .*'reinforce', got 'ppo'"),
+        ({"max_log_ratio": 0.0}, "max_log_ratio must be a number > 0"),
+        ({"max_log_ratio": float("nan")}, "max_log_ratio must be a number > 0"),
         ({"clip_low": 0.0}, "clip_low must be a number > 0"),
         ({"clip_high": -0.1}, "clip_high must be a number > 0"),
         ({"dual_clip": 1.0}, "dual_clip must be a number > 1"),
@@ -80,7 +85,7 @@ def test_logit_options(module, op, options, message):
         ({"kl_coef": -0.1}, "kl_coef must be a finite number >= 0"),
         ({"entropy_coef": float("nan")}, "entropy_coef must be a finite number"),
         ({"num_tokens": -1}, "num_tokens must be a number >= 0"),
-        ({"num_tokens": torch.ones(2)}, "num_tokens must be a number or a 0-d tensor"),
+        ({"num_tokens": torch.ones(2)}, "num_tokens must be a number >= 0 or a 0-d tensor"),
         ({"token_weights": torch.ones(3)}, r"token_weights must be \[N\]=\[8\], got \[3\]"),
         ({"ref_logprobs": torch.ones(8, 1)}, r"ref_logprobs must be \[N\]=\[8\]"),
         ({"rollout_weights": 2.0}, r"rollout_weights must be a tensor \[N\]"),
@@ -128,6 +133,7 @@ def test_cu_seqlens(module, cu_seqlens, message):
         ({"batch_entropy": 0.5}, 'batch_entropy is read only with entropy_scope="batch"'),
         ({"sft_coef": -0.5}, "sft_coef must be a finite number >= 0"),
         ({"rl_coef": float("inf")}, "rl_coef must be a finite number >= 0"),
+        ({"max_log_ratio": -1.0}, "max_log_ratio must be a number > 0"),
         ({"num_demo_tokens": -1}, "num_demo_tokens must be a number >= 0"),
         ({"num_rollout_tokens": "all"}, "num_rollout_tokens must be a number >= 0"),
     ],
@@ -157,3 +163,122 @@ def test_objective_must_return_a_scalar():
         srft_kernels.linear_policy_loss(*arguments, lambda logprobs, entropy: 1.0)
     with pytest.raises(ValueError, match="objective must be callable"):
         srft_kernels.linear_policy_loss(*arguments, "grpo")
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says, as all that is made of it, that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def asserted(monkeypatch):
+    """What was to be asserted on the device: (holds, message)."""
+    calls = []
+    monkeypatch.setattr(torch, "_assert_async", lambda holds, message: calls.append((bool(holds), message)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("labels", "temperature", "message"),
+    [
+        ([0, 10, -100], 1.0, None),
+        ([0, 11, -100], 1.0, r"labels must be in \[0, V=11\) or ignore_index=-100"),
+        ([0, -1, -100], 1.0, r"labels must be in \[0, V=11\) or ignore_index=-100"),
+        ([0, 1, -100], [1.0, 0.5, 0.0], None),
+        ([0, 1, -100], [1.0, 0.0, 1.0], "temperature must be > 0 and finite"),
+        ([0, 1, -100], [1.0, float("nan"), 1.0], "temperature must be > 0 and finite"),
+        ([0, 1, -100], [1.0, float("inf"), 1.0], "temperature must be > 0 and finite"),
+    ],
+    ids=str,
+)
+def test_rows_are_checked_where_they_are(asserted, labels, temperature, message):
+    """On a CPU a ValueError, on a GPU an assertion on the device, which the host does not wait for."""
+    labels = torch.tensor(labels)
+    temperature = torch.tensor(temperature) if isinstance(temperature, list) else temperature
+    on_gpu = temperature.as_subclass(OnGpu) if isinstance(temperature, torch.Tensor) else temperature
+    _checks.check_rows(labels.as_subclass(OnGpu), -100, 11, on_gpu)
+    assert all(holds for holds, _ in asserted) == (message is None)
+    assert message is None or any(re.search(message, text) for holds, text in asserted if not holds)
+    logits, hidden, weight = torch.zeros(3, 11), torch.zeros(3, 4), torch.zeros(11, 4)
+    for module in (srft_kernels, reference):
+        for call in (
+            lambda m: m.logprobs_from_logits(logits, labels, temperature=temperature),
+            lambda m: m.linear_logprobs(hidden, weight, labels, temperature=temperature),
+        ):
+            with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+                call(module)
+
+
+COUNTS = [
+    (cross_entropy, "num_tokens", {}),
+    (grpo, "num_tokens", {}),
+    (srft, "num_rollout_tokens", {}),
+    (srft, "num_demo_tokens", {}),
+    (srft, "batch_entropy", {"entropy_scope": "batch"}),
+]
+
+
+@MODULES
+@pytest.mark.parametrize(("op", "name", "options"), COUNTS, ids=lambda x: x if isinstance(x, str) else "")
+def test_counts_are_numbers_that_count(module, op, name, options, asserted):
+    """A negative or infinite number, NaN, a bool or a vector is no count, as a number and as a tensor."""
+    number = f"{name} must be a number >= 0 or a 0-d tensor of one"
+    for value in (-5, -0.5, float("nan"), float("inf")):
+        for given in (value, torch.tensor(value), torch.tensor(float(value), dtype=torch.float64), np.float32(value)):
+            with pytest.raises(ValueError, match=number):
+                op(module, CASE, **options, **{name: given})
+        _checks.check_count(name, torch.tensor(float(value)).as_subclass(OnGpu))
+        assert asserted.pop()[0] is False and not asserted
+    _checks.check_count(name, torch.tensor(3).as_subclass(OnGpu))
+    assert asserted == [(True, asserted[0][1])] and name in asserted[0][1]
+    for given in (True, np.bool_(True), torch.tensor(True), torch.ones(1), torch.tensor(1j), "all"):
+        with pytest.raises(ValueError, match=number):
+            op(module, CASE, **options, **{name: given})
+
+
+NUMBERS = [
+    (cross_entropy, {"num_tokens": 3, "temperature": 0.5, "logit_softcap": 4.0, "ignore_index": -100}),
+    (
+        grpo,
+        {"num_tokens": 3, "clip_low": 0.25, "clip_high": 0.5, "dual_clip": 2.0, "entropy_coef": 0.25, "kl_coef": 0.5,
+         "ref_logprobs": CASE.ref_logprobs, "max_log_ratio": 4.0},
+    ),
+    (srft, {"num_demo_tokens": 3, "num_rollout_tokens": 5, "sft_coef": 0.25, "rl_coef": 0.5, "sft_entropy_sign": 1,
+            "demo_gamma": 0.5, "entropy_coef": 0.25, "entropy_scope": "batch", "batch_entropy": 0.5}),
+    (logprobs, {"temperature": 2, "logit_softcap": 4, "lora": LoraDelta(torch.ones(1, 4), torch.ones(11, 1), 0.5)}),
+    (policy, {"temperature": 0.5, "logit_softcap": 4.0}),
+]  # fmt: skip
+
+
+def as_numpy(value, kind):
+    """``value`` with every number of Python as one of numpy's; an int stays one."""
+    if isinstance(value, LoraDelta):
+        return value._replace(scale=kind(value.scale))
+    if not isinstance(value, int | float):
+        return value
+    return np.int64(value) if isinstance(value, int) and kind is np.float64 else kind(value)
+
+
+@MODULES
+@pytest.mark.parametrize(("op", "options"), NUMBERS, ids=lambda x: getattr(x, "__name__", ""))
+def test_numbers_of_numpy_are_numbers(module, op, options):
+    """numpy's scalars and 0-d arrays give what Python's numbers give, wherever a number is taken."""
+    expected = run(op, module, CASE, **options)
+    for kind in (np.asarray, np.float64, lambda x: (np.float32 if isinstance(x, float) else np.int32)(x)):
+        actual = run(op, module, CASE, **{name: as_numpy(x, kind) for name, x in options.items()})
+        assert all(torch.equal(actual[name], x) for name, x in expected.items())
+
+
+@MODULES
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(grpo, x) for x in ("temperature", "logit_softcap", "ignore_index", "clip_low", "dual_clip", "max_log_ratio")]
+    + [(grpo, "kl_coef"), (grpo, "entropy_coef"), (srft, "sft_coef"), (srft, "rl_coef"), (srft, "demo_gamma")],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)
+def test_bools_are_no_numbers(module, op, name):
+    """True measures nothing, although Python takes it for 1."""
+    for value in (True, np.bool_(True)):
+        with pytest.raises(ValueError, match=f"{name} must be a"):
+            op(module, CASE, **{name: value})
