@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from srft.batch import Batch, Sequence
@@ -129,16 +130,50 @@ def own_forward(model: PreTrainedModel, sequence: Sequence, dtype: torch.dtype) 
         sequence: Of one prompt and response.
         dtype: Precision of the forward pass.
     """
-    ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=model.device)
-    n = len(sequence.response_ids)
-    accepted = inspect.signature(model.forward).parameters
-    fewer = {"logits_to_keep": n + 1} if "logits_to_keep" in accepted else {}
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        logits = model(input_ids=ids, use_cache=False, **fewer).logits[0, -n - 1 : -1]
-    logprobs = logits.float().log_softmax(-1)
+        return _of_response(model(**_inputs(model, sequence)).logits, sequence)
+
+
+@torch.no_grad()
+def sampler_logprobs(model: PreTrainedModel, sequences: list[Sequence], dtype: torch.dtype) -> Tensor:
+    """Log-probabilities from the model's own forward with its weights rounded, as an engine in that dtype holds them.
+
+    Args:
+        model: From ``model.prepare_policy``; its weights stay as they are, beside a rounded copy for this call.
+        sequences: Any.
+        dtype: Of the engine.
+
+    Returns:
+        [N] fp32 on the CPU, in the order of ``sequences``.
+    """
+    rounded = {name: p.to(dtype) for name, p in model.named_parameters()}
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rsplit(".", 1)[-1] not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                rounded[name] = buffer.to(dtype)
+    with own_attention(model):
+        return torch.cat(
+            [
+                _of_response(functional_call(model, rounded, (), _inputs(model, s)).logits, s)[0].cpu()
+                for s in sequences
+            ]
+        )
+
+
+def _inputs(model: PreTrainedModel, sequence: Sequence) -> dict[str, Any]:
+    ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=model.device)
+    accepted = inspect.signature(model.forward).parameters
+    fewer = {"logits_to_keep": len(sequence.response_ids) + 1} if "logits_to_keep" in accepted else {}
+    return {"input_ids": ids, "use_cache": False, **fewer}
+
+
+def _of_response(logits: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor]:
+    n = len(sequence.response_ids)
+    logprobs = logits[0, -n - 1 : -1].float().log_softmax(-1)
     # a logit of -inf has probability 0 and adds nothing
     entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)
-    return logprobs.gather(-1, ids[0, -n:, None])[:, 0], entropy
+    labels = torch.tensor(sequence.response_ids, device=logits.device)
+    return logprobs.gather(-1, labels[:, None])[:, 0], entropy
 
 
 class Rounding:

@@ -285,11 +285,10 @@ def start_engine(
     kind = config.engine.kind
     if kind == "auto":
         kind = "vllm" if device.type == "cuda" and importlib.util.find_spec("vllm") else "hf"
-    dtype = config.model.compute_dtype if config.engine.dtype == "auto" else config.engine.dtype
     if kind == "hf":
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         return HfEngine(
-            model, dtype=getattr(torch, dtype), pad_token_id=pad, max_batch=config.engine.max_batch, tokenizer=tokenizer
+            model, dtype=config.engine_dtype, pad_token_id=pad, max_batch=config.engine.max_batch, tokenizer=tokenizer
         )
     from srft.engine.vllm import VllmEngine
 
@@ -297,7 +296,7 @@ def start_engine(
     export_model(folder / "model", model, tokenizer)
     return VllmEngine(
         folder / "model",
-        dtype=dtype,
+        dtype=str(config.engine_dtype).removeprefix("torch."),
         max_model_len=config.longest_sequence,
         python=config.engine.python,
         gpu_memory_utilization=config.engine.gpu_memory_utilization,
@@ -306,18 +305,6 @@ def start_engine(
         seed=config.train.seed,
         trust_remote_code=config.model.trust_remote_code,
     )
-
-
-def canary_tolerance(config: Config) -> float:
-    """Return the largest |log p| difference between trainer and engine that passes, in nats.
-
-    Args:
-        config: The whole configuration.
-    """
-    if config.train.canary_tolerance is not None:
-        return config.train.canary_tolerance
-    exact = config.model.compute_dtype == "float32" and config.engine.dtype in ("auto", "float32")
-    return 1e-4 if exact else 0.3
 
 
 def describe_step(config: Config, model: PreTrainedModel, data_note: str) -> str:

@@ -29,7 +29,6 @@ from srft.metrics import Clock, Figure, combined, group_metrics, loss_metrics, s
 from srft.model import final_hidden_states, head_arguments, load_tokenizer
 from srft.options import exit_on_help, load_config, to_toml
 from srft.prepare import (
-    canary_tolerance,
     choose_device,
     describe_step,
     load_policy,
@@ -89,9 +88,9 @@ def fit(config: Config) -> None:
         ):  # fmt: skip
             log.say(f"{describe_step(config, model, data_note)} {describe_ends(sampling, tokenizer)}")
             log.say(proof.sentence())
-            sync = WeightSync(model, engine, _probe(prompts, config), canary_tolerance(config), config.compute_dtype)
-            difference = sync.push(done)
-            row = {"step": 0, "canary/max_abs_diff": difference} if done == 0 else progress.unlogged
+            sync = WeightSync(model, engine, _probe(prompts, config), config)
+            canary = sync.push(done)
+            row = {"step": 0, **canary} if done == 0 else progress.unlogged
             if row is not None and log.last_step < done:
                 log.metrics(row | evaluate(engine, tokenizer, held_out, pool, sampling))
             for step in range(done + 1, train.steps + 1):
@@ -111,9 +110,9 @@ def fit(config: Config) -> None:
                 if not updates:
                     log.say(f"Step {step}: no sample was judged, so nothing was learned.")
                 with clock("sync"):
-                    difference = sync.push(step)
+                    canary = sync.push(step)
                 log.samples(step, sample_rows(groups))
-                row = {"step": step, "canary/max_abs_diff": difference, **combined(updates), **group_metrics(groups)}
+                row = {"step": step, **canary, **combined(updates), **group_metrics(groups)}
                 if step % train.eval_every == 0 or step == train.steps:
                     progress.reached(step, unlogged=row | clock.seconds())
                     stop.release()  # a run stopped in here repeats the evaluation when it goes on

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from torch import Tensor
 
 from srft.engine.hf import HfEngine
-from srft.sync import CanaryError, WeightSync
-from tests.trainer.tiny import plain_model, policy
+from srft.sync import CanaryError, Spread, WeightSync
+from tests.trainer.tiny import plain_model, policy, tiny_config
 
 PROBE = [[5, 6, 7, 8], [9, 10], [3, 4, 5, 6, 7, 8, 9]]
 
@@ -46,7 +46,7 @@ class Broken(HfEngine):
 
 
 def sync_of(model: torch.nn.Module, engine: HfEngine) -> WeightSync:
-    return WeightSync(model, engine, PROBE, 1e-4, torch.float32)
+    return WeightSync(model, engine, PROBE, tiny_config())
 
 
 def move(model: torch.nn.Module, scale: float = 0.05) -> None:
@@ -63,7 +63,7 @@ def test_true_sync_passes(tied: bool) -> None:
     engine = HfEngine(model, dtype=torch.float32, pad_token_id=0, max_batch=8)
     sync = sync_of(model, engine)
     for version in range(3):
-        assert sync.push(version) <= 1e-5
+        assert sync.push(version)["canary/max_abs_diff"] <= 1e-5
         assert engine.version == version
         move(model)
 
@@ -127,3 +127,88 @@ def test_difference_from_the_first_update_on() -> None:
     engine.update_weights = lambda named_tensors, version: None  # type: ignore[method-assign]
     with pytest.raises(CanaryError, match="from the first update on"):
         sync.push(0)
+
+
+LONG_PROBE = [[2 + (7 * i * k + i) % 35 for i in range(40)] for k in range(1, 5)]
+
+
+def coarse_sync(model: torch.nn.Module, engine: HfEngine, *overrides: str) -> WeightSync:
+    return WeightSync(model, engine, LONG_PROBE, tiny_config("model.compute_dtype=bfloat16", *overrides))
+
+
+def coarse_engine(model: torch.nn.Module) -> HfEngine:
+    return HfEngine(model, dtype=torch.bfloat16, pad_token_id=0, max_batch=8)
+
+
+class Off(HfEngine):
+    """A bf16 engine whose log-probabilities are changed after the first update."""
+
+    def __init__(self, model: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(model, dtype=torch.bfloat16, pad_token_id=0, max_batch=8)
+        self.change = change
+
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        rows = super().score(sequences)
+        return [self.change(torch.tensor(row)).tolist() if self.version else row for row in rows]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_bf16_passes_within_its_own_rounding(tied: bool) -> None:
+    """Whatever the weights become: a policy that grows sharp has more rounding, which is measured again."""
+    model = policy(plain_model(tied=tied))
+    sync = coarse_sync(model, coarse_engine(model))
+    first = sync.push(0)
+    assert 1e-3 < first["canary/noise_mean"] < 0.1
+    for version in range(1, 4):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.4)
+        last = sync.push(version)
+    assert last["canary/mean_abs_diff"] > 2 * first["canary/noise_mean"], "sharper, or the test shows nothing"
+    assert last["canary/noise_mean"] > first["canary/noise_mean"]
+
+
+@pytest.mark.parametrize(
+    ("change", "measure"),
+    [
+        # all of them within the 0.3 nats that a bound on the largest difference would have to allow
+        (lambda row: row - 0.1, "mean"),
+        (lambda row: torch.where(torch.arange(len(row)) % 5 == 0, row - 0.25, row), "p90"),
+        (lambda row: torch.where(torch.arange(len(row)) == 7, row - 1.0, row), "largest"),
+    ],
+    ids=["every-token", "one-in-five", "one-a-sequence"],
+)
+def test_bf16_errors_beyond_its_own_rounding(change: Callable[[Tensor], Tensor], measure: str) -> None:
+    """A shift of every token, of some, of one."""
+    model = policy(plain_model())
+    sync = coarse_sync(model, Off(model, change))
+    sync.push(0)
+    with pytest.raises(CanaryError, match="its own rounding: mean .*e-0.*changed but is not the new policy"):
+        sync.push(1)
+    engine = torch.cat([change(torch.zeros(39)) for _ in LONG_PROBE])
+    assert measure in Spread.of(engine).beyond(sync._noise)
+
+
+def test_bf16_stale_engine() -> None:
+    """Weights that moved by less than the old bound on the largest difference."""
+    model = policy(plain_model())
+    engine = coarse_engine(model)
+    sync = coarse_sync(model, engine)
+    sync.push(0)
+    before = sync._before["trainer"]
+    engine.update_weights = lambda named_tensors, version: None  # type: ignore[method-assign]
+    move(model, scale=0.002)
+    assert 0.05 < float((sync._trainer_logprobs() - before).abs().max()) < 0.3
+    with pytest.raises(CanaryError, match="the new weights never arrived"):
+        sync.push(1)
+
+
+def test_tolerance_overrides() -> None:
+    """A number of the user's is the bound on the largest difference, and nothing is measured."""
+    model = policy(plain_model())
+    sync = coarse_sync(model, Off(model, lambda row: row - 0.25), "train.canary_tolerance=0.5")
+    sync.push(0)
+    assert 0.2 < sync.push(1)["canary/max_abs_diff"] < 0.5
+    strict = coarse_sync(model, coarse_engine(model), "train.canary_tolerance=1e-4")
+    with pytest.raises(CanaryError, match="allowed: 1e-04"):
+        strict.push(0)
