@@ -98,6 +98,8 @@ class ModelConfig(Section):
     """Precision of the forward and backward passes; weights and optimizer stay in fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward to save memory."""
+    router_aux_coef: float | None = Field(None, ge=0)
+    """Mixtures of experts: factor of the loss that keeps experts evenly used; unset: the model's own; 0: none."""
     trust_remote_code: bool = False
     """Run Python code shipped with the checkpoint; off unless you trust its author."""
     tiny: TinyConfig = TinyConfig()

@@ -226,7 +226,7 @@ def run_body(
             **({"output_router_logits": True} if router_logits else {}),
         )
     hidden_states = output.last_hidden_state[0][batch.loss_rows].to(compute_dtype)
-    return hidden_states, tuple(output.router_logits) if router_logits else ()
+    return hidden_states, tuple(output.router_logits or ()) if router_logits else ()
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:

@@ -9,6 +9,7 @@ same holds for the gradient of a random sum of log-probabilities.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from srft.attention import UnsupportedAttention
 from srft.batch import Batch, Sequence, pack, unweighted
 from srft.config import Config
 from srft.forwards import Rounding, own_forward, own_logprobs, packed_forward, packed_logprobs, probe_sequences
-from srft.model import in_short, own_attention
+from srft.model import in_short, own_attention, run_body
+from srft.router import router_of
 from srft.suspects import find_cause, limits_passed
 
 # Differences beyond these multiples of the noise are errors: two samples of hundreds of values from one distribution
@@ -173,6 +175,7 @@ def _compare(model: PreTrainedModel, config: Config) -> tuple[dict[str, Gap], di
                 f"{find_cause(model, sequences, dtype, logprobs[name].allowed)}"
             )
     gradients = _compare_gradients(model, small, packed_small, dtypes)
+    _compare_router(model, config, small[-1])
     return logprobs, gradients, [len(s) for s in sequences]
 
 
@@ -193,6 +196,26 @@ def _gap(differences: Tensor, noise: Tensor, floor: float) -> Gap:
     d, e = differences.double(), noise.double()
     rms = [float(x.square().mean().sqrt()) for x in (d, e)]
     return Gap(rms[0], float(d.abs().max()), rms[1], float(e.abs().max()), floor)
+
+
+def _compare_router(model: PreTrainedModel, config: Config, sequence: Sequence) -> None:
+    """The auxiliary loss of a mixture of experts against the one that the model itself returns."""
+    router = router_of(config, model)
+    if router is None:
+        return
+    ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=model.device)
+    with torch.no_grad():
+        (batch,) = pack([sequence], len(sequence), unweighted, model.device)
+        gates = run_body(model, batch, torch.float32, router_logits=True)[1]
+        actual = float(router.loss(gates, router.load(gates))) if gates else math.nan
+        with own_attention(model):
+            output = model(input_ids=ids, use_cache=False, output_router_logits=True)
+    expected = router.coef * float(output.aux_loss) if isinstance(output.aux_loss, Tensor) else math.nan
+    if not abs(actual - expected) <= 1e-4 * expected:
+        raise Refusal(
+            f"its auxiliary loss of the router is {expected:.6g} on a sequence where training computes {actual:.6g}; "
+            "set model.router_aux_coef=0 to train without it"
+        )
 
 
 def _compare_gradients(

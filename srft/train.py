@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 import transformers
@@ -26,7 +27,7 @@ from srft.evaluate import evaluate
 from srft.log import RunLog
 from srft.methods import assign_advantages, method_loss, needs_demos, needs_rollouts, token_weight
 from srft.metrics import Clock, Figure, combined, group_metrics, loss_metrics, sample_rows
-from srft.model import final_hidden_states, head_arguments, load_tokenizer
+from srft.model import final_hidden_states, head_arguments, load_tokenizer, run_body
 from srft.options import exit_on_help, load_config, to_toml
 from srft.prepare import (
     choose_device,
@@ -41,6 +42,7 @@ from srft.problems import data_state, refuse_other_data
 from srft.progress import Progress
 from srft.prompts import completion_text, describe_ends, make_sampling
 from srft.rewards import RewardPool
+from srft.router import router_of, whole_load
 from srft.run_folder import run_folder
 from srft.sampler import PromptSampler, sample_seed
 from srft.sync import CanaryError, WeightSync
@@ -215,12 +217,15 @@ def update(
     entropy = mean_entropy(config, model, batches) if config.method.scope == "batch" else None
     optimizer.zero_grad(set_to_none=True)
     outputs: list[PolicyLoss] = []
+    router, dtype = router_of(config, model), config.compute_dtype
+    load = whole_load(router, model, batches, dtype) if router is not None and len(batches) > 1 else None
+    balance = torch.zeros((), device=model.device)
     for batch in batches:
-        hidden_states = final_hidden_states(model, batch, config.compute_dtype)
-        out = method_loss(
-            config, hidden_states, head_arguments(model, config.compute_dtype), batch, totals, entropy
-        )
-        out.loss.backward()
+        hidden_states, gates = run_body(model, batch, dtype, router_logits=router is not None)
+        out = method_loss(config, hidden_states, head_arguments(model, dtype), batch, totals, entropy)
+        aux = router.loss(gates, load or router.load(gates)) if router is not None else balance.new_zeros(())
+        (out.loss + aux).backward()
+        balance += aux.detach()
         outputs.append(out)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
     if not torch.isfinite(norm):
@@ -232,6 +237,9 @@ def update(
         group["lr"] = lr
     optimizer.step()
     figures = loss_metrics(config.method, batches, outputs, totals)
+    if router is not None:
+        figures["loss/router_aux"] = Figure(balance.item())
+        figures["loss/total"] = replace(figures["loss/total"], value=figures["loss/total"].value + balance.item())
     return {"lr": Figure(lr, "last"), "grad_norm": Figure(norm.item()), **figures}
 
 
