@@ -37,18 +37,18 @@ class _Plan:
         self.both = self.big if dry else f"{self.big},{self.small}"
         self.tiny = ["--device=cpu", "--sequence=16", "--rounds=1"]
 
-    def size(self, dtype: str = "fp32") -> list[str]:
-        """Dtype and device; ``dtype`` is that of a dry run, in which the interpreter has no bf16."""
-        return [f"--dtype={dtype}", *self.tiny] if self.dry else ["--dtype=bf16", "--device=cuda"]
+    def size(self) -> list[str]:
+        """Dtype and device; the interpreter of a dry run has no bf16."""
+        return ["--dtype=fp32", *self.tiny] if self.dry else ["--dtype=bf16", "--device=cuda"]
 
     def measure(self, name: str, tokens: str, what: str, case: str = "grpo") -> list[str]:
         options = [f"--names={name}", f"--tokens={tokens}", f"--what={what}", f"--cases={case}"]
         gate = ["--gate-tokens=64"] if self.dry else []
         return ["benchmarks.measure", *options, "--variants=ours,ours-16bit-logits", *self.size(), *gate]
 
-    def step(self, step: str, name: str, tokens: str | None = None, dtype: str = "fp32") -> list[str]:
+    def step(self, step: str, name: str, tokens: str | None = None) -> list[str]:
         options = [f"--names={name}", f"--tokens={tokens or self.tokens}"]
-        return ["benchmarks.gpu_steps", step, *options, *self.size(dtype)]
+        return ["benchmarks.gpu_steps", step, *options, *self.size()]
 
     def peer(self, name: str) -> list[str]:
         rounds = [] if self.dry else ["--rounds=2"]
@@ -75,8 +75,7 @@ def steps(dry: bool) -> list[Step]:
     """All of them; a dry run has two more, made to fail and to hang."""
     plan = _Plan(dry)
     big, small, both, tokens = plan.big, plan.small, plan.both, plan.tokens
-    few, batch = ("16", "64") if dry else ("1024", "8192")
-    half = {"tokens": few, "dtype": "fp16"}
+    batch = "64" if dry else "8192"
     watch = ["compute-sanitizer", "--error-exitcode=1", "--tool"]
     count = ["ncu", "--clock-control=none", "-k", "regex:_row_kernel", "-c", "2", *(f"--section={x}" for x in COUNTERS)]
     found = [
@@ -87,11 +86,11 @@ def steps(dry: bool) -> list[Step]:
         Step("2a-7b", 2, 100, "GRPO, D=3584", plan.measure(big, tokens, "time")),
         Step("2a-1.5b", 2, 75, "GRPO, D=1536", plan.measure(small, tokens, "time")),
         Step("2b", 2, 60, "kernels of one call", plan.step("kernels", both)),
-        Step("2c", 2, 75, "row kernel by block and warps", plan.step("row-kernel", big, **half)),
+        Step("2c", 2, 75, "row kernel by block and warps", plan.step("row-kernel", big)),
         Step("2d", 2, 90, "size of the workspace", plan.step("workspace", both)),
         Step("2e", 2, 90, "peak memory", plan.measure(big, f"{tokens},{plan.long}", "memory")),
         *(Step(f"3-{name}", 3, limit_s, name, plan.peer(name), needs_ours=False) for name, limit_s in PEERS.items()),
-        Step("4a-half-row", 4, 45, "half rows, 20 times", plan.step("half-row", big, **half)),
+        Step("4a-repeat", 4, 45, "the same call 20 times", plan.step("repeat", big)),
         Step("4a-rest", 4, 200, "the other tests on a GPU", plan.tests(f"not ({FIRST_TESTS})"), "pytest"),
         Step("4b-racecheck", 4, 75, "races in shared memory", plan.under(*watch, "racecheck"), "tool"),
         Step("4b-memcheck", 4, 60, "accesses out of bounds", plan.under(*watch, "memcheck"), "tool"),

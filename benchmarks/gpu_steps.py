@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import statistics
 import subprocess
 import sys
 import traceback
@@ -25,8 +24,7 @@ from benchmarks.heads import DTYPES, HEADS, Head, Inputs, make_inputs
 from benchmarks.measure import BOUNDS, Table, errors, of_ours
 from benchmarks.options import OPTIONS, specs
 from benchmarks.variants import floor, gold, variants
-from srft_kernels import _chunked_head, formulas, row_kernels
-from srft_kernels._row_cpu import Rows
+from srft_kernels import _chunked_head, row_kernels
 
 # blocks of columns and warps of the row kernel that are tried
 GRID = ((4096, 4), (4096, 8), (8192, 16), (16384, 32))
@@ -47,6 +45,7 @@ def first(job: Job) -> None:
     """Versions, and one call of the GRPO loss against float64; an error is not caught, for its whole traceback."""
     import triton
 
+    print(f"torch {torch.__version__}, triton {triton.__version__}, {sys.version}, driver {_driver()}", flush=True)
     job.save(**devices.facts(job.device), triton=triton.__version__, driver=_driver())
     print(job.found, flush=True)
     x = make_inputs(Head(96, 1031), job.dtype, 4 * job.sequence, job.sequence, job.device)
@@ -112,36 +111,30 @@ def _setting(module: Any, **values: Any) -> Iterator[None]:
 
 
 def row_kernel(job: Job) -> None:
-    """Traffic of the row kernel in TB/s by block, warps and dtype of the logits: two reads, one 16-bit write."""
-    head, count = HEADS[job.names[0]], job.tokens
-    labels = torch.randint(head.vocab, (count,), device=job.device)
-    objective = formulas.cross_entropy_token, torch.randn(1, count, device=job.device), (), False
+    """Traffic of the row kernel in TB/s within a call, by block, warps and logits: two reads, one 16-bit write."""
+    head = HEADS[job.names[0]]
+    x = job.inputs(head)
     found, best = [], ("", 0.0)
-    for dtype in dict.fromkeys((torch.float32, job.dtype)):
-        source = torch.randn(count, head.vocab, device=job.device).to(dtype)
-        z = torch.empty_like(source)
-        rows = Rows(labels, None, None, None, -100, job.dtype)
-        size = count * head.vocab * (2 * dtype.itemsize + job.dtype.itemsize)
+    for own in job.own_names():
+        logits = 4 if own == "ours" else job.dtype.itemsize
+        size = job.tokens * head.vocab * (2 * logits + job.dtype.itemsize)
         for block, warps in GRID:
-            row: dict[str, Any] = {"logits": str(dtype).removeprefix("torch."), "block": block, "warps": warps}
+            row: dict[str, Any] = {"variant": own, "block": block, "warps": warps}
             try:
                 with _setting(row_kernels, _MAX_BLOCK_V=block, _NUM_WARPS=warps):
-                    times = []
-                    for _ in range(job.rounds + 1):
-                        z.copy_(source)
-                        call = functools.partial(row_kernels.objective_gradient, z, rows, *objective)
-                        times.append(devices.seconds(call, job.device))
-                # the first compiles
-                row |= {"median_s": statistics.median(times[1:]), "bytes": size}
-                row["tb_s"] = size / row["median_s"] / 1e12
-                text = f"{row['logits']} {block}x{warps}"
-                best = max(best, (text, row["tb_s"]), key=lambda pair: pair[1])
+                    launched = _kernels(functools.partial(job.ours(own), x), job.device)
+                # on a CPU the interpreter's work is all that there is
+                ours = [kernel for kernel in launched if "_row_kernel" in kernel["name"] or job.device.type == "cpu"]
+                row |= {"ms": sum(kernel["ms"] for kernel in ours), "launches": sum(kernel["calls"] for kernel in ours)}
+                row["tb_s"] = size / row["ms"] / 1e9
+                best = max(best, (f"{own} {block}x{warps}", row["tb_s"]), key=lambda pair: pair[1])
             except Exception as error:  # one that does not compile or launch must not take the others along
+                traceback.print_exc()
                 row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             found.append(row)
             print(row, flush=True)
             job.save(rows=found, headline=f"best {best[0]}: {best[1]:.3g} TB/s")
-        del source, z
+    assert any("tb_s" in row for row in found), "no setting ran"
 
 
 def workspace(job: Job) -> None:
@@ -206,7 +199,7 @@ def peer(job: Job) -> None:
 STEPS: dict[str, Callable[[Job], None]] = {
     step.__name__.replace("_", "-"): step
     for step in (
-        first, kernels, row_kernel, workspace, peer, gpu_modes.half_row, gpu_modes.small, gpu_modes.graph,
+        first, kernels, row_kernel, workspace, peer, gpu_modes.repeat, gpu_modes.small, gpu_modes.graph,
         gpu_modes.compiled, gpu_modes.train_step, gpu_modes.fail, gpu_modes.hang,
     )
 }  # fmt: skip
