@@ -172,7 +172,8 @@ def loss_op(*terms: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def traced(values: dict[str, Any]) -> Any:
             parts = schema.split(values)
             wants = _wants(parts)
-            op = ops[_fills(parts, wants)]
+            # torch 2.11 compiles no index that is a bool
+            op = ops[1] if _fills(parts, wants) else ops[0]
             detached = [x.detach() if isinstance(x, Tensor) else x for x in parts.values()]
             loss, logprobs, entropy, ratio, clipped, sums, *totals = op(wants, *detached)
             if any(wants):
@@ -265,7 +266,8 @@ def logprobs_op(function: Callable[P, R]) -> Callable[P, R]:
             given = {"hidden_states": (directions * dlogp[:, None]).to(hidden.dtype)}
         else:
             wants = [needs[name] for name in _DIFFERENTIABLE]
-            found = gradient_ops[_fills(parts, wants)](wants, dlogprobs, dentropy, known, *flat)
+            gradient_op = gradient_ops[1] if _fills(parts, wants) else gradient_ops[0]
+            found = gradient_op(wants, dlogprobs, dentropy, known, *flat)
             given = _wanted(parts, wants, found)
         return None, *(given.get(name) for name in parts)
 
