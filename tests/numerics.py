@@ -1,4 +1,8 @@
-"""The one tolerance rule of the kernel tests: as accurate as plain PyTorch in the same dtype."""
+"""The tolerance rules of the tests: as accurate as plain PyTorch in the same dtype, or as the size of what is summed.
+
+No bound is relative to a sum whose terms may cancel: how much of it is left is chance, while its error is that of its
+terms, and differs with the instructions of the processor.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from torch import Tensor
 FORWARD_FLOOR = 1e-5
 GRADIENT_FLOOR = 1e-4
 GRADIENT_CAP = 5e-3
+# of the absolute values of what a sum adds up: a few roundings of each in fp32, the forward passes before it included
+SUM_NOISE = 2e-6
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -71,3 +77,22 @@ def assert_accurate(
         assert row_error[worst] <= bound, (
             f"{name}: relative RMS error of row {worst} {row_error[worst]:.3e} > {bound:.3e}"
         )
+
+
+def assert_sum(
+    name: str, actual: float | Tensor, expected: float | Tensor, size: float, *, noise: float = SUM_NOISE
+) -> None:
+    """Fail unless a sum, or the norm of a difference of sums, is right for the size of what it adds up.
+
+    Args:
+        name: Shown on failure.
+        actual: Result under test, a number or a tensor.
+        expected: What it should be.
+        size: Sum of the absolute values, or of the norms, of the terms.
+        noise: Error allowed, as a share of ``size``.
+    """
+    error = torch.as_tensor(actual).double() - torch.as_tensor(expected).double()
+    found = float(error.norm())
+    assert found <= noise * size, (
+        f"{name}: error {found:.3e} > {noise:g} of {size:.6g}; got {actual!r}, expected {expected!r}"
+    )

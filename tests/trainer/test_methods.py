@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from srft.config import Config
 from srft.methods import assign_advantages, group_advantages, token_weight
 from srft.metrics import combined
 from srft.train import remember_old_logprobs, update
+from tests.numerics import assert_sum
 from tests.trainer.tiny import (
     budget_for,
     flat_gradient,
@@ -23,7 +24,6 @@ from tests.trainer.tiny import (
     plain_model,
     policy,
     random_groups,
-    relative_error,
     sequence,
     tiny_config,
 )
@@ -93,14 +93,32 @@ def token_losses(
     return -weight * logp if s.reward == 1 else logp
 
 
+@dataclass(frozen=True)
+class Expected:
+    """One update in float64; sizes are of what the sums add up.
+
+    Args:
+        loss: Of the whole update.
+        loss_size: Sum of the absolute values of its token terms.
+        gradient: Of every parameter.
+        gradient_size: Sum of the norms of its sequences' gradients.
+        entropies: Means by metric name, nats.
+    """
+
+    loss: float
+    loss_size: float
+    gradient: Tensor
+    gradient_size: float
+    entropies: dict[str, float]
+
+
 def expected_step(
     config: Config,
     plain: transformers.PreTrainedModel,
     groups: list[Group],
     old: dict[int, Tensor] | None = None,
-) -> tuple[float, Tensor, dict[str, float]]:
-    """Loss, gradient and mean entropies of one update in float64, one unpadded forward pass a sequence."""
-    plain.zero_grad()
+) -> Expected:
+    """One unpadded forward and backward pass a sequence."""
     method, temperature = config.method, config.rollout.temperature
     chosen = expected_members(config, groups)
     scored = [statistics_of(plain, s, temperature) for s, _ in chosen]
@@ -112,26 +130,34 @@ def expected_step(
         means = [entropy for _, entropy in scored]
     else:
         means = [entropy.mean() for _, entropy in scored]
-    sums: dict[bool, Any] = {False: 0.0, True: 0.0}
-    divisors = {False: 0, True: 0}
-    for (s, advantage), (logp, _), h in zip(chosen, scored, means, strict=True):
-        before = None if old is None else old[id(s)]
-        terms = token_losses(config, s, advantage, logp, before, h.detach())
+    counts = {kind: [len(s.response_ids) for s, _ in chosen if s.is_demo is kind] for kind in (False, True)}
+    loss, sizes, gradients = 0.0, [], []
+    for (s, advantage), (logp, entropy), h in zip(chosen, scored, means, strict=True):
+        terms = token_losses(config, s, advantage, logp, None if old is None else old[id(s)], h.detach())
         if method.aggregation == "token-mean":
-            sums[s.is_demo] += terms.sum()
-            divisors[s.is_demo] += len(terms)
+            terms = terms / sum(counts[s.is_demo])
         else:
             length = len(terms) if method.aggregation == "sequence-mean" else config.rollout.max_new_tokens
-            sums[s.is_demo] += terms.sum() / length
-            divisors[s.is_demo] += 1
-    loss = sum(sums[kind] / divisors[kind] for kind in sums if divisors[kind]) - bonus * everything.mean()
-    loss.backward()
+            terms = terms / length / len(counts[s.is_demo])
+        terms = torch.cat([terms, -bonus * entropy / len(everything)])
+        plain.zero_grad()
+        terms.sum().backward()
+        loss += terms.sum().item()
+        sizes.append(terms.abs().sum().item())
+        gradients.append(flat_gradient(plain))
     entropies = {}
     for kind, name in ((False, "rollout"), (True, "demo")):
         kept = [e for (s, _), (_, e) in zip(chosen, scored, strict=True) if s.is_demo is kind]
         if kept:
             entropies[f"entropy/{name}"] = torch.cat(kept).mean().item()
-    return loss.item(), flat_gradient(plain), entropies
+    norms = sum(gradient.norm().item() for gradient in gradients)
+    return Expected(loss, sum(sizes), torch.stack(gradients).sum(0), norms, entropies)
+
+
+def assert_as_expected(metrics: dict[str, float], gradient: Tensor, expected: Expected) -> None:
+    """Loss and gradient, whose terms may cancel, are right to fp32 noise of their terms."""
+    assert_sum("loss", metrics["loss/total"], expected.loss, expected.loss_size)
+    assert_sum("gradient", gradient, expected.gradient, expected.gradient_size)
 
 
 def step(
@@ -226,14 +252,13 @@ def test_step_equals_plain_float64(name: str, batches: int) -> None:
     overrides = [*METHODS[name], "rollout.temperature=0.8"]
     taught = [s for s, _ in expected_members(tiny_config(*overrides), groups)]
     config = tiny_config(*overrides, f"train.tokens_per_microbatch={budget_for(batches, taught)}")
-    loss, gradient, entropies = expected_step(config, copy.deepcopy(model).double(), groups)
+    expected = expected_step(config, copy.deepcopy(model).double(), groups)
     metrics, found = step(config, model, groups)
-    assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5)
-    assert relative_error(found, gradient) <= 1e-5
-    assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
-    for key, value in entropies.items():
+    assert_as_expected(metrics, found, expected)
+    assert_sum("norm", metrics["grad_norm"], expected.gradient.norm(), expected.gradient_size)
+    for key, value in expected.entropies.items():
         assert metrics[key] == pytest.approx(value, rel=1e-5)
-    assert {k for k in metrics if k.startswith("entropy/")} == entropies.keys()
+    assert {k for k in metrics if k.startswith("entropy/")} == expected.entropies.keys()
 
 
 @pytest.mark.parametrize(
@@ -250,9 +275,19 @@ def test_micro_batches_do_not_change_a_step(name: str, scope: str) -> None:
         budget = f"train.tokens_per_microbatch={budget_for(batches, taught)}"
         results.append(step(tiny_config(*METHODS[name], *extra, budget), model, groups))
     (metrics, gradient), *others = results
+    config = tiny_config(*METHODS[name], *extra)
+    expected = expected_step(config, copy.deepcopy(model).double(), groups)
+    signed = {key: value for key, value in metrics.items() if key.startswith("loss/")}
     for other_metrics, other_gradient in others:
-        assert relative_error(other_gradient, gradient) <= 1e-6
-        assert other_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-7)
+        assert_sum("gradient", other_gradient, gradient, expected.gradient_size, noise=1e-6)
+        assert other_metrics.keys() == metrics.keys()
+        for key, value in signed.items():
+            # a term without its weight is larger than the loss it enters
+            size = max(expected.loss_size, abs(value))
+            assert_sum(key, other_metrics[key], value, size)
+        assert {k: v for k, v in other_metrics.items() if k not in signed} == pytest.approx(
+            {k: v for k, v in metrics.items() if k not in signed}, rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("batches", [1, 3])
@@ -262,10 +297,8 @@ def test_batch_entropy_is_that_of_the_whole_update(name: str, batches: int) -> N
     model, groups = plain_model(), random_groups(seed=2)
     budget = f"train.tokens_per_microbatch={budget_for(batches, members(groups))}"
     config = tiny_config(*METHODS[name], "method.entropy_scope=batch", budget)
-    loss, gradient, _ = expected_step(config, copy.deepcopy(model).double(), groups)
-    metrics, found = step(config, model, groups)
-    assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5)
-    assert relative_error(found, gradient) <= 1e-5
+    expected = expected_step(config, copy.deepcopy(model).double(), groups)
+    assert_as_expected(*step(config, model, groups), expected)
 
 
 @pytest.mark.parametrize("option", ["sequence-mean", "constant"])
@@ -276,11 +309,8 @@ def test_aggregated_step_equals_plain_float64(name: str, option: str) -> None:
     overrides = [*METHODS[name], f"method.aggregation={option}"]
     taught = [s for s, _ in expected_members(tiny_config(*overrides), groups)]
     config = tiny_config(*overrides, f"train.tokens_per_microbatch={budget_for(3, taught)}")
-    loss, gradient, _ = expected_step(config, copy.deepcopy(model).double(), groups)
-    metrics, found = step(config, model, groups)
-    # on-policy GRPO under sequence-mean has the value 0: advantages of a group add up to nothing
-    assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5, abs=1e-7)
-    assert relative_error(found, gradient) <= 1e-5
+    expected = expected_step(config, copy.deepcopy(model).double(), groups)
+    assert_as_expected(*step(config, model, groups), expected)
 
 
 @pytest.mark.parametrize("name", ["paper", "official", "upt"])
@@ -290,7 +320,8 @@ def test_the_terms_add_up_to_the_loss(name: str) -> None:
     metrics, _ = step(config, plain_model(), random_groups())
     terms = [metrics[f"loss/{term}"] for term in TERMS]
     assert all(terms)
-    assert sum(terms) + metrics["loss/entropy_bonus"] == pytest.approx(metrics["loss/total"], rel=1e-5)
+    parts = [*terms, metrics["loss/entropy_bonus"]]
+    assert_sum("loss", metrics["loss/total"], sum(parts), sum(map(abs, parts)))
     assert {f"loss/{term}_unweighted" for term in TERMS} <= metrics.keys()
     # the bonus is coefficient times the mean over all tokens
     totals = {kind: sum(len(s.response_ids) for s in members(random_groups()) if s.is_demo is kind)
@@ -320,10 +351,9 @@ def test_second_update_uses_the_sampling_policy(loss_type: str) -> None:
     for part in (groups[:5], groups[5:]):
         now = copy.deepcopy(model).double()
         now.load_state_dict({k: v.double() for k, v in trained.state_dict().items()})
-        loss, gradient, _ = expected_step(config, now, part, old)
+        expected = expected_step(config, now, part, old)
         metrics = combined([update(config, trained, optimizer, assign_advantages(part, config.method), 1)])
-        assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5, abs=1e-7)
-        assert relative_error(flat_gradient(trained), gradient) <= 1e-5
+        assert_as_expected(metrics, flat_gradient(trained), expected)
     if loss_type != "official":
         # the steps are large enough that the clip matters
         assert metrics["clip/share"] > 0
