@@ -55,10 +55,11 @@ class Progress:
         """Say ``text`` and the time left, and learn from the time that the body takes."""
         left = self.left()
         estimate = "" if left is None else f"; about {_clock(left)} left"
-        if left is not None and self.over(left):
-            estimate += f", of {self.minutes:g} minutes"
-        self.say(f"{text}{estimate}")
         began = time.monotonic()
+        if left is not None and self.over(left):
+            time_left = max(0.0, 60 * self.minutes - (began - self._start))
+            estimate = f"; about {_clock(left)} of work and {_clock(time_left)} of time left"
+        self.say(f"{text}{estimate}")
         try:
             yield
         finally:

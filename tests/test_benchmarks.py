@@ -159,6 +159,7 @@ def test_a_limit_of_time_leaves_out_with_a_reason(monkeypatch: pytest.MonkeyPatc
     for name in ("naive", "trl"):
         assert rows[name]["status"] == "skipped" and "no time left of 1e-09 minutes" in rows[name]["reason"]
     assert any("round 2 and on left out" in line for line in lines)
+    assert any("of work and 0:00 of time left" in line for line in lines)
     with pytest.raises(ValueError, match="minutes must be"):
         Progress(-1)
 
