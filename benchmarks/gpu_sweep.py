@@ -136,11 +136,15 @@ def _of_table(table: dict) -> str:
 
 
 def _of_pytest(result: None, text: str) -> str:
-    """The closing line, and the names of what failed."""
+    """The closing line, or how many ran before the end, and the names of what failed."""
     closing = re.findall(r"^=*\s*(\d+ (?:passed|failed|skipped|error).*?)\s*=*$", text, re.MULTILINE)
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
-    names = [name.rpartition("::")[2] for name in failed]
-    return "; ".join(closing[-1:] + names) if closing else ""
+    ran = {word: len(re.findall(rf"\b{word}\b +(?:tests/|\[)", text)) for word in ("PASSED", "FAILED", "ERROR")}
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)|^\[gw\d+\].* FAILED (\S+)", text, re.MULTILINE)
+    names = dict.fromkeys((first or second).rpartition("::")[2] for first, second in failed)
+    if closing:
+        return "; ".join([closing[-1], *names])
+    said = ", ".join(f"{count} {word.lower()}" for word, count in ran.items() if count)
+    return "; ".join([f"{said} before the end", *names]) if said else ""
 
 
 def _of_tool(result: dict | None, text: str) -> str:

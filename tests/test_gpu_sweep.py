@@ -192,6 +192,8 @@ def test_rates_of_products() -> None:
     [
         ("pytest", "F.\nFAILED a.py::test_b[x] - boom\n1 failed in 3s\n", "1 failed in 3s; test_b[x]"),
         ("pytest", "=== 4 passed, 1 skipped in 60.00s (0:01:00) ===\n", "4 passed, 1 skipped in 60.00s (0:01:00)"),
+        ("pytest", "a.py::test_b PASSED [ 50%]\na.py::test_c FAILED [ 99%]\n", "1 passed, 1 failed before the end"),
+        ("pytest", "[gw1] [ 9%] FAILED tests/a.py::test_c[y] \n", "1 failed before the end; test_c[y]"),
         ("pytest", "Killed\n", ""),
         ("tool", "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", "ERROR SUMMARY: 0 errors"),
         ("tool", "========= RACECHECK SUMMARY: 1 hazard displayed\n", "RACECHECK SUMMARY: 1 hazard displayed"),
