@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import json
 import logging
 import re
 import sys
@@ -15,66 +16,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from srft.answers import BadGold, after_thinking, final_box, gold_text, last_boxed, last_line, marked_answer, printed
+from srft.math_answers import MAX_CHARS, read
+from srft.math_nodes import Literal, Words, same, squeeze
+from srft.quantities import Quantity, last_quantity, read_quantity
 from srft.tasks import REASONING_GYM, reasoning_gym_dataset
 
 Verifier = Callable[[str, Any, dict[str, Any]], float]
 
 MAX_EXPRESSION_CHARS = 200  # three stack frames each at worst: nested parentheses stay within Python's limit
-MAX_NUMBER_CHARS = 200  # exact arithmetic on longer literals would cost more than it can be worth
 
 
-class BadGold(Exception):
-    """The ground truth itself cannot be read, so the completion cannot be graded."""
-
-
-def _after_thinking(text: str) -> str:
-    """The part that follows the last </think>; nothing when a <think> is never closed."""
-    head, closed, tail = text.rpartition("</think>")
-    if closed:
-        return tail
-    return "" if "<think>" in text else text
-
-
-_BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)(?:\s*(?P<open>\{)|\s+(?P<bare>[^\s{}$\\]+))|\\[{}]|[{}]")
-
-
-def last_boxed(text: str) -> tuple[int, str] | None:
-    r"""Position and content of the last \boxed{...}, \fbox{...} or brace-less "\boxed 2", or None.
-
-    Args:
-        text: Any text; a box that is never closed does not count.
-    """
-    best: tuple[int, str] | None = None
-    # one pass, so that a completion that opens a thousand boxes costs no more than another
-    opened: list[tuple[int, int] | None] = []
-    for match in _BOX_TOKEN.finditer(text):
-        found = None
-        if match["open"]:
-            opened.append((match.start(), match.end()))
-        elif match["bare"]:
-            found = match.start(), match["bare"].rstrip(".,")
-        elif match[0] == "{":
-            opened.append(None)
-        elif match[0] == "}" and opened and (box := opened.pop()) is not None:
-            found = box[0], text[box[1] : match.start()]
-        if found is not None and (best is None or found[0] > best[0]):
-            best = found
-    return best
-
-
-def _marked_answer(text: str, hashes: int) -> str | None:
-    r"""What the last \boxed{}, <answer></answer> or run of ``hashes`` '#' holds; None without any."""
-    found = []
-    if (boxed := last_boxed(text)) is not None:
-        found.append(boxed)
-    found += [(m.start(), m[1]) for m in re.finditer(r"<answer>(.*?)</answer>", text, re.DOTALL)]
-    found += [(m.start(), m[1]) for m in re.finditer(rf"#{{{hashes},}}([^#\n]*)", text)]
-    return max(found)[1].strip() if found else None
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else ""
+# a chain ends in "#8"; GSM8K in "#### 8", where headings, "## Step 2" or "## 2. Add", are no answer
+_HASH = re.compile(r"#+([^#\n]*)")
+_NUMBER_AFTER_HASHES = re.compile(
+    r"(?<!#)#{2,}+(?![ \t]*[0-9]+[.)][ \t]+[^\s])"
+    r"([ \t]*(?:[-+−$€£¥\\.(*0-9]|[A-Za-z][ \t]*=|[^#\n]*\b(?i:answer))[^#\n]*)"
+)
 
 
 def exact(completion: str, answer: Any, row: dict[str, Any]) -> float:
@@ -82,63 +40,53 @@ def exact(completion: str, answer: Any, row: dict[str, Any]) -> float:
 
     Args:
         completion: Text of the model, or of a demonstration.
-        answer: Compared as text, without surrounding white space.
+        answer: Compared as text, without surrounding white space. What programs print of one number or boolean is
+            the same text: 18 and 18.0, 1e-05 and 0.00001, true and True; 07 and 7 are not.
         row: Not used.
+
+    Raises:
+        BadGold: If there is no answer: null, NaN, or empty.
     """
-    text = _after_thinking(completion)
-    marked = _marked_answer(text, hashes=1)
-    return float((_last_line(text) if marked is None else marked) == str(answer).strip())
+    wanted = {printed(gold_text(answer))}
+    if not isinstance(answer, str | bytes) and callable(convert := getattr(answer, "tolist", None)):
+        answer = convert()
+    if isinstance(answer, list | tuple):
+        wanted |= {str(list(answer)), json.dumps(answer, ensure_ascii=False, default=str)}
+    text = after_thinking(completion)
+    marked = marked_answer(text, _HASH)
+    return float(printed(last_line(text) if marked is None else marked) in wanted)
 
 
-_UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.\d+|\d+)"
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}.])[-−])?[$€£]?(?P<sign2>(?<=[$€£])[-−])?"
-    rf"(?:\\[dt]?frac\{{(?P<latex_num>-?\d+)\}}\{{(?P<latex_den>\d+)\}}"
-    rf"|(?P<num>{_UNSIGNED})(?:\s?/\s?(?P<den>{_UNSIGNED}))?)"
-    r"\s?(?P<percent>\\?%)?"
-)
-
-
-def _number(text: str, *, last: bool) -> set[Fraction]:
-    """Values that the first or last number may stand for: itself, and a hundredth of it before a %."""
-    matches = list(_NUMBER.finditer(text))
-    if not matches:
-        return set()
-    match = matches[-1 if last else 0]
-    if len(match[0]) > MAX_NUMBER_CHARS:
-        return set()
-    value = Fraction((match["num"] or match["latex_num"]).replace(",", ""))
-    denominator = match["den"] or match["latex_den"]
-    if denominator is not None:
-        divisor = Fraction(denominator.replace(",", ""))
-        if divisor == 0:
-            return set()
-        value /= divisor
-    if (match["sign"] is None) != (match["sign2"] is None):
-        value = -value
-    return {value, value / 100} if match["percent"] else {value}
+@lru_cache(maxsize=256)
+def _gold_quantity(answer: str) -> Quantity:
+    marked = marked_answer(answer, _NUMBER_AFTER_HASHES)
+    quantity = read_quantity(answer if marked is None else marked)
+    if quantity is None:
+        what = "no one number" if re.search(r"[0-9]", answer) else "no number"
+        raise BadGold(f"{what} in the answer {answer!r:.200}")
+    return quantity
 
 
 def numeric(completion: str, answer: Any, row: dict[str, Any]) -> float:
     r"""1 if the final number equals the answer exactly, as a fraction.
 
-    The number is the first one in the last \boxed, <answer> or after the last "##" or longer, else the last
-    one in the text. Thousands commas, currency signs, a/b, \frac{a}{b} and % are read; "50%" is 50 and 0.5.
+    The number is what the last \boxed, <answer> or line after "##" or longer states, else the last one in the text.
+    Thousands, currency signs and units, a/b, \frac{a}{b}, mixed and repeating numbers, exponents and % are read;
+    "50%" is 50 and 0.5. Several numbers, ranges, times and expressions are none.
 
     Args:
         completion: Text of the model, or of a demonstration.
-        answer: A number, or text whose last number counts.
+        answer: A number, or text that states one number.
         row: Not used.
 
     Raises:
-        BadGold: If the answer holds no number.
+        BadGold: If the answer states no number, or several.
     """
-    gold = _number(str(answer), last=True)
-    if not gold:
-        raise BadGold(f"no number in the answer {answer!r}")
-    text = _after_thinking(completion)
-    marked = _marked_answer(text, hashes=2)
-    return float(bool(gold & (_number(text, last=True) if marked is None else _number(marked, last=False))))
+    gold = _gold_quantity(gold_text(answer))
+    text = after_thinking(completion)
+    marked = marked_answer(text, _NUMBER_AFTER_HASHES)
+    found = last_quantity(text) if marked is None else read_quantity(marked)
+    return float(found is not None and gold.equals(found))
 
 
 def evaluate_expression(text: str) -> tuple[Fraction, list[Fraction]]:
@@ -217,9 +165,9 @@ def countdown(completion: str, answer: Any, row: dict[str, Any]) -> float:
         raise BadGold(
             f"a countdown row needs nums and target, got {row.get('nums')!r}, {answer!r}"
         ) from error
-    text = _after_thinking(completion)
-    marked = _marked_answer(text, hashes=1)
-    line = _last_line(text) if marked is None else marked
+    text = after_thinking(completion)
+    marked = marked_answer(text, _HASH)
+    line = last_line(text) if marked is None else marked
     labels = list(_EQUATION_LABEL.finditer(line))
     sides = (line[labels[-1].end() :] if labels else line).strip().rstrip(".").strip("$ ").split("=")
     try:
@@ -235,57 +183,50 @@ def countdown(completion: str, answer: Any, row: dict[str, Any]) -> float:
     return float(not Counter(used) - available)
 
 
-def _squeeze(latex: str) -> str:
-    return re.sub(r"\s+|\\left|\\right|\\[!,;]", "", latex.replace("dfrac", "frac").replace("tfrac", "frac"))
-
-
 @lru_cache(maxsize=256)
-def _parse_gold(answer: str) -> tuple[Any, ...]:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
+def _gold_answer(answer: str) -> Any:
     boxed = last_boxed(answer)
-    latex = boxed[1] if boxed else answer.strip().strip("$")
-    configs = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    return tuple(parse(rf"$\boxed{{{latex}}}$", extraction_config=configs, parsing_timeout=None))
+    found = read(boxed[1] if boxed else answer)
+    # a sentence can be copied but not judged
+    if found is None or (isinstance(found, Words | Literal) and len(found.text.split()) > 8):
+        raise BadGold(f"the answer cannot be read as mathematics or a few words: {answer!r:.200}")
+    return found
 
 
 def math(completion: str, answer: Any, row: dict[str, Any]) -> float:
-    r"""1 if the last \boxed{} equals the answer by math-verify, gold first; 0 without a \boxed{}.
+    r"""1 if the last \boxed{} is the same mathematics as the answer; 0 without a \boxed{}.
+
+    Numbers are compared exactly and expressions by proof, with math-verify's parser and sympy. Lists and sets have no
+    order, points and intervals have one; an interval is the same as its inequality; "x =" and a unit may be left out
+    but not changed; several answers are no answer where one is asked for.
 
     Args:
         completion: Text of the model, or of a demonstration.
-        answer: LaTeX or plain text, in a \boxed{} or not.
+        answer: LaTeX or plain text, in a \boxed{} or not; a list of several is their set.
         row: Not used.
 
     Raises:
-        BadGold: If math-verify cannot read the answer.
+        BadGold: If the answer cannot be read.
     """
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    gold = _parse_gold(str(answer))
-    if not gold:
-        raise BadGold(f"math-verify cannot read the answer {answer!r}")
-    boxed = last_boxed(_after_thinking(completion))
-    if boxed is None:
+    if isinstance(answer, list | tuple) and len(answer) > 1:
+        answer = ", ".join(map(gold_text, answer))
+    answer = gold_text(answer)
+    gold = _gold_answer(answer)
+    boxed = final_box(after_thinking(completion))
+    if boxed is None or len(boxed[1]) > MAX_CHARS:
         return 0.0
-    if _squeeze(boxed[1]) == _squeeze(str(answer)):
+    inner = last_boxed(answer)
+    if squeeze(boxed[1]) == squeeze(inner[1] if inner else answer):
         return 1.0
-    config = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
-    # the pool's deadline is the only clock: math-verify's own runs on SIGALRM and would end in a plain 0
-    predicted = parse(
-        rf"$\boxed{{{boxed[1]}}}$",
-        extraction_config=[config],
-        extraction_mode="first_match",
-        parsing_timeout=None,
-    )
-    return float(verify(list(gold), predicted, timeout_seconds=None))
+    found = read(boxed[1])
+    return float(found is not None and same(gold, found))
 
 
 def _reasoning_gym(name: str) -> Verifier:
     dataset = reasoning_gym_dataset(name, size=1, seed=0)
 
     def verify(completion: str, answer: Any, row: dict[str, Any]) -> float:
-        text = _after_thinking(completion)
+        text = after_thinking(completion)
         tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
         return float(dataset.score_answer((tagged[-1] if tagged else text).strip(), row))
 
@@ -388,11 +329,10 @@ def load_verifier(kind: str) -> Verifier:
         return _custom(kind)
     if kind == "math":
         try:
-            import math_verify  # noqa: F401
+            import latex2sympy2_extended  # noqa: F401
         except ImportError as error:
             raise ValueError("the math reward needs math-verify: pip install 'srft[train]'") from error
-        # it warns once that its timeouts are off and logs every formula that it cannot read
-        logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+        # it logs every formula that it cannot read
         logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
-        math(r"\boxed{\frac{1}{2}}", "0.5", {})
+        math(r"\boxed{\frac{\sqrt{2}}{2}}", r"1/\sqrt{2}", {})
     return VERIFIERS[kind]

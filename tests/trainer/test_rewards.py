@@ -30,12 +30,14 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the data files 
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
 FRACTIONS = r"\boxed{" + r"\frac{1}{" * 60 + "2" + "}" * 60 + "}"
 VERIFIERS = """
-import os, sys, time
+import itertools, os, sys, time
 
 def graded(completion, answer, row):
     return {"right": 1.0, "half": 0.5, "wrong": 0.0, "truth": True}[completion]
 
 def trouble(completion, answer, row):
+    if completion == "endless":
+        sum(itertools.repeat(0, 10**15))
     if completion == "sleep":
         time.sleep(60)
     if completion == "exit":
@@ -424,14 +426,23 @@ def test_default_reward_of_something_unknown() -> None:
 # ---- the pool: what a completion can do to it ----
 
 
-def test_math_bombs_time_out_and_the_rest_is_graded() -> None:
-    """Power towers and deep fractions end at the deadline with 0; every item around them gets its grade."""
+def test_math_bombs_earn_nothing_and_cost_nothing() -> None:
+    """Power towers and deep fractions are not worked out; every item around them gets its grade."""
     pytest.importorskip("math_verify")
     good = (r"\boxed{5}", "5", {})
     bombs = [(TOWER, "5", {}), (FRACTIONS, "5", {})]
-    with RewardPool("math", 2, 1.0) as pool:
-        pool.prewarm()
+    with RewardPool("math", 2, 10.0) as pool:
         results = pool.score([good, bombs[0], good, good, bombs[1], good])
+        assert [r.value for r in results] == [1, 0, 1, 1, 0, 1]
+        assert pool.counts == {"ok": 6}
+
+
+def test_endless_c_calls_time_out_and_the_rest_is_graded(custom: str) -> None:
+    """What no Python signal can end is killed at the deadline; every item around it gets its grade."""
+    good = ("", "", {"value": 1})
+    with RewardPool(f"{custom}:trouble", 2, 1.0) as pool:
+        pool.prewarm()
+        results = pool.score([good, ("endless", "", {}), good, good, ("endless", "", {}), good])
         assert [r.status for r in results] == ["ok", "timeout", "ok", "ok", "timeout", "ok"]
         assert [r.value for r in results] == [1, 0, 1, 1, 0, 1]
         assert pool.score([good]) == [RewardResult(1.0, "ok")]
@@ -563,17 +574,16 @@ def test_close_ends_the_workers_and_can_be_repeated(custom: str) -> None:
     sys.platform != "linux", reason="reads /proc; only Linux kills a busy worker with its parent"
 )
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "exit"])
-def test_workers_end_with_their_parent(tmp_path: Path, how: str) -> None:
+def test_workers_end_with_their_parent(custom: str, tmp_path: Path, how: str) -> None:
     """However the parent ends, idle workers and one inside an endless C call end too."""
-    pytest.importorskip("math_verify")
     script = tmp_path / "parent.py"
     script.write_text(
         textwrap.dedent(f"""
         import os, sys, threading, time
         from srft.rewards import RewardPool
-        pool = RewardPool("math", 2, 500.0)
+        pool = RewardPool({f"{custom}:trouble"!r}, 2, 500.0)
         pool.prewarm()
-        threading.Thread(target=pool.score, args=([({TOWER!r}, "5", {{}})],), daemon=True).start()
+        threading.Thread(target=pool.score, args=([("endless", "", {{}})],), daemon=True).start()
         time.sleep(0.5)
         print(*[worker.process.pid for worker in pool._workers], flush=True)
         {"os._exit(0)" if how == "exit" else "time.sleep(60)"}
