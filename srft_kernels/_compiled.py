@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._chunked_head import compute_dtype
+from ._last_gradient import last_gradient, without_graph
 from ._numbers import plain_numbers
 from ._op_schema import NAMESPACE, Schema
 
@@ -117,7 +118,8 @@ def _(loss: Tensor, totals: list[Tensor], inputs: list[Tensor], filled: Tensor |
 
 def _save_totals(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, totals, leaves, filled = inputs
-    ctx.save_for_backward(*totals)
+    # the leaves only for the error of a second derivative; where backward is traced, they are not kept
+    ctx.save_for_backward(*totals, *leaves)
     ctx.dtypes, ctx.filled = [x.dtype for x in leaves], filled is not None
 
 
@@ -128,9 +130,10 @@ def _scale_totals(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
             "the gradient of the weight is in weight_grad already, for a loss that enters backward with factor 1; "
             "put the factor into token_weights, or drop weight_grad",
         )
-    totals = ctx.saved_tensors
-    scaled = [(total * dloss).to(dtype) for total, dtype in zip(totals, ctx.dtypes, strict=True)]
-    return None, [None] * len(totals), scaled, None
+    totals, leaves = ctx.saved_tensors[: len(ctx.dtypes)], ctx.saved_tensors[len(ctx.dtypes) :]
+    with torch.no_grad():
+        scaled = [(total * dloss).to(dtype) for total, dtype in zip(totals, ctx.dtypes, strict=True)]
+    return None, [None] * len(totals), list(without_graph(scaled, leaves)), None
 
 
 _attach.register_autograd(_scale_totals, setup_context=_save_totals)
@@ -253,6 +256,7 @@ def logprobs_op(function: Callable[P, R]) -> Callable[P, R]:
         ctx.mark_non_differentiable(*output[2 if schema.named(flat)["entropy_grad"] else 1 :])
         ctx.set_materialize_grads(False)
 
+    @last_gradient
     def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
         saved, known = tensors[: len(ctx.others)], list(tensors[len(ctx.others) :])

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import row_kernels
 from ._chunked_head import (
@@ -24,6 +23,7 @@ from ._chunked_head import (
     workspace,
 )
 from ._gradients import Gradients, Inputs
+from ._last_gradient import last_gradient, links
 from ._row_cpu import Stats
 from .linear_logprobs import add_chunk, stats_sweep
 from .objectives import TokenObjective
@@ -59,12 +59,12 @@ class _AttachGradients(torch.autograd.Function):
     """Gives a computed loss the gradients that were computed with it, beside those that it has of its own."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, lora_a, lora_b, loss, gradients: Gradients, tokens: Tokens):
-        ctx.gradients, ctx.tokens = gradients, tokens
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, loss, gradients: Gradients, tokens: Tokens, inputs):
+        ctx.gradients, ctx.tokens, ctx.links = gradients, tokens, inputs
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
+    @last_gradient
     def backward(ctx, dloss):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
@@ -82,7 +82,7 @@ class _AttachGradients(torch.autograd.Function):
         if gradients.external and dloss.is_cuda:
             torch._assert_async(dloss == 1)
         scale = None if is_one else dloss
-        return *gradients.finish(ctx.tokens.put, scale), dloss, None, None
+        return *gradients.finish(ctx.tokens.put, scale), dloss, None, None, None
 
 
 class CallableObjective:
@@ -293,6 +293,6 @@ def policy_loss(
             logp, entropy = known.logprobs, known.entropy
         loss, ratio, clipped, terms = objective.evaluate(logp, entropy)
     if grads is not None:
-        loss = _AttachGradients.apply(*inputs, loss, grads, tokens)
+        loss = _AttachGradients.apply(*inputs, loss, grads, tokens, links(inputs))
     put = tokens.put
     return PolicyLoss(loss, put(logp), put(entropy), put(ratio, 1.0), put(clipped, False), terms)

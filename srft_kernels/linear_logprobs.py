@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._checks import check_head, check_mechanism, check_rows
 from ._chunked_head import (
@@ -25,6 +24,7 @@ from ._chunked_head import (
 )
 from ._compiled import logprobs_op
 from ._gradients import Gradients, Inputs, Wanted
+from ._last_gradient import last_gradient, links
 from ._row_cpu import Stats
 from .vocab_parallel import IGNORED, VocabParallel, local_labels
 
@@ -200,7 +200,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
+    @last_gradient
     def backward(ctx, dlogprobs, dentropy):
         logprobs, entropy, top, log_sum, _, *saved = ctx.saved_tensors
         known = Stats(logprobs, entropy, top, log_sum)
@@ -219,20 +219,20 @@ class _FrozenLogprobs(torch.autograd.Function):
     """Saves the direction of each row's gradient, of which backward is a multiple."""
 
     @staticmethod
-    def forward(ctx, hidden, head: Head, tokens: Tokens):
+    def forward(ctx, hidden, head: Head, tokens: Tokens, inputs):
         known, directions = directions_sweep(head, Inputs(hidden, head.weight, head.bias, None, None))
         ctx.save_for_backward(directions)
-        ctx.tokens, ctx.dtype = tokens, hidden.dtype
+        ctx.tokens, ctx.dtype, ctx.links = tokens, hidden.dtype, inputs
         entropy = tokens.put(known.entropy)
         ctx.mark_non_differentiable(entropy)
         return tokens.put(known.logprobs), entropy
 
     @staticmethod
-    @once_differentiable
+    @last_gradient
     def backward(ctx, dlogprobs, _dentropy):
         (directions,) = ctx.saved_tensors
         dlogp = ctx.tokens.take(dlogprobs)
-        return ctx.tokens.put((directions * dlogp[:, None]).to(ctx.dtype)), None, None
+        return ctx.tokens.put((directions * dlogp[:, None]).to(ctx.dtype)), None, None, None
 
 
 @logprobs_op
@@ -297,6 +297,7 @@ def linear_logprobs(
     Raises:
         ValueError: On a wrong rank, shape, dtype or device, a DTensor, a temperature, softcap or scale that is not
         positive, or one of the last arguments that does not fit the head.
+        RuntimeError: Where a gradient, taken with ``create_graph=True``, is differentiated again.
 
     Numerics: logits, softmax and sums in fp32; the weight gradient is added up in fp32 and rounded once.
     Deterministic: yes; on a CPU, for D a multiple of 4, the results of a token do not depend on the others.
@@ -311,5 +312,5 @@ def linear_logprobs(
     )  # fmt: skip
     wanted = inputs.wanted()
     if wanted.hidden and not any(wanted[1:]) and not entropy_grad:
-        return _FrozenLogprobs.apply(hidden_states, head, tokens)
+        return _FrozenLogprobs.apply(hidden_states, head, tokens, links(inputs))
     return _LinearLogprobs.apply(*inputs, head, tokens, weight_grad, entropy_grad)

@@ -6,10 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._checks import FLOAT_DTYPES, check_positive, check_rows
 from ._chunked_head import compute_dtype, rows_backend
+from ._last_gradient import last_gradient
 from ._numbers import is_number, plain_numbers
 from ._row_cpu import Rows, Stats
 
@@ -126,7 +126,7 @@ class _LogprobsFromLogits(torch.autograd.Function):
         return known.logprobs, known.entropy
 
     @staticmethod
-    @once_differentiable
+    @last_gradient
     def backward(ctx, dlogprobs, dentropy):
         if ctx.spent:
             raise RuntimeError(
@@ -203,7 +203,8 @@ def logprobs_from_logits(
     Raises:
         ValueError: On a wrong shape, dtype, device or stride, a DTensor, a label that is no column, a temperature or
         softcap that is not positive, or ``inplace_backward`` with a leaf or with rows that share memory.
-        RuntimeError: On a second backward with ``inplace_backward``.
+        RuntimeError: On a second backward with ``inplace_backward``, or where a gradient, taken with
+        ``create_graph=True``, is differentiated again.
 
     Numerics: all arithmetic and the statistics in fp32; the gradient is rounded once, to the dtype of the
     logits. In fp16 it underflows below 6e-8: scale the loss. Deterministic: yes; a row does not depend on the

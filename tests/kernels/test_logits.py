@@ -263,7 +263,9 @@ def test_retained_graph():
     (first,) = torch.autograd.grad(logprobs.sum(), logits, retain_graph=True)
     (second,) = torch.autograd.grad(2 * logprobs.sum(), logits, create_graph=True)
     torch.testing.assert_close(second, 2 * first)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(second.sum(), logits, allow_unused=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         second.sum().backward()
 
 

@@ -314,15 +314,28 @@ def test_second_backward_raises(op):
 
 
 @each_op
-def test_second_derivative_raises(op):
-    """A gradient of the gradient is refused, not wrong."""
+@pytest.mark.parametrize("leaves", [("hidden", "weight", "bias"), ("hidden",), ("weight",)], ids="-".join)
+def test_second_derivative_raises(op, leaves):
+    """A gradient has its value under create_graph, and differentiated again it is refused, not cut."""
+    expected = run(op, srft_kernels, make_case())
+    for factor in (lambda loss: -1.7 * loss, lambda loss: loss, lambda loss: loss * loss):
+        case = make_case()
+        given = [getattr(case, name).requires_grad_() for name in leaves]
+        options = {"entropy_grad": False} if op is logprobs else {}
+        result = op(srft_kernels, case, **options)
+        loss = result if isinstance(result, torch.Tensor) else result.loss
+        grads = torch.autograd.grad(factor(loss), given, create_graph=True)
+        for grad in grads:
+            assert grad.requires_grad
+            with pytest.raises(RuntimeError, match="cannot be differentiated again.*srft_kernels.reference"):
+                torch.autograd.grad(grad.square().sum(), given, retain_graph=True, allow_unused=True)
     case = make_case()
-    case.weight.requires_grad_()
+    leaf = case.weight.requires_grad_()
     result = op(srft_kernels, case)
-    loss = result if isinstance(result, torch.Tensor) else result.loss
-    (grad,) = torch.autograd.grad(loss * loss, case.weight, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+    ((result if isinstance(result, torch.Tensor) else result.loss) * -1.7).backward(create_graph=True)
+    assert torch.equal(leaf.grad, expected["dweight"])
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        leaf.grad.square().sum().backward()
 
 
 def test_entropy_carries_a_gradient_only_where_asked():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -433,3 +434,31 @@ def test_attach_op():
     inputs = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True)]
     totals = [torch.randn(3, 4), torch.randn(5)]
     torch.library.opcheck(torch.ops.srft_kernels.attach.default, (torch.tensor(2.0), totals, inputs, None))
+
+
+@each_op
+def test_second_derivative_raises(op):
+    """Also in a graph that plain autograd runs, a gradient that is differentiated again is refused, not cut."""
+    case = make_case((7, 11, 4))
+    for name in ("hidden", "weight"):
+        case = replace(case, **{name: getattr(case, name).requires_grad_()})
+    for leaves in ([case.hidden, case.weight], [case.hidden]):
+        case.weight.requires_grad_(len(leaves) > 1)
+        options = {"entropy_grad": False} if op is logprobs else {}
+        result = torch.compile(lambda given=options: op(srft_kernels, case, **given), backend="eager", fullgraph=True)()
+        loss = result if isinstance(result, Tensor) else result.loss
+        for grad in torch.autograd.grad(loss, leaves, create_graph=True):
+            assert grad.requires_grad
+            with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+                torch.autograd.grad(grad.square().sum(), leaves, retain_graph=True, allow_unused=True)
+
+
+def test_numbers_of_numpy():
+    """numpy's scalars may enter a graph too, as Python's numbers do."""
+    case = make_case((7, 11, 4))
+    expected = grpo(srft_kernels, case, clip_low=0.25, num_tokens=3).loss
+
+    def model(low, count):
+        return grpo(srft_kernels, case, clip_low=low, num_tokens=count).loss
+
+    assert torch.equal(torch.compile(model, backend="eager")(np.float32(0.25), np.int64(3)), expected)
