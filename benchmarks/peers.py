@@ -144,7 +144,7 @@ def _verl_triton(device: torch.device) -> LogProbs:
 
 
 def _torchtitan(device: torch.device, case: str) -> Loss:
-    # PyPI's torchtitan 0.3.0. Its losses of RL lie in a package whose __init__ asks for vLLM.
+    """PyPI's torchtitan 0.3.0. Its losses of RL lie in a package whose __init__ asks for vLLM, and is not run."""
     from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 
     inner = CrossEntropyLoss if case == "cross_entropy" else _module("torchtitan.experiments.rl.losses.grpo").GRPOLoss
@@ -166,8 +166,11 @@ def _torchtitan(device: torch.device, case: str) -> Loss:
 
 
 def _xtuner(device: torch.device, case: str) -> Loss:
-    # v1 of xtuner is not on PyPI, whose 0.2.0 ends before it; after InternLM/xtuner, xtuner/v1/loss/chunk_loss.py:
-    # apply(hidden [1, N, D], weight, no bias, function of a chunk, that function's arguments by chunk, rows)
+    """Not on PyPI, whose xtuner 0.2.0 ends before v1, so that this has run against a stand-in only.
+
+    After InternLM/xtuner, xtuner/v1/loss/chunk_loss.py: apply(hidden [1, N, D], weight, no bias, function of a chunk,
+    that function's arguments by chunk, rows) differentiates chunk by chunk and returns the sum and a dict.
+    """
     from xtuner.v1.loss.chunk_loss import ChunkLoss
 
     def of_chunk(hidden: Tensor, weight: Tensor, bias: None, x: Inputs) -> tuple[Tensor, tuple[None, dict]]:
@@ -220,9 +223,12 @@ class _FastLLM(torch.autograd.Function):
 
 
 def _fast_llm(device: torch.device, case: str) -> Loss:
-    # Not on PyPI; after ServiceNow/Fast-LLM, fast_llm/functional/triton/monolithic_loss.py and functional/linear.py:
-    # kernel(logits, labels, None, scale, no group, divisor, ce=(gradient,) or grpo=(advantages, old log-probabilities,
-    # gradient, clip below, clip above, None)) returns seven things, with losses by kind and the gradient of the logits
+    """Not on PyPI, so that this has run against a stand-in only.
+
+    After ServiceNow/Fast-LLM, fast_llm/functional/triton/monolithic_loss.py: kernel(logits, labels, None, scale, no
+    group, divisor, ce=(gradient,) or grpo=(advantages, old log-probabilities, gradient, clip below, clip above, None))
+    returns losses of cross-entropy, z and GRPO, a metric, the gradient of the logits, and two more.
+    """
     _only(device, "cuda")
     from fast_llm.functional.triton.monolithic_loss import triton_monolithic_loss_forward_backward as kernel
 
