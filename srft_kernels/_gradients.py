@@ -247,27 +247,31 @@ class Gradients:
         self, put: Callable[[Tensor], Tensor], scale: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         """``totals`` times ``scale``, each in its dtype; may run once."""
-        totals = self.totals(put)
-        if scale is not None:
-            for total in totals:
-                if total is not None:
-                    total *= scale
         return tuple(
-            None if total is None else _rounded(total, x.dtype) for total, x in zip(totals, self._like, strict=True)
+            None if total is None else _rounded(total, x.dtype, scale)
+            for total, x in zip(self.totals(put), self._like, strict=True)
         )
 
 
-def _rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """``total`` in ``dtype``, in the front of its own memory: a weight has no room for two gradients."""
+def _rounded(total: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """``total`` times ``scale`` [] in ``dtype``, read once and written once.
+
+    It lies in the front of its own memory: a weight has no room for two gradients.
+    """
     if total.element_size() <= dtype.itemsize or not total.is_contiguous() or total.storage_offset():
-        return total.to(dtype)
+        return (total if scale is None else total.mul_(scale)).to(dtype)
     wide = total.view(-1)
     narrow = wide.new_empty(0, dtype=dtype).set_(total.untyped_storage(), 0, wide.shape, (1,))
     # only the first part covers its own source, and none what is read later
-    first, *others = zip(narrow.split(_ROUNDED_AT_ONCE), wide.split(_ROUNDED_AT_ONCE), strict=True)
-    first[0].copy_(first[1].to(dtype))
-    for part, source in others:
-        part.copy_(source)
+    pairs = list(zip(narrow.split(_ROUNDED_AT_ONCE), wide.split(_ROUNDED_AT_ONCE), strict=True))
+    for part, source in pairs:
+        target = torch.empty_like(part) if part is pairs[0][0] else part
+        if scale is None:
+            target.copy_(source)
+        else:
+            torch.mul(source, scale, out=target)
+        if target is not part:
+            part.copy_(target)
     return narrow.view(total.shape)
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from . import row_kernels
 from ._chunked_head import (
+    Chunking,
     Head,
     Tokens,
+    chunking,
     compute_dtype,
     drops_dead_rows,
-    even_chunks,
     live_rows,
-    max_rows,
     project,
     row_stats,
     rows_backend,
@@ -25,6 +25,7 @@ from ._chunked_head import (
 from ._gradients import Gradients, Inputs
 from ._last_gradient import last_gradient, links
 from ._row_cpu import Stats
+from ._score_gradients import ScoreGradients
 from .linear_logprobs import add_chunk, stats_sweep
 from .objectives import TokenObjective
 
@@ -134,24 +135,24 @@ class CallableObjective:
         return loss
 
 
-def _units(scope: str, bounds: list[int] | None, count: int, limit: int) -> list[list[slice]]:
-    """Rows whose coefficients become known together, as chunks of at most ``limit`` rows.
+def _units(scope: str, bounds: list[int] | None, count: int, sizes: Chunking) -> list[list[slice]]:
+    """Rows whose coefficients become known together, as chunks.
 
     Args:
         scope: What a coefficient depends on: "token", "sequence" or "batch".
         bounds: B+1 sequence bounds, from 0 to ``count``; None where the host does not know them.
         count: Number of rows.
-        limit: Largest number of rows in a chunk.
+        sizes: Rows of a chunk.
     """
-    chunks = even_chunks(0, count, limit)
+    chunks = sizes.split(0, count)
     if scope == "token":
         return [[chunk] for chunk in chunks]
     if scope == "batch" or bounds is None or len(chunks) <= 1:
         return [chunks] if chunks else []
     units, start = [], 0
     for end, following in zip(bounds[1:], [*bounds[2:], None], strict=True):
-        if end > start and (following is None or following - start > limit):
-            units.append(even_chunks(start, end, limit))
+        if end > start and (following is None or following - start > sizes.scores):
+            units.append(sizes.split(start, end))
             start = end
     return units
 
@@ -159,7 +160,14 @@ def _units(scope: str, bounds: list[int] | None, count: int, limit: int) -> list
 class _Sweep:
     """Statistics and gradients of every row, unit by unit; afterwards logp and entropy [n] are filled."""
 
-    def __init__(self, head: Head, objective: TokenObjective | CallableObjective, grads: Gradients, space: Tensor):
+    def __init__(
+        self,
+        head: Head,
+        objective: TokenObjective | CallableObjective,
+        grads: Gradients,
+        space: Tensor,
+        sizes: Chunking,
+    ):
         self._head, self._objective, self._grads, self._space = head, objective, grads, space
         self._backend = rows_backend(space)
         dtype = compute_dtype(head.hidden.dtype)
@@ -167,9 +175,10 @@ class _Sweep:
         # the CPU rows then keep exp(logit - top) in place of the scores
         self._overwrite = not objective.entropy_grad and head.softcap is None and head.vocab_parallel is None
         # fp16 ends at 2^-24 and 2^16: a token in a mean over thousands needs the room below, one in a sum that above
-        self._alpha = 1.0
+        alpha = 1.0
         if torch.float16 in (head.scores_dtype, head.hidden.dtype if self._backend is row_kernels else None):
-            self._alpha = 2.0**-8
+            alpha = 2.0**-8
+        self._grad_scale, self._gathered = 1 / alpha, ScoreGradients(head, grads, sizes, alpha)
 
     def one_chunk(self, rows: slice) -> None:
         """Rows that need nothing of the rows outside."""
@@ -183,21 +192,23 @@ class _Sweep:
         ):
             known, dscores = row_kernels.objective_gradient(
                 scores,
-                head.rows(1 / self._alpha),
+                head.rows(self._grad_scale),
                 objective.formula,
                 objective.inputs[:, rows],
                 objective.params,
                 objective.entropy_grad,
+                self._gathered.memory(rows),
             )
             self._keep(rows, known)
-            self._grads.add(head, dscores, rows, live_rows(scores.shape[0], None, None, drop=False), self._alpha)
+            self._gathered.add(head, dscores, rows, live_rows(scores.shape[0], None, None, drop=False))
             return
         known = row_stats(head, scores, self._overwrite)
         self._keep(rows, known)
         dlogp, dentropy = objective.coefficients(known.logprobs, known.entropy, rows)
         add_chunk(
-            self._grads, self._head, rows, known, dlogp, dentropy, self._space, scores, self._overwrite, self._alpha
-        )
+            self._gathered, self._head, rows, known, dlogp, dentropy, self._space, scores, self._overwrite,
+            self._grad_scale,
+        )  # fmt: skip
 
     def stats_first(self, chunks: list[slice]) -> None:
         """A unit of several chunks whose scores, but for the last chunk's, are computed twice."""
@@ -214,8 +225,9 @@ class _Sweep:
             de = None if dentropy is None else dentropy[own]
             kept = scores if rows is chunks[-1] else None
             add_chunk(
-                self._grads, self._head, rows, part, dlogp[own], de, self._space, scores=kept, alpha=self._alpha
-            )
+                self._gathered, self._head, rows, part, dlogp[own], de, self._space, scores=kept,
+                grad_scale=self._grad_scale,
+            )  # fmt: skip
 
     def deferred(self, chunks: list[slice]) -> None:
         """A unit of several chunks, each of which is projected once, before its scalars are known."""
@@ -227,7 +239,10 @@ class _Sweep:
             known = row_stats(head, scores, self._overwrite)
             self._keep(rows, known)
             ones = torch.ones_like(known.logprobs)
-            dscores = self._backend.gradient(scores, head.rows(), known, ones, None, self._overwrite)
+            self._gathered.flush()
+            dscores = self._backend.gradient(
+                scores, head.rows(), known, ones, None, self._overwrite, self._gathered.memory(rows)
+            )
             fixed, scaled = objective.parts(known.logprobs, rows)
             live = live_rows(ones.numel(), None, None, drops_dead_rows(head))
             self._grads.add_directions(head, dscores, rows, live, fixed, scaled)
@@ -235,6 +250,10 @@ class _Sweep:
         logp, entropy = self.logp[unit], self.entropy[unit]
         dlogp, _ = objective.coefficients(logp, entropy, unit)
         self._grads.settle(unit, dlogp, objective.scalars(logp, entropy, unit))
+
+    def finish(self) -> None:
+        """Add up what still waits."""
+        self._gathered.flush()
 
     def _keep(self, rows: slice, known: Stats) -> None:
         self.logp[rows], self.entropy[rows] = known.logprobs, known.entropy
@@ -274,11 +293,12 @@ def policy_loss(
     grads = None
     with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
         if any(wanted):
-            units = _units(objective.scope, bounds, head.labels.numel(), max_rows(head))
+            sizes = chunking(head, together=objective.scope != "token")
+            units = _units(objective.scope, bounds, head.labels.numel(), sizes)
             can_defer = _can_defer(objective, head, wanted.weight)
             grads = Gradients(head, inputs, wanted, weight_grad)
             space = workspace(head, [chunk for unit in units for chunk in unit])
-            sweep = _Sweep(head, objective, grads, space)
+            sweep = _Sweep(head, objective, grads, space, sizes)
             for unit in units:
                 if len(unit) == 1:
                     sweep.one_chunk(unit[0])
@@ -286,6 +306,7 @@ def policy_loss(
                     sweep.deferred(unit)
                 else:
                     sweep.stats_first(unit)
+            sweep.finish()
             grads.reduce()
             logp, entropy = sweep.logp, sweep.entropy
         else:

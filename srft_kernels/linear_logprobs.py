@@ -10,12 +10,11 @@ from ._chunked_head import (
     Head,
     LoraDelta,
     Tokens,
+    chunking,
     compute_dtype,
     drops_dead_rows,
-    even_chunks,
     keep_live,
     live_rows,
-    max_rows,
     project,
     row_stats,
     rows_backend,
@@ -26,6 +25,7 @@ from ._compiled import logprobs_op
 from ._gradients import Gradients, Inputs, Wanted
 from ._last_gradient import last_gradient, links
 from ._row_cpu import Stats
+from ._score_gradients import ScoreGradients
 from .vocab_parallel import IGNORED, VocabParallel, local_labels
 
 __all__ = ["linear_logprobs"]
@@ -86,7 +86,7 @@ def make_head(
 
 def stats_sweep(head: Head) -> Stats:
     """Statistics of every row; 2NDV."""
-    chunks = even_chunks(0, head.labels.numel(), max_rows(head))
+    chunks = chunking(head).split(0, head.labels.numel())
     space = workspace(head, chunks)
     out = Stats(*(space.new_empty(head.labels.numel(), dtype=compute_dtype(space.dtype)) for _ in range(4)))
     with torch.autocast(space.device.type, enabled=False):
@@ -108,20 +108,23 @@ def gradient_sweep(
     dentropy: Tensor | None,
 ) -> Gradients:
     """Gradients of all inputs, given those of logprobs and entropy; 6NDV, of the rows that have any."""
-    chunks = even_chunks(0, head.labels.numel(), max_rows(head))
+    sizes = chunking(head)
+    chunks = sizes.split(0, head.labels.numel())
     space = workspace(head, chunks)
     grads = Gradients(head, inputs, wanted, weight_grad)
+    gathered = ScoreGradients(head, grads, sizes)
     with torch.autocast(space.device.type, enabled=False):
         for rows in chunks:
             own = Stats(*(x[rows] for x in known))
             de = None if dentropy is None else dentropy[rows]
-            add_chunk(grads, head, rows, own, dlogp[rows], de, space)
+            add_chunk(gathered, head, rows, own, dlogp[rows], de, space)
+        gathered.flush()
         grads.reduce()
     return grads
 
 
 def add_chunk(
-    grads: Gradients,
+    gathered: ScoreGradients,
     head: Head,
     rows: slice,
     known: Stats,
@@ -130,12 +133,12 @@ def add_chunk(
     space: Tensor,
     scores: Tensor | None = None,
     overwritten: bool = False,
-    alpha: float = 1.0,
+    grad_scale: float = 1.0,
 ) -> None:
     """Add the gradients of a chunk's live rows.
 
     Args:
-        grads: What they are added to.
+        gathered: Takes them.
         head: All rows.
         rows: The chunk.
         known: Its statistics.
@@ -144,7 +147,7 @@ def add_chunk(
         space: Workspace, where ``scores`` are.
         scores: [C, V] of the whole chunk; None to project its live rows.
         overwritten: As passed to ``row_stats`` for ``scores``.
-        alpha: Gradients of the scores are divided by it, a power of two.
+        grad_scale: Factor of the gradients of the scores, which ``gathered`` takes out again.
     """
     part, live = head.at(rows), live_rows(dlogp.numel(), dlogp, dentropy, drops_dead_rows(head))
     if live.positions is not None:
@@ -153,17 +156,20 @@ def add_chunk(
         scores = None if scores is None else keep_live(scores, live.positions)
     if scores is None:
         scores = project(part, space)
-    dscores = rows_backend(scores).gradient(scores, part.rows(1 / alpha), known, dlogp, dentropy, overwritten)
-    grads.add(part, dscores, rows, live, alpha)
+    dscores = rows_backend(scores).gradient(
+        scores, part.rows(grad_scale), known, dlogp, dentropy, overwritten, gathered.memory(rows)
+    )
+    gathered.add(part, dscores, rows, live)
 
 
 def directions_sweep(head: Head, inputs: Inputs) -> tuple[Stats, Tensor]:
     """Statistics, and the gradient of hidden [n, D] for a derivative by logp of 1; 4NDV."""
-    chunks = even_chunks(0, head.labels.numel(), max_rows(head))
+    sizes, count = chunking(head), head.labels.numel()
+    chunks = sizes.split(0, count)
     space = workspace(head, chunks)
-    count = head.labels.numel()
     out = Stats(*(space.new_empty(count, dtype=compute_dtype(space.dtype)) for _ in range(4)))
     grads = Gradients(head, inputs, Wanted(True, False, False, False, False), None)
+    gathered = ScoreGradients(head, grads, sizes)
     overwrite = head.softcap is None and head.vocab_parallel is None
     with torch.autocast(space.device.type, enabled=False):
         for rows in chunks:
@@ -173,8 +179,11 @@ def directions_sweep(head: Head, inputs: Inputs) -> tuple[Stats, Tensor]:
             for total, x in zip(out, known, strict=True):
                 total[rows] = x
             ones = torch.ones_like(known.logprobs)
-            dscores = rows_backend(scores).gradient(scores, part.rows(), known, ones, None, overwrite)
-            grads.add(part, dscores, rows, live_rows(ones.numel(), None, None, drop=False))
+            dscores = rows_backend(scores).gradient(
+                scores, part.rows(), known, ones, None, overwrite, gathered.memory(rows)
+            )
+            gathered.add(part, dscores, rows, live_rows(ones.numel(), None, None, drop=False))
+        gathered.flush()
         grads.reduce()
     return out, grads.directions()
 

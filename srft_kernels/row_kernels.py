@@ -31,8 +31,22 @@ _NUM_WARPS = 8
 _LOWEST_LOGPROB = LOWEST_LOGPROB if triton is None else tl.constexpr(LOWEST_LOGPROB)
 
 
+# No vector load depends on these: their alignment, and 0 or 1 for a stride, shall not compile another variant.
+_VECTORS = [
+    "labels_ptr", "inv_temperature_ptr", "logprobs_ptr", "entropy_ptr", "top_ptr", "log_sum_ptr", "dlogp_ptr",
+    "dentropy_ptr", "inputs_ptr",
+]  # fmt: skip
+_NUMBERS = ["stride_t", "stride_inputs", "ignore_index"]
+
+
 def _jit(function: Callable) -> Any:
     return function if triton is None else triton.jit(function)
+
+
+def _jit_row_kernel(function: Callable) -> Any:
+    if triton is None:
+        return function
+    return triton.jit(function, do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_VECTORS)
 
 
 @_jit
@@ -67,9 +81,7 @@ def _rescale(m, m_new):
 # Pass 2 reads the row again: dz_j = a (1[j = y] - p_j) - e p_j (log p_j + H), with a and e the derivatives of
 # the loss by logp and H, from OBJECTIVE or given and times grad_scale, then the chain rule of softcap and
 # temperature. In place, a barrier holds the first write until every thread has the score of its label.
-# 16-bit gradients are written over the front half of their own fp32 row: block b covers scores that were read
-# in blocks <= b, and the barrier holds the writes of block b until every thread has read it.
-@_jit
+@_jit_row_kernel
 def _row_kernel(
     z_ptr,
     stride_z,
@@ -100,7 +112,6 @@ def _row_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    HALF_ROW: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -190,8 +201,6 @@ def _row_kernel(
                 tanh = tl.maximum(z / (softcap * inv_temperature), -1.0)
                 dz *= 1.0 - tanh * tanh
             dz *= inv_temperature
-            if HALF_ROW:
-                tl.debug_barrier()
             tl.store(dz_row + cols, dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
@@ -214,20 +223,16 @@ def _launch(
     params: tuple[float, ...] = (),
     out: Tensor | None = None,
 ) -> tuple[Stats, Tensor]:
-    """Run the row kernel on scores ``z`` [C, V].
-
-    The second result is the gradient: ``out``, or without it a view of the memory of ``z``.
-    """
+    """Run the row kernel on scores ``z`` [C, V]; the second result is the gradient, ``out`` or without it ``z``."""
     if triton is None:
         raise RuntimeError("GPU tensors need triton; install it, or move the tensors to the CPU")
     count, vocab = z.shape
     assert z.stride(1) == 1 and rows.labels.is_contiguous()
     dtype = torch.promote_types(z.dtype, torch.float32)
     stats = Stats(*(z.new_empty(count, dtype=dtype) for _ in range(4))) if known is None else known
-    half_row = out is None and rows.grad_dtype.itemsize < z.element_size()
-    assert rows.grad_dtype.itemsize <= z.element_size() or not gradient or out is not None
-    dz = z.view(rows.grad_dtype)[:, :vocab] if out is None and gradient else z if out is None else out
+    dz = z if out is None else out
     assert dz.shape == z.shape and dz.stride(1) == 1
+    assert not gradient or dz.dtype in (z.dtype, rows.grad_dtype)
     bias, inv_temperature = rows.bias, rows.inv_temperature
     block_v = min(_MAX_BLOCK_V, triton.next_power_of_2(vocab))
     with torch.cuda.device_of(z):
@@ -258,7 +263,6 @@ def _launch(
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=rows.softcap is not None,
             HAS_TEMPERATURE=inv_temperature is not None,
-            HALF_ROW=half_row,
             BLOCK_V=block_v,
             LANES=min(block_v, _lanes(z)),
             num_warps=_NUM_WARPS,
@@ -296,7 +300,7 @@ def gradient(
         dentropy: [C] the same by the entropy, or None for zero.
         overwritten: As passed to ``stats``.
         out: [C, V] in the dtype of ``z`` or ``rows.grad_dtype``, apart from ``z``, which is then kept. None:
-            in ``rows.grad_dtype`` over ``z``.
+            over ``z``.
     """
     dlogp = dlogp.contiguous()
     dentropy = None if dentropy is None else dentropy.contiguous()
@@ -313,18 +317,25 @@ def gradient(
 
 
 def objective_gradient(
-    z: Tensor, rows: Rows, formula: Formula, inputs: Tensor, params: tuple[float, ...], entropy_grad: bool
+    z: Tensor,
+    rows: Rows,
+    formula: Formula,
+    inputs: Tensor,
+    params: tuple[float, ...],
+    entropy_grad: bool,
+    out: Tensor | None = None,
 ) -> tuple[Stats, Tensor]:
     """Statistics and gradient of a token objective, in one launch.
 
     Args:
-        z: [C, V] fp32, bf16 or fp16 scores; the gradient takes their memory, in ``rows.grad_dtype``.
+        z: [C, V] fp32, bf16 or fp16 scores.
         rows: Labels and logit transforms.
         formula: Device form of a token formula of ``formulas``.
         inputs: [K, C] fp32, per-token arguments of ``formula``.
         params: Its scalar arguments.
         entropy_grad: The formula has a derivative by the entropy that is not zero.
+        out: As for ``gradient``.
     """
     return _launch(
-        z, rows, None, gradient=True, entropy_grad=entropy_grad, formula=formula, inputs=inputs, params=params
+        z, rows, None, gradient=True, entropy_grad=entropy_grad, formula=formula, inputs=inputs, params=params, out=out
     )

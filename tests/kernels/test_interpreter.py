@@ -16,7 +16,7 @@ SELECTED = (
     " or (test_losses and chunks16 and (logit_options or per_token))"
     " or (test_zero_weights and (nan or minus_infinity or (live and 10000))"
     " and not (gspo or reinforce or token_weight))"
-    " or test_logits or test_rows or test_hard_inputs or test_mutations or row_is_independent"
+    " or test_device_path or test_logits or test_rows or test_hard_inputs or test_mutations or row_is_independent"
 )
 
 

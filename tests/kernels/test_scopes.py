@@ -102,15 +102,16 @@ def test_frozen_part_of_a_deferred_unit(frozen, sweeps):
 
 
 @pytest.mark.parametrize("limit", [7, 16, 40, 200])
-def test_units_cover_every_row_once(limit):
+@pytest.mark.parametrize("even", [True, False], ids=["even", "full"])
+def test_units_cover_every_row_once(limit, even):
     """Chunks are at most ``limit`` rows, in order, and split no sequence that would fit."""
-    bounds = BOUNDS.tolist()
+    bounds, sizes = BOUNDS.tolist(), _chunked_head.Chunking(limit, limit + limit // 2, not even, even)
     for scope in ("token", "sequence", "batch"):
-        units = _one_pass._units(scope, bounds, 130, limit)
+        units = _one_pass._units(scope, bounds, 130, sizes)
         rows = [row for unit in units for chunk in unit for row in range(chunk.start, chunk.stop)]
         assert rows == list(range(130))
         assert all(chunk.stop - chunk.start <= limit for unit in units for chunk in unit)
         if scope == "sequence":
             assert all(unit[0].start in bounds and unit[-1].stop in bounds for unit in units)
             assert all(len(unit) == 1 or unit[-1].stop - unit[0].start > limit for unit in units)
-    assert _one_pass._units("batch", None, 0, limit) == _one_pass._units("token", None, 0, limit) == []
+    assert _one_pass._units("batch", None, 0, sizes) == _one_pass._units("token", None, 0, sizes) == []

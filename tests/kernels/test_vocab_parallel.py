@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import srft_kernels
-from srft_kernels import LoraDelta, VocabParallel, _chunked_head, _one_pass, reference
+from srft_kernels import LoraDelta, VocabParallel, _chunked_head, reference
 from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft
 from tests.numerics import assert_accurate
 from tests.ranks import results_of_two_ranks
@@ -182,5 +182,5 @@ def test_chunks_are_the_same_on_every_rank():
         )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 2**14)
-            chunks.append(_one_pass._units("token", None, 900, _chunked_head.max_rows(head)))
+            chunks.append(_chunked_head.chunking(head).split(0, 900))
     assert chunks[0] == chunks[1] and len(chunks[0]) > 1
