@@ -17,11 +17,11 @@ _DECIMALS = re.compile(r"(?<![0-9.])[0-9]*\.(?:[0-9]+(?:\\overline\s*\{[0-9]+\})
 _PLAIN_FUNCTION = re.compile(
     r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sin|cos|tan|sec|csc|cot|log|ln|exp|pi|theta|alpha|beta|infinity)(?![a-zA-Z])"
 )
-# unfinished digits, bases, repeated factorials, bars of conditions, and relations
+# unfinished digits, bases, repeated factorials, bars of conditions, relations, dates
 _NO_EXPRESSION = re.compile(
-    r"\.\.\.|\\[lc]?dots|…|[0-9})]\s*_|!\s*!|\\mid|\\text|[<>=#&:]|\\(?:le|ge|ne|approx|in|cup|pm|mp)(?![a-z])"
+    r"\.\.\.|\\[lc]?dots|…|[0-9})]\s*_|!\s*!|\\mid|\\text|[<>#&:]|(?<!_\{[a-z])=|\\(?:le|ge|ne|approx|in|cup|pm|mp)(?![a-z])"
     # numbers side by side are no product, and a fraction after a number may be added to it
-    r"|(?<!_)[0-9]\s+[0-9]|[0-9]\s*\\frac\s*\{?[0-9]+\}?\s*\{?[0-9]|\\(?![a-zA-Z{}|])"
+    r"|(?<![0-9.,])0[0-9]|[0-9]\s*/\s*[0-9]+\s*/\s*[0-9]|(?<!_)[0-9]\s+[0-9]|[0-9]\s*\\frac\s*\{?[0-9]+\}?\s*\{?[0-9]|\\(?![a-zA-Z{}|])"
 )
 _WORD = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]{4,}")
 _NAMED_ARGUMENT = re.compile(r"\\(?:operatorname|begin|end|mathbb|mathcal)\s*\{[^}]*\}")
@@ -117,7 +117,11 @@ def _digits(expression: Any) -> float | None:
     """A bound of the decimal digits that evaluating takes; None where it is beyond what is worked on."""
     from sympy import Integral, Limit, Product, Sum, factorial
 
-    if isinstance(expression, Sum | Product | Integral | Limit):
+    if isinstance(expression, Sum | Product):
+        counted = [low.is_Integer and high.is_Integer and high - low <= 200 for _, low, high in expression.limits]
+        if len(counted) != 1 or not counted[0]:
+            return None
+    if isinstance(expression, Integral | Limit):
         return None
     if expression.is_Integer:
         return len(str(abs(int(expression)))) if abs(expression) < 10**4000 else None

@@ -26,7 +26,10 @@ _NAME = re.compile(
     r"(?:\\text\s*\{[^{}0-9]*\}|\\?[A-Za-z]+(?:\s+[A-Za-z]+)*)(?:\s*_\s*(?:\{[A-Za-z0-9]+\}|[A-Za-z0-9]))?(?:'|\(\s*[a-z]\s*\))?"
 )
 _FUNCTIONS = re.compile(r"\\?(?:sin|cos|tan|log|ln|sqrt|exp|frac|pi|infty|mathbb)(?![a-z])")
-_CHOICE = re.compile(r"(?:\\text\s*\{\s*)?\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-J])\s*[).:]?\s*\}?\s*\)?\s*\}?")
+_CHOICE = re.compile(
+    r"(?:(?i:option|choice|(?:the )?answer(?: is)?)[: ]\s*)?(?:\\text\s*\{\s*)?\(?\s*(?:\\text\s*\{\s*)?\(?"
+    r"\s*([A-J])\s*[).:]?\s*\}?\s*\)?\s*\}?"
+)
 _CHOICE_AND_TEXT = re.compile(r"(?:\\text\s*\{\s*\(?|\()([A-J])\)\s*\}?\s*(.+)|([A-J])[).:]\s+(.+)", re.DOTALL)
 _MATRIX = re.compile(
     r"[(\[]?\s*\\begin\{([pbvBV]?)(?:matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1(?:matrix|array)\}\s*[)\]]?", re.DOTALL
@@ -77,6 +80,7 @@ def read(text: str, depth: int = 0) -> Node | None:
     text = re.sub(r"\\text\s*\{\s*,?\s*(and|or)\s*\}", r" \1 ", tidy(text))
     while match := re.fullmatch(r"\\text\s*\{([^{}]*)\}|\{([^{}]*)\}|\\boxed\s*\{(.*)\}", text, re.DOTALL):
         text = tidy(next(part for part in match.groups() if part is not None))
+    text = re.sub(r"^=\s*", "", text)
     if not text or not is_balanced(text) or not re.search(r"[0-9A-Za-z]", text):
         return None
     for reader in (_choice, _matrix, _union, _number, _named_number, _listing, _relation, _enclosed, _either_sign):
@@ -126,7 +130,8 @@ def _number(text: str, _depth: int) -> Node | None:
 
 
 def _is_name(text: str) -> bool:
-    return _NAME.fullmatch(text) is not None and not _FUNCTIONS.search(text)
+    several = re.fullmatch(r"\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)", text)
+    return (several or _NAME.fullmatch(text)) is not None and not _FUNCTIONS.search(text)
 
 
 def _named_number(text: str, _depth: int) -> Node | None:
@@ -257,6 +262,9 @@ def _words(text: str) -> Node | None:
     plain = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).replace("\\ ", " ").strip(" .")
     names = re.fullmatch(r"[A-Za-z][A-Za-z'.\-]*(?:\s+[A-Za-z][A-Za-z'.\-]*)*", plain)
     if names is None or _FUNCTIONS.fullmatch(plain) or (len(plain) == 1 and "\\text" not in text):
+        return None
+    if re.fullmatch("[abcdkmnpqrstuvwxyz]{2,3}", plain) and plain == text:
+        # a product of variables, in any order
         return None
     plain = " ".join(plain.replace(".", "").split())
     return Words(plain.casefold() if len(plain) > 3 or plain.casefold() in ("yes", "no", "odd") else plain)

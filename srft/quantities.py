@@ -166,7 +166,7 @@ def _is_enclosed(text: str) -> bool:
 
 _CURRENCY = "$€£¥₹"
 _BEFORE = re.compile(
-    rf"(?P<words>.*?)\s*(?P<sign>[-+])?\s*(?P<currency>[{_CURRENCY}])?\s*(?P<sign2>[-+])?\s*(?P<open>[({{\s]*)",
+    rf"(?P<words>.*?)\s*(?P<sign>[-+])?\s*(?P<currency>[{_CURRENCY}])?\s*(?P<sign2>[-+])?\s*(?P<open>(?:[({{]\s*)+[-+]?\s*)?",
     re.DOTALL,
 )
 _START = re.compile(r"[0-9]|\.[0-9]|\\frac(?![a-zA-Z])")
@@ -275,7 +275,7 @@ def read_quantity(text: str) -> Quantity | None:
     negated = _leading_words(words, bool(sign))
     if negated is None:
         return None
-    rest = before["open"] + last[start.start() :]
+    rest = (before["open"] or "") + last[start.start() :]
     match = _CORE.match(rest)
     assert match is not None
     core = match[0].rstrip()
@@ -322,17 +322,29 @@ def last_quantity(text: str) -> Quantity | None:
     before, word, after = words[:place], words[place].rpartition(">>")[2], words[place + 1 : place + 3]
     if re.fullmatch(r"[0-9]+/[0-9]+[.,;!?]*", word) and before and re.fullmatch(r"[-$]?[0-9]+", before[-1]):
         word = f"{before.pop()} {word}"
+    if re.match(r"10\s*(?:\^|\*\*)", word) and len(before) > 1 and before[-1] in _TIMES_SIGNS:
+        # 5 x 10^3
+        word = f"{before[-2]} {before[-1]} {word}"
+        before = before[:-2]
     head, equals, tail = word.rpartition("=")
     if equals:
         before, word = [*before, *head.replace("=", " = ").split(), "="], tail
     previous = before[-1] if before else ""
     if previous in _OPERATORS or (following := after[0] if after else "") in _OPERATORS or following == "=":
         return None
-    if previous.lower() in ("or", "to", "through") and re.search(r"[0-9]", " ".join(before[-4:])):
+    joined = {"or", "to", "through"}
+    if {"between", "either", "both"} & {name.lower() for name in before}:
+        joined.add("and")
+    if previous.lower() in joined and re.search(r"[0-9]", " ".join(before[-4:])):
         return None
-    if re.fullmatch(r"[-$]?[0-9][0-9.,/]*[,;]", previous):
+    # a list, of numbers or of choices
+    if re.fullmatch(r"[-$]?[0-9][0-9.,/]*[0-9,;]|[0-9]", previous):
         return None
-    word = re.sub(r"^[#(\[\"'*]+|[?)\]\"'*]+(?=[.,;:]*$)", "", word)
+    if re.fullmatch(r"[A-J][).:]", previous) and any(re.fullmatch(r"[A-J][).:]", w) for w in before[:-1]):
+        return None
+    word = re.sub(r"^(?:\\[(\[]|[#(\[\"'*])+|(?:\\[)\]]|[?)\]\"'*])+(?=[.,;:]*$)", "", word)
+    if previous.lower() in _CHANGES | {"minus", "negative"}:
+        word = f"{previous} {word}"
     ended = word[-1:] in ".?!;:,"
     found = read_quantity(word if ended else " ".join([word, *after]))
     if previous == "=" and before[-3:-2] == ["="] and found is not None:
@@ -342,7 +354,8 @@ def last_quantity(text: str) -> Quantity | None:
     return found
 
 
-_OPERATORS = {"+", "*", "/", "^", "x", "×", "-", "−", "÷", "·", "**"}
+_TIMES_SIGNS = {"*", "x", "×", "·", r"\times", r"\cdot"}
+_OPERATORS = _TIMES_SIGNS | set(r"+ / ^ - − ÷ ** < > <= >= ≤ ≥ ≠ != \le \ge \ne \neq".split())
 
 
 _UNIT_AT_END = re.compile(
@@ -368,6 +381,7 @@ def unit_after(text: str) -> tuple[str, bool, str]:
         if match["power"] and words:
             words[-1] += "²" if "2" in match["power"] else "³"
         unit = unit_of(words)
-        if unit or match["text"] is not None and not _CHANGES & {word.lower() for word in words}:
+        plain = re.fullmatch(r"[a-zA-Z\s.²³]*", " ".join(words)) is not None
+        if unit or (match["text"] is not None and plain and not _CHANGES & {word.lower() for word in words}):
             return text[: match.start()].strip(), percent, unit
     return text, percent, ""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from srft.answers import BadGold, after_thinking, final_box, gold_text, printed
 from srft.quantities import read_quantity
@@ -26,7 +30,7 @@ def boxed(rows: list[verdicts.Row]) -> list[verdicts.Row]:
 GRADED = [
     *((exact, *row) for row in verdicts.EXACT),
     *((numeric, *row) for row in [*boxed(verdicts.NUMERIC_BOXED), *verdicts.NUMERIC]),
-    *((math, *row) for row in [*boxed(verdicts.MATH_BOXED), *verdicts.MATH]),
+    *((math, *row) for row in [*boxed([*verdicts.MATH_BOXED, *verdicts.FALSE_NEGATIVES]), *verdicts.MATH]),
 ]
 
 
@@ -122,6 +126,49 @@ def test_long_completions_are_read_in_one_pass(text: str) -> None:
     assert numeric(text, "7", {}) == 0
     assert math(rf"\boxed{{{text}}}", "7", {}) == 0
     assert read_quantity(text) is None
+
+
+# ---- numbers, by their properties ----
+
+FORMS = [
+    "{n}/{d}", "$\\frac{{{n}}}{{{d}}}$", "\\dfrac{{{n}}}{{{d}}}", " {n} / {d} ", "({n}/{d})", "x = {n}/{d}",
+    "{n}/{d} cm",
+]  # fmt: skip
+
+
+@given(st.integers(-99, 99), st.integers(1, 99), st.sampled_from(FORMS))
+def test_fractions_are_read_as_what_they_are(top: int, bottom: int, form: str) -> None:
+    """In every spelling; a unit and a name beside change nothing."""
+    found = read_quantity(form.format(n=top, d=bottom))
+    assert found is not None and found.value == Fraction(top, bottom)
+
+
+@given(
+    st.integers(-(10**25), 10**25),
+    st.integers(0, 30),
+    st.sampled_from(["{}", "{} dollars", "${}$", "{}.", "\\boxed{{{}}}"]),
+)
+def test_decimals_are_read_to_the_last_digit(digits: int, places: int, form: str) -> None:
+    """Written out, with exponents, and with thousands in groups; one more in the last place is another number."""
+    value, plain = Fraction(digits, 10**places), f"{Decimal(digits).scaleb(-places):f}"
+    other = f"{Decimal(digits + 1).scaleb(-places):f}"
+    for text in (plain, f"{digits}e-{places}", rf"{digits} \times 10^{{-{places}}}"):
+        assert numeric(form.format(text), plain, {}) == 1
+        assert numeric(form.format(text), other, {}) == 0
+    if places == 0:
+        assert read_quantity(f"{digits:,}") == read_quantity(str(digits))
+    found = read_quantity(plain)
+    assert found is not None and found.value == value
+
+
+@given(st.integers(0, 99), st.integers(1, 98), st.integers(2, 99))
+def test_mixed_numbers_are_sums(whole: int, top: int, bottom: int) -> None:
+    """A whole number beside a proper fraction; beside an improper one it is nothing."""
+    for text in (f"{whole} {top}/{bottom}", rf"{whole}\frac{{{top}}}{{{bottom}}}"):
+        found = read_quantity(text)
+        assert (found and found.value) == (whole + Fraction(top, bottom) if top < bottom else None)
+    negative = read_quantity(f"-{whole} {top}/{bottom}")
+    assert (negative and negative.value) == (-whole - Fraction(top, bottom) if top < bottom else None)
 
 
 # ---- real data ----
