@@ -28,7 +28,8 @@ from srft_kernels import _chunked_head, row_kernels
 
 # blocks of columns and warps of the row kernel that are tried
 GRID = ((4096, 4), (4096, 8), (8192, 16), (16384, 32))
-WORKSPACES_GIB = (1, 1.5, 2.2, 2.5)
+# and rows of a product at most, so that the larger ones are used
+WORKSPACES_GIB, PRODUCT_ROWS = (0.5, 1, 2, 4), 8192
 # of modules that a peer has loaded, those that say which of its kernels it took
 BACKENDS = ("cutlass", "cutedsl", "cutile", "cute", "tvm_ffi", "quack")
 
@@ -147,7 +148,7 @@ def workspace(job: Job) -> None:
         products = min(job.median(functools.partial(run, x)) for run in bare.values())
         for own in job.own_names():
             for gib in WORKSPACES_GIB:
-                with _setting(_chunked_head, **{constant: int(gib * 2**30)}):
+                with _setting(_chunked_head, **{constant: int(gib * 2**30), "_PRODUCT_ROWS": PRODUCT_ROWS}):
                     seconds = job.median(functools.partial(job.ours(own), x))
                 row = {"head": name, "variant": own, "gib": gib, "median_s": seconds, "ratio": seconds / products}
                 found.append(row)

@@ -310,9 +310,9 @@ def linear_logprobs(
 
     Numerics: logits, softmax and sums in fp32; the weight gradient is added up in fp32 and rounded once.
     Deterministic: yes; on a CPU, for D a multiple of 4, the results of a token do not depend on the others.
-    Peak extra memory: one workspace of logits (256 MiB on a CPU, 1 GiB on a GPU), the gradients, of which those
-    of a 16-bit head keep the fp32 memory they were added up in, and O(N); with a frozen head N D in fp32 until
-    backward.
+    Peak extra memory: a workspace of logits (256 MiB on a CPU; on a GPU, with their gradients, at most 2 GiB,
+    whatever N), the gradients, of which those of a 16-bit head keep the fp32 memory they were added up in, and O(N);
+    with a frozen head N D in fp32 until backward.
     Eager twin: ``reference.linear_logprobs``.
     """
     inputs, head, tokens = make_head(

@@ -138,6 +138,7 @@ def test_memory_does_not_grow_with_tokens_by_vocabulary():
 def test_offsets_beyond_32_bits(monkeypatch):
     """A chunk of more than 2^31 logits: its last rows agree with a chunk of their own."""
     monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 2**34)
+    monkeypatch.setattr(_chunked_head, "_PRODUCT_ROWS", 2**15)
     n, v = 17_000, 131_072
     hidden = torch.randn(n, 16, device="cuda")
     weight = torch.randn(v, 16, device="cuda")
@@ -184,6 +185,39 @@ def test_one_launch_is_the_same_every_time(dtype):
         other, actual = row_kernels.objective_gradient(z.clone(), *arguments)
         assert torch.equal(actual, dz)
         assert all(torch.equal(x, y) for x, y in zip(known, other, strict=True))
+
+
+@pytest.mark.parametrize("vocab", [152_064, 151_655], ids=["aligned", "odd"])
+def test_one_launch_of_a_real_chunk(vocab):
+    """fp32 scores in, bf16 gradient out, in rows as the ops lay them out: those of two launches, every time."""
+    stride = -(-vocab // 16) * 16
+    z = torch.randn(1024, stride, device="cuda")[:, :vocab]
+    labels = torch.randint(0, vocab, (1024,), device="cuda")
+    labels[::7] = -100
+    rows, weight = Rows(labels, None, None, None, -100, torch.bfloat16), torch.randn(1, 1024, device="cuda")
+    dz, expected = (torch.full((1024, stride), 7.0, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    known = row_kernels.stats(z, rows, False)
+    row_kernels.gradient(z, rows, known, -weight[0], None, False, out=expected[:, :vocab])
+    for _ in range(20):
+        arguments = (z, rows, formulas.cross_entropy_token, weight, (), False)
+        other, actual = row_kernels.objective_gradient(*arguments, out=dz[:, :vocab])
+        # one compiler's fusions in one kernel are not those in two
+        torch.testing.assert_close(actual, expected[:, :vocab])
+        assert all(torch.equal(x, y) for x, y in zip(known, other, strict=True))
+        assert (dz[:, vocab:] == 7.0).all() and not dz[::7, :vocab].any()
+
+
+@each_op
+def test_ignored_rows_may_hold_anything(op, monkeypatch):
+    """NaN and inf in the hidden states of ignored rows change no bit, over products of several chunks."""
+    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 0)
+    case = on_gpu(make_case((130, 257, 64), torch.bfloat16, ignored=0.3))
+    ignored = (case.labels == -100).nonzero()[:, 0]
+    case.hidden[ignored] = 0.0
+    clean = run(op, srft_kernels, case)
+    case.hidden[ignored], case.hidden[ignored[::2]] = torch.nan, torch.inf
+    dirty = run(op, srft_kernels, case)
+    assert all(torch.equal(clean[name], dirty[name]) for name in clean)
 
 
 @pytest.mark.parametrize("inplace_backward", [False, True], ids=["new", "in-place"])

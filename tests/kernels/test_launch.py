@@ -5,13 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import _one_pass, formulas, row_kernels
+from srft_kernels import _chunked_head, _one_pass, formulas, row_kernels
 from srft_kernels._row_cpu import Rows
 from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft
 from tests.kernels.test_scopes import SCOPES, long_case, with_ref
@@ -105,6 +106,36 @@ def test_every_call_of_every_op_is_bound(dtype, monkeypatch):
         count = 0 if formula is None else len(formula.arg_names) - 2 - launch.constants["NUM_INPUTS"]
         assert scalars == ("fp32",) * count
         assert {launch.signature[name] for name in ("softcap", "grad_scale")} == {"fp32"}
+
+
+@pytest.mark.parametrize("vocab", [64, 67])
+@pytest.mark.parametrize(
+    ("op", "options", "variants"),
+    [
+        (cross_entropy, {}, 1),
+        (grpo, {"everything": True}, 1),
+        (srft, {"entropy_scope": "sequence"}, 2),
+        (logprobs, {}, 2),
+        (policy, {}, 2),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_a_call_compiles_no_variant_twice(op, options, variants, vocab, monkeypatch):
+    """One kernel for statistics and gradient, or one for each, whatever the number of tokens and where chunks begin."""
+    # 128 rows, and products of 512
+    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 128 * 67 * 12)
+    with recorded_launches(compiled=False) as launches:
+        for n in (1000, 1024, 77, 1, 531):
+            case = make_case((n + 3, vocab, 16), torch.bfloat16, bias=False)
+            for field in fields(case):
+                x = getattr(case, field.name)
+                if field.name not in ("weight", "bias", "cu_seqlens"):
+                    # rows of a larger tensor, which begin anywhere
+                    setattr(case, field.name, x[3:])
+            case.cu_seqlens = torch.tensor([0, n // 7, n // 3, n], dtype=torch.int32)
+            run(op, srft_kernels, case, temperature=case.temperature, **options)
+    assert len({launch.variant for launch in launches}) == variants
+    assert all({"z_ptr", "dz_ptr", "stride_z", "stride_dz"} <= launch.multiples for launch in launches)
 
 
 @pytest.mark.parametrize("formula", sorted(TOKEN_FORMULAS))
