@@ -90,7 +90,7 @@ def steps(dry: bool) -> list[Step]:
         Step("2a-1.5b", 2, 75, "GRPO, D=1536", plan.measure(small, tokens, "time")),
         Step("2b", 2, 60, "kernels of one call", plan.step("kernels", both)),
         Step("2c", 2, 75, "row kernel by block and warps", plan.step("row-kernel", big)),
-        Step("2d", 2, 90, "size of the workspace", plan.step("workspace", both)),
+        Step("2d", 2, 90, "size of the workspace and of the products", plan.step("workspace", both)),
         Step("2e", 2, 90, "peak memory", plan.measure(big, f"{tokens},{plan.long}", "memory")),
         *(Step(f"3-{name}", 3, limit_s, name, plan.peer(name), needs_ours=False) for name, limit_s in PEERS.items()),
         Step("4a-repeat", 4, 45, "the same call 20 times", plan.step("repeat", big)),

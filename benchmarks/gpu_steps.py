@@ -28,8 +28,8 @@ from srft_kernels import _chunked_head, row_kernels
 
 # blocks of columns and warps of the row kernel that are tried
 GRID = ((4096, 4), (4096, 8), (8192, 16), (16384, 32))
-# and rows of a product at most, so that the larger ones are used
-WORKSPACES_GIB, PRODUCT_ROWS = (0.5, 1, 2, 4), 8192
+# GiB of workspace, and rows of a product of the backward pass at most, that are tried: one of both is what limits
+WORKSPACES = ((0.5, 8192), (1, 8192), (2, 8192), (4, 8192), (4, 2304), (4, 3584), (4, 4096))
 # of modules that a peer has loaded, those that say which of its kernels it took
 BACKENDS = ("cutlass", "cutedsl", "cutile", "cute", "tvm_ffi", "quack")
 
@@ -139,7 +139,7 @@ def row_kernel(job: Job) -> None:
 
 
 def workspace(job: Job) -> None:
-    """Time of a call by the size of the workspace, beside the bare products."""
+    """Time of a call by the size of the workspace and the rows of a product, beside the bare products."""
     constant = f"{'GPU' if job.device.type == 'cuda' else 'CPU'}_WORKSPACE_BYTES"
     found, parts = [], []
     for name in job.names:
@@ -147,16 +147,18 @@ def workspace(job: Job) -> None:
         bare = floor(HEADS[name], job.dtype, job.device)
         products = min(job.median(functools.partial(run, x)) for run in bare.values())
         for own in job.own_names():
-            for gib in WORKSPACES_GIB:
-                with _setting(_chunked_head, **{constant: int(gib * 2**30), "_PRODUCT_ROWS": PRODUCT_ROWS}):
+            for gib, product_rows in WORKSPACES:
+                with _setting(_chunked_head, **{constant: int(gib * 2**30)}, _PRODUCT_ROWS=product_rows):
                     seconds = job.median(functools.partial(job.ours(own), x))
-                row = {"head": name, "variant": own, "gib": gib, "median_s": seconds, "ratio": seconds / products}
+                row = {"head": name, "variant": own, "gib": gib, "product_rows": product_rows, "median_s": seconds}
+                row["ratio"] = seconds / products
                 found.append(row)
                 print(row, flush=True)
                 job.save(rows=found, products_s=products)
         ours = [row for row in found if row["head"] == name]
         best = min(ours, key=lambda row: row["median_s"])
-        parts.append(f"{name}: best {best['variant']} at {best['gib']} GiB, {best['ratio']:.2f} of the products")
+        where = f"{best['gib']} GiB and {best['product_rows']} rows"
+        parts.append(f"{name}: best {best['variant']} at {where}, {best['ratio']:.2f} of the products")
         job.save(headline="; ".join(parts))
 
 

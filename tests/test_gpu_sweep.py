@@ -176,8 +176,7 @@ def test_the_plan_names_what_exists(dry: bool) -> None:
 def test_what_the_steps_take_of_the_package_is_there() -> None:
     """The constants that steps set, and the kernel that they look for, are those of the package."""
     assert all(hasattr(row_kernels, name) for name in ("_MAX_BLOCK_V", "_NUM_WARPS", "_row_kernel"))
-    assert all(hasattr(_chunked_head, f"{kind}_WORKSPACE_BYTES") for kind in ("GPU", "CPU"))
-    assert hasattr(_chunked_head, "_PRODUCT_ROWS")
+    assert all(hasattr(_chunked_head, name) for name in ("GPU_WORKSPACE_BYTES", "CPU_WORKSPACE_BYTES", "_PRODUCT_ROWS"))
 
 
 def test_rates_of_products() -> None:
