@@ -143,6 +143,27 @@ def drop_shared(examples: Iterable[Example], seen: Iterable[Example]) -> list[Ex
     return [example for example in examples if _problem_key(example) not in known]
 
 
+def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Split off the last tenth of the problems, at least one: every row of theirs leaves the training set.
+
+    Args:
+        examples: Of two problems at least; several rows may be of one problem.
+
+    Returns:
+        (training examples, one held-out example of each problem), both in order.
+
+    Raises:
+        ValueError: When there is only one problem.
+    """
+    last = {_problem_key(example): example for example in reversed(examples)}
+    if len(last) < 2:
+        name = examples[0].id.rpartition(":")[0]
+        raise ValueError(f"{name} has one problem, and needs one more to hold out; add rows or set data.eval")
+    kept_out = dict(list(last.items())[: max(1, len(last) // 10)])
+    training = [example for example in examples if _problem_key(example) not in kept_out]
+    return training, list(kept_out.values())[::-1]
+
+
 def _problem_key(example: Example) -> str:
     """What makes two problems the same; the order of Countdown numbers does not."""
     if detect_schema(example.row) == "countdown":

@@ -15,7 +15,7 @@ _ROLES = {
 }  # fmt: skip
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
-_STORED_KEY = re.compile(r"""["'](?:role|from)["']\s*:""")
+_STORED_KEYS = [re.compile(rf"""["'](?:{words})["']\s*:""") for words in ("role|from", "content|value")]
 
 
 def is_missing(value: Any) -> bool:
@@ -82,7 +82,7 @@ def _unpack(value: Any, place: str) -> list[dict[str, Any]] | None:
 
 def _looks_stored(text: str) -> bool:
     """Whether text is a list of messages, or one, as JSON or Python's own print writes it."""
-    return text[:1] in ("[", "{") and text[-1:] in ("]", "}") and _STORED_KEY.search(text) is not None
+    return text[:1] in ("[", "{") and text[-1:] in ("]", "}") and all(key.search(text) for key in _STORED_KEYS)
 
 
 def _parse(text: str, place: str) -> Any:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.checkpoint import export_model
 from srft.config import Config
-from srft.data import Example, Prompt, build_prompts, check_answers, check_demos, drop_shared, load_examples
+from srft.data import Example, Prompt, build_prompts, check_answers, check_demos, drop_shared, hold_out, load_examples
 from srft.data_files import has_split, is_local
 from srft.engine.base import Engine
 from srft.engine.hf import HfEngine
@@ -71,10 +71,8 @@ def read_problems(config: Config) -> Problems:
     )  # fmt: skip
     if data.eval is None and is_local(data.train) and not has_split(data.train, data.eval_split):
         # one split: its end is held out
-        if len(examples) < 2:
-            raise ValueError(f"{data.train} has one row, and needs one more to hold out; add rows or set data.eval")
-        size = max(1, len(examples) // 10)
-        examples, held_out = examples[:-size], examples[-size:][: data.eval_limit]
+        examples, held_out = hold_out(examples)
+        held_out = held_out[: data.eval_limit]
     else:
         held_out = load_examples(
             data.eval or data.train, split=data.eval_split, columns=data.columns, limit=data.eval_limit, seed=0,

@@ -52,14 +52,15 @@ PROMPTS = [random_tokens(17, seed=17), random_tokens(140, seed=140), random_toke
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[transformers.PreTrainedModel, VllmEngine]]:
-    """An fp32 engine started under a launcher's environment, and the model it serves."""
+    """An fp32 engine started under a launcher's environment, the tied one with a tokenizer, and the model it serves."""
     folder = tmp_path_factory.mktemp("model")
     model = tiny_model(tied=request.param, seed=0)
     save_model(model, folder)
     with pytest.MonkeyPatch.context() as patch:
         for name in LAUNCHER_VARIABLES:
             patch.setenv(name, "3")
-        engine = start(folder, num_threads=2)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if request.param else None
+        engine = start(folder, num_threads=2, tokenizer=tokenizer)
     yield model, engine
     engine.close()
 
@@ -147,6 +148,34 @@ def test_only_given_tokens_stop(served: tuple) -> None:
     # a stop token on the last permitted position stops
     (last,) = engine.generate(PROMPTS[:1], Sampling(0.0, 1, tuple(range(VOCAB))), [[0]])[0]
     assert last.finish == "stop" and len(last.token_ids) == 1
+
+
+def test_texts_stop(served: tuple) -> None:
+    """A completion is the free one up to the token that completes a stop text, or a stop token, whichever is first."""
+    engine, seeds = served[1], [list(range(64))]
+    free = engine.generate(PROMPTS[:1], Sampling(1.5, 30, ()), seeds)[0]
+
+    def text(token_ids: list[int]) -> str:
+        return " ".join(f"w{token}" for token in token_ids if token != EOS)
+
+    # one text of two tokens, one that ends within a token
+    stops = (text(free[0].token_ids[3:5]), text(free[1].token_ids[6:8])[:-1])
+    if engine._tokenizer is None:
+        with pytest.raises(ValueError, match="stop texts need the engine's tokenizer"):
+            engine.generate(PROMPTS[:1], Sampling(1.5, 30, (), stops), seeds)
+        return
+    found = engine.generate(PROMPTS[:1], Sampling(1.5, 30, (9,), stops), seeds)[0]
+    kinds = set()
+    for whole, cut in zip(free, found, strict=True):
+        begun = [text(whole.token_ids[:n]) for n in range(1, 31)]
+        by_text = next((n for n, said in enumerate(begun, 1) if any(stop in said for stop in stops)), 31)
+        by_token = (whole.token_ids.index(9) + 1) if 9 in whole.token_ids else 31
+        count = min(by_text, by_token)
+        assert cut.token_ids == whole.token_ids[:count]
+        assert len(cut.logprobs) == len(cut.token_ids)
+        assert cut.finish == ("stop" if count < 31 else "length")
+        kinds.add("length" if count == 31 else "text" if by_text < by_token else "token")
+    assert kinds == {"length", "text", "token"}
 
 
 @pytest.mark.parametrize("source", ["parameters", "state-dict", "float64", "many-files"])
