@@ -74,7 +74,12 @@ def _unpack(value: Any, place: str) -> list[dict[str, Any]] | None:
     if isinstance(value, str) and _looks_stored(value.strip()):
         value = _parse(value, place)
     if isinstance(value, dict) and any(key in value for key in _ROLE_KEYS):
-        value = [value]
+        columns = list(value.values())
+        if all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            # the datasets library turns a list of messages into one list for each of their fields
+            value = [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
+        else:
+            value = [value]
     if isinstance(value, (list, tuple)) and value and all(isinstance(turn, dict) for turn in value):
         return list(value)
     return None

@@ -294,7 +294,9 @@ def make_sampling(config: Config, tokenizer: PreTrainedTokenizerBase, model: Pre
         model: The policy, whose generation_config may name end tokens that the tokenizer does not.
     """
     rollout = config.rollout
-    ends = stop_token_ids(prompt_format(config, tokenizer), model.generation_config.eos_token_id, rollout.stop)
+    # code shipped with a checkpoint may build a model without a generation_config
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    ends = stop_token_ids(prompt_format(config, tokenizer), eos, rollout.stop)
     return Sampling(rollout.temperature, rollout.max_new_tokens, ends, tuple(rollout.stop))
 
 

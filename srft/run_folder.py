@@ -19,8 +19,10 @@ _LOCK = ".lock"
 _FREE_ON_RESUME = (
     "train.steps", "train.resume", "train.eval_every", "train.save_every", "train.keep_checkpoints",
     "train.tokens_per_microbatch", "train.canary_tolerance", "train.device", "engine.", "reward.workers",
-    "name", "runs_dir", "cache_dir", "data.eval_limit",
+    "name", "runs_dir", "cache_dir", "data.eval_limit", "model.gradient_checkpointing", "model.trust_remote_code",
 )  # fmt: skip
+# where the data lies is free too once a checkpoint remembers its rows
+_JUDGED_BY_ROWS = ("data.train", "data.eval")
 
 
 @contextmanager
@@ -95,7 +97,7 @@ def _checkpoint(config: Config, folder: Path) -> Path | None:
     changed = {
         key: values
         for key, values in changed_keys(load_config_text(made_with), config).items()
-        if not key.startswith(_FREE_ON_RESUME)
+        if not key.startswith(_FREE_ON_RESUME) and not (checkpoint is not None and key in _JUDGED_BY_ROWS)
     }
     if changed:
         listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())

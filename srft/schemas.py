@@ -248,6 +248,10 @@ def _read_prompt(place: str, row: dict[str, Any], column: str, schema: str | Non
         if not any(turn["role"] == "user" and turn["content"].strip() for turn in turns):
             before = " before the assistant's" if answered is not None else ""
             raise ValueError(f"{place}: the messages in column {column!r} have no user turn{before}")
+        beside = row.get("system")
+        if isinstance(beside, str) and beside.strip() and turns[0]["role"] != "system":
+            # ShareGPT files may keep the system turn in a column of its own
+            turns = [{"role": "system", "content": beside}, *turns]
         return turns
     if not isinstance(prompt, str) or is_missing(prompt):
         seen = str(prompt)[:80]

@@ -39,6 +39,7 @@ def load(folder: Path, *rows: dict[str, Any], **options: Any) -> list[Example]:
         {"messages": [{**USER, "from": None, "value": None}, {"role": None, "content": None, **GPT}]},
         {"messages": [{"role": "User", "content": "0+1="}, {"role": "model", "content": "#1"}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "0+"}, {"text": "1="}]}, SAID]},
+        {"messages": {"role": ["user", "assistant"], "content": ["0+1=", "#1"]}},
         {"messages": json.dumps([USER, SAID])},
         {"messages": str([USER, SAID])},
         {"conversations": json.dumps([HUMAN, GPT])},
@@ -71,6 +72,8 @@ def test_earlier_turns_stay_in_the_prompt(tmp_path: Path) -> None:
     system = {"role": "system", "content": "Add."}
     (example,) = load(tmp_path, {"messages": [system, USER, SAID, USER, {**SAID, "content": "#one"}]})
     assert (example.prompt, example.demos) == ([system, USER, SAID, USER], ["#one"])
+    (example,) = load(tmp_path, {"conversations": [HUMAN, GPT], "system": "Add."})
+    assert (example.prompt, example.demos) == ([system, USER], ["#1"])
     (example,) = load(tmp_path, {"messages": [USER, SAID, USER]})
     assert (example.prompt, example.demos) == ([USER, SAID, USER], [])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -168,6 +169,44 @@ def test_changed_options_are_named(tmp_path: Path) -> None:
     assert "method.preset was 'paper', now 'upt'" in str(caught.value)
     assert "train.steps" not in str(caught.value)
     assert (weights(run), (run / "metrics.jsonl").read_bytes()) == before
+
+
+def write_sums(path: Path, add: int = 1, count: int = 40) -> Path:
+    """A file of sums with their demonstrations."""
+    rows = [{"prompt": f"{a}+{add}=", "answer": str(a + add), "demo": f"#{a + add}"} for a in range(count)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_changed_data_is_refused(tmp_path: Path) -> None:
+    """Other rows under the same name, more rows, another file, or other held-out rows: each names the option.
+
+    The same rows in another place are the same data.
+    """
+    short = {**RUN, "train__save_every": 1, "train__steps": 1, "model__warm_start__max_steps": 0, "data__limit": 100}
+    data, held_out = write_sums(tmp_path / "sums.jsonl"), write_sums(tmp_path / "test.jsonl", add=5, count=9)
+    files = {"data__train": data, "data__eval": held_out}
+    run = train(tmp_path, **short, **files)
+    before = weights(run), (run / "metrics.jsonl").read_bytes()
+    again = short | {"train__steps": 2, "train__resume": True}
+    write_sums(data, add=2)
+    with pytest.raises(ValueError, match=r"data\.train=.*sums\.jsonl does not hold the rows that .*step_000001"):
+        train(tmp_path, **again, **files)
+    write_sums(data, count=41)
+    with pytest.raises(ValueError, match=r"data\.train=.*\(40 problems then, 41 now\)"):
+        train(tmp_path, **again, **files)
+    with pytest.raises(ValueError, match=r"data\.train=.*other\.jsonl does not hold the rows"):
+        train(tmp_path, **again, data__train=write_sums(tmp_path / "other.jsonl"), data__eval=held_out)
+    write_sums(data)
+    write_sums(held_out, add=6, count=9)
+    with pytest.raises(ValueError, match=r"data\.eval=.*test\.jsonl does not hold the held-out rows"):
+        train(tmp_path, **again, **files)
+    assert (weights(run), (run / "metrics.jsonl").read_bytes()) == before
+    moved = write_sums(tmp_path / "moved" / "sums.jsonl")
+    elsewhere = write_sums(tmp_path / "moved" / "test.jsonl", add=5, count=9)
+    train(tmp_path, **again, data__train=moved, data__eval=elsewhere, data__eval_limit=3)
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_fewer_steps_than_done_are_refused(tmp_path: Path) -> None:

@@ -172,6 +172,62 @@ def test_large_vocabulary_without_logits_of_all_tokens(
     assert 0 < sampling.elements <= max(sequences, 32) * vocab < min(prompt_tokens) * vocab
 
 
+def sums(count: int = 20) -> list[dict[str, Any]]:
+    """Rows of one sum each."""
+    return [{"prompt": f"{a}+1=", "answer": str(a + 1), "demo": f"#{a + 1}"} for a in range(count)]
+
+
+def test_conversations_train_on_their_last_turn(tmp_path: Path) -> None:
+    """Messages without a template: the prompt ends before the answer, the demonstration is it, and the log says how."""
+    turns = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["demo"]}],
+         "answer": r["answer"]}
+        for r in sums()
+    ]  # fmt: skip
+    run = train(tmp_path, data__train=write_rows(turns, tmp_path / "turns.jsonl"), train__steps=1)
+    demos = [s for s in read_lines(run / "samples.jsonl") if s["demo"]]
+    assert demos and all(len(s["prompt"]) == 1 and "#" not in s["prompt"][0]["content"] for s in demos)
+    assert read_lines(run / "metrics.jsonl")[1]["reward/demo"] == 1.0
+    said = " ".join(json.loads((run / "run.json").read_text())["said"])
+    assert "18 prompts of messages as plain text" in said and "A completion ends with <eos>." in said
+
+
+@pytest.mark.parametrize("max_steps", [0, 2])
+def test_demonstration_that_grpo_does_not_use(max_steps: int, tmp_path: Path) -> None:
+    """A row without one, or with one that is no text, is no error; a supervised start takes the others."""
+    rows = sums()
+    rows[3]["demo"] = float("nan") if max_steps else {"no": "text"}
+    run = train(
+        tmp_path, data__train=write_rows(rows, tmp_path / "rows.jsonl"), method__name="grpo", train__steps=1,
+        model__warm_start__max_steps=max_steps,
+    )  # fmt: skip
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [0, 1]
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 4: (no|the) demonstration"):
+        train(tmp_path, data__train=tmp_path / "rows.jsonl")
+
+
+def test_folder_with_a_test_split_is_evaluated_on_it(tmp_path: Path) -> None:
+    """A folder in the hub's layout is one data set: its test files are the held-out problems."""
+    (tmp_path / "data").mkdir()
+    write_rows(sums(20)[:12], tmp_path / "data" / "train.jsonl")
+    write_rows(sums(20)[12:], tmp_path / "data" / "test.jsonl")
+    problems = read_problems(small_config(tmp_path, data__train=tmp_path / "data"))
+    assert [e.prompt for e in problems.train] == [f"{a}+1=" for a in range(12)]
+    assert [e.prompt for e in problems.held_out] == [f"{a}+1=" for a in range(12, 20)]
+
+
+def test_several_demonstrations_a_prompt(tmp_path: Path) -> None:
+    """train.demos_per_prompt takes as many from a list; a row with fewer is named, or skipped on request."""
+    rows = [{**row, "demo": [row["demo"], f"so {row['demo']}"][: 1 if a == 5 else 2]} for a, row in enumerate(sums())]
+    data = write_rows(rows, tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"demos_per_prompt=2, but rows\.jsonl:5 has only 1 .* as 1 of 18 prompts do"):
+        train(tmp_path, data__train=data, train__demos_per_prompt=2)
+    run = train(tmp_path, data__train=data, train__demos_per_prompt=2, train__steps=1, data__bad_rows="skip")
+    demos = [s for s in read_lines(run / "samples.jsonl") if s["demo"]]
+    assert len({s["id"] for s in demos}) * 2 == len(demos)
+    assert read_lines(run / "metrics.jsonl")[1]["reward/demo"] == 1.0
+
+
 def openr1_rows() -> list[dict[str, Any]]:
     """Rows as OpenR1-Math-46k has them: prompt messages, target messages, and the ground truth nested."""
     rows = []
