@@ -149,6 +149,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " ", text)
     text = _FONTS.sub(r"\1", text)
+    text = re.sub(r"\{\s*\\rm(?![a-z])\s*([^{}]*)\}", r"\\text{\1}", text)
     text = _WORD_FONTS.sub(r"\\text", text).replace(r"^{\circ}", r"^\circ").replace(r"\degree", r"^\circ")
     text = re.sub(r"\\leq?(?:slant)?(?![a-zA-Z])", r"\\le", re.sub(r"\\geq?(?:slant)?(?![a-zA-Z])", r"\\ge", text))
     while True:

@@ -21,7 +21,7 @@ _PLAIN_FUNCTION = re.compile(
 _NO_EXPRESSION = re.compile(
     r"\.\.\.|\\[lc]?dots|…|[0-9})]\s*_|!\s*!|\\mid|\\text|[<>#&:]|(?<!_\{[a-z])=|\\(?:le|ge|ne|approx|in|cup|pm|mp)(?![a-z])"
     # numbers side by side are no product, and a fraction after a number may be added to it
-    r"|(?<![0-9.,])0[0-9]|[0-9]\s*/\s*[0-9]+\s*/\s*[0-9]|(?<!_)[0-9]\s+[0-9]|[0-9]\s*\\frac\s*\{?[0-9]+\}?\s*\{?[0-9]|\\(?![a-zA-Z{}|])"
+    r"|(?<![0-9.,])0[0-9]|[0-9]\s*/\s*[0-9]+\s*/\s*[0-9]|[0-9)}]'|(?<!_)[0-9]\s+[0-9]|[0-9]\s*\\frac\s*\{?[0-9]+\}?\s*\{?[0-9]|\\(?![a-zA-Z{}|])"
 )
 _WORD = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]{4,}")
 _NAMED_ARGUMENT = re.compile(r"\\(?:operatorname|begin|end|mathbb|mathcal)\s*\{[^}]*\}")

@@ -8,8 +8,8 @@ from typing import Any
 
 from srft.answers import tidy
 from srft.expressions import parse
-from srft.math_nodes import Items, Literal, Matrix, Node, Relation, Scalar, Words, has_variables, same, squeeze
-from srft.quantities import read_quantity, unit_after
+from srft.math_nodes import Items, Literal, Matrix, Node, Relation, Scalar, Words, close, has_variables, same, squeeze
+from srft.quantities import read_number, read_quantity, unit_after
 
 MAX_CHARS = 1000
 MAX_ITEMS = 40
@@ -176,8 +176,9 @@ def _listing(text: str, depth: int) -> Node | None:
 def _relation(text: str, depth: int) -> Node | None:
     first, approximated = _split(text, {r"\approx"})
     if approximated:
-        # the first says it exactly
-        return read(first[0], depth + 1) if first[0] else None
+        # the first says it exactly, the others its digits
+        nodes = [read(side, depth + 1) for side in first]
+        return nodes[0] if all(close(nodes[0], node) for node in nodes[1:]) else Literal(text)
     sides, signs = _split(text, _SIGNS)
     if not signs:
         return None
@@ -272,6 +273,7 @@ def _words(text: str) -> Node | None:
 
 def _expression(text: str) -> Node:
     body, percent, unit = unit_after(text)
-    if parse(body) is None:
+    # a plain number with what may stand beside it has been read already, or refused for it
+    if parse(body) is None or (body != text and read_number(body) is not None):
         return Literal(squeeze(text))
     return Scalar(body, None, percent, unit)

@@ -121,6 +121,21 @@ def has_variables(node: Any) -> bool:
     return value is not None and bool(value.free_symbols)
 
 
+def close(one: Any, other: Any) -> bool:
+    """Whether two constants are within a twentieth of each other, as a number and its rounding are.
+
+    Args:
+        one: Any answer; only a constant is close to anything.
+        other: Any answer.
+    """
+    if not isinstance(one, Scalar) or not isinstance(other, Scalar):
+        return False
+    a, b = _value(one), _value(other)
+    if a is None or b is None or a.free_symbols or b.free_symbols:
+        return False
+    return bool(abs((a - b).evalf(20)) * 20 <= abs(a.evalf(20)))
+
+
 def same(gold: Any, found: Any) -> bool:
     """Whether two answers say the same.
 

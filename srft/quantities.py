@@ -52,7 +52,7 @@ _CHANGES = set(
     hundredths inf infinity isn't least ln log mod modulo most nan neither never nine nineteen no nor
     not one or over pi plus point power quarter quarters root seven seventeen sin six sixteen sixth sqrt squared
     tan tau ten tenth tenths than third thirds thirteen thirty thousands thousandth thousandths three through to
-    triple twelve twenty twice two under zero
+    triple twelve twenty twice two wrong incorrect false invalid impossible under zero
     """.split()
 )
 _TELLING = {"is", "are", "was", "were", "be", "equals", "equal", "to", "of", "about", "approximately", "answer", "get"}
@@ -230,7 +230,9 @@ def _trailing(text: str) -> tuple[Fraction, bool, str] | None:
     attached = bool(text) and text[0].isalpha() and not percent
     if rate := _RATE.fullmatch(text):
         text = rate["words"]
-    if re.search(r"[0-9\\<>=|^_*+#&\[\]{}:]|\.\.|…|^\s*!|-\s|-$", text.rstrip(":")):
+    if re.search(r"[0-9\\<>=|^_*+#&\[\]{}:]|\.\.|…|^\s*[!']|-\s|-$", text.rstrip(":")):
+        return None
+    if re.search(rf"[^\w\s.,;:'\"()?!/°µ¢²³{_CURRENCY}-]", text):
         return None
     words = re.findall(rf"[a-zA-Z°µ¢]+[²³]?(?:'[a-z]+)?|[{_CURRENCY}]|/", text)
     factor = Fraction(1)

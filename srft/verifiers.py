@@ -251,7 +251,7 @@ def _custom(spec: str) -> Verifier:
     return verifier
 
 
-_SIGNATURE = "def reward(completion, answer, row) -> float"
+_SIGNATURE = "def judge(completion, answer, row) -> float"
 
 
 def _check_signature(spec: str, verifier: Callable[..., Any]) -> None:

@@ -145,11 +145,11 @@ def test_results_of_a_failed_batch_can_be_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("trl", ["takes whole batches, as TRL's rewards do", "def reward(completion, answer, row) -> float",
+        ("trl", ["takes whole batches, as TRL's rewards do", "def judge(completion, answer, row) -> float",
                  "trl(completions=[completion], answer=[answer])[0]"]),
         ("trl_three", ["takes whole batches"]),
         ("compute_score", ["verl's signature", "return compute_score(row.get('data_source'), completion, answer"]),
-        ("two", ["signature (completion, answer), expected def reward(completion, answer, row)", "too many"]),
+        ("two", ["signature (completion, answer), expected def judge(completion, answer, row)", "too many"]),
         ("keyword", ["'scale'"]),
         ("later", ["is an async function"]),
     ],

@@ -55,6 +55,14 @@ def test_verdict(verifier: Any, answer: Any, completion: str, verdict: int | Non
     assert verdict_of(verifier, answer, completion) == verdict
 
 
+def test_what_five_is_and_is_not() -> None:
+    """In a box, for the answer 5; what else there is beside a number, and how else it can be written."""
+    pytest.importorskip("latex2sympy2_extended")
+    assert [said for said in verdicts.FIVE if not math(rf"\boxed{{{said}}}", "5", {})] == []
+    assert [said for said in verdicts.NOT_FIVE if math(rf"\boxed{{{said}}}", "5", {})] == []
+    assert [said for said in verdicts.NOT_FIVE if numeric(rf"\boxed{{{said}}}", "5", {})] == []
+
+
 @pytest.mark.parametrize("row", range(len(verdicts.TYPES)))
 @pytest.mark.parametrize("verifier", [exact, numeric, math], ids=["exact", "numeric", "math"])
 def test_the_type_of_a_column_changes_no_verdict(verifier: Any, row: int) -> None:

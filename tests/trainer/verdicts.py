@@ -288,6 +288,31 @@ MATH_BOXED: list[Row] = [
     ("we show that there is no such number in the end", "x", None),
 ]  # fmt: skip
 
+# ---- math: what 5 is, and what 5 is not ----
+FIVE = [
+    r"5\degree", r"5{\rm cm}", r"5 {\rm\ cm}", r"5 \approx 5.0001", "+5", r"5 \quad", "|5|", r"\lceil 5\rceil",
+    r"\lceil 4.5 \rceil", "(5)", "((5))", "5x^0", "-5i^2", r"5\cos 0", r"5\ln e", r"\min(5,6)", r"\gcd(5,10)",
+    r"\sum_{k=5}^{5} k", r"\prod_{k=5}^5 k", r"\frac{d}{dx}5x", "5 (approximately)", "~5", "about 5", "5?", "= 5",
+    r"x \in \{5\}", r"\text{The answer is }5", r"\text{answer}=5", "5h", "5 h", "50/10", "10/2", r"\sqrt[2]{25}",
+    "25^{1/2}", "25^{0.5}", r"\log_{2}32", "2+3", "7-2", "1+1+1+1+1", r"\frac{10}{2}", "5.0", "5.00", "05", "005",
+    "5e0", "5E0", "0.5e1", r"5.\overline{0}", r"4.\overline{9}", "5+0i", "5,,", "5;;", r"\boxed{\boxed{5}}",
+    r"\text{\boxed{5}}", "$5$", "$$5$$", r"\[5\]", r"\left(5\right)", r"\bigl(5\bigr)", r"5\,\text{cm}", r"5\,cm",
+    "5cm", "5 cm", r"5\,\mathrm{cm}", r"5\,\mathrm{kg\,m/s^2}", r"5^\circ", r"5^{\circ}\text{C}", r"5\text{th}",
+    r"5\pi/\pi", r"\frac{5x}{x}",
+]  # fmt: skip
+NOT_FIVE = [
+    r"5 \to 6", r"6 \to 5", r"5\Rightarrow 6", r"5\implies 6", r"5\mapsto 6", r"5\sim 6", r"\propto 5", r"\hat{5}",
+    r"\vec{5}", r"\cancel{6}5", r"\not 5", r"\neg 5", r"\lnot 5", r"5\prime", "5^T", r"5\&6", r"\#5", "5~6", "5{,}6",
+    "5{6}", "{5}{6}", "5{ }6", r"\sqrt{}5", r"5\text{}6", r"5\mbox{6}", r"5 \approx 6", "5..6", "5--6", "5+", "5-",
+    "5*", r"5\cdot", r"5\\", "5\n6", r"5\times", "5.6.7", "5,6", "5;6", "5 6 7", "[5,6]", r"5\ldots", r"5,\ldots",
+    "5, ...", r"1,2,\ldots,5", r"5 \text{ if } x>0", r"5\text{ when }x=6", "?5", "5!!", "5!", "!5", "#5", "5#", "@5",
+    "5@", "5&6", "5 & 6", r"5 \& 6", "5|6", r"5\mid 6", r"5\nmid 6", "5:6", r"x \equiv 5 \pmod{7}", r"x \in \{5, 6\}",
+    r"x \notin \{5\}", r"x \ne 5", r"\text{not }5", r"\text{5 is wrong}", r"\text{it is not 5}", r"5\text{ (wrong)}",
+    r"5 \text{ is incorrect}", r"\text{The answer is not }5", r"5 \neq 6", r"\$5\text{ or }\$6", "101_2", "0b101",
+    "0x5", r"5\text{ dozen}", "5k", "5K", r"5\text{k}", "5 M", r"5\text{ hundred}", "4.999999", "5.000001",
+    "5+10^{-9}", "(,5)", r"\boxed{5} \boxed{6}", "$5$ or $6$", "$5$, $6$",
+]  # fmt: skip
+
 # ---- right answers that earn nothing, and why ----
 # a base is part of a number: "2516" for 2516_8 is another number, though a problem may have said "in base 8"
 # "13th" and "13 (thirteen)" say more than a number; what is said beside it is not weighed
