@@ -135,22 +135,28 @@ def _of_folder(folder: Path, split: str) -> list[Path]:
         raise ValueError(f"{folder} holds no data file; expected some of {', '.join(_SUFFIXES)}")
     named = sorted({name for file in files for name in _splits(file, folder)})
     if named:
+        nameless = [file for file in files if not _splits(file, folder)]
         files = [file for file in files if _is_of_split(file, folder, split)]
         if not files:
             raise ValueError(
                 f"{folder} has no files of split {split!r}, only of {', '.join(named)}; set data.split "
                 "(data.eval_split for evaluation)"
             )
+        if stray := [file for file in nameless if _suffix(file) == _suffix(files[0])]:
+            raise ValueError(
+                f"{stray[0]} names no split and {files[0].name} beside it does; rename it, or name the files by a glob"
+            )
+    shards = [shard for file in files if (shard := _SHARD.fullmatch(file.name.split(".")[0]))]
     for what, kinds in (
         ("folders", sorted({str(file.parent) for file in files})),
         ("formats", sorted({_suffix(file) for file in files})),
+        ("splits", sorted({shard["name"] for shard in shards} if named else [])),
     ):
         if len(kinds) > 1:
             raise ValueError(
-                f"the files of split {split!r} in {folder} lie in several {what}: {', '.join(kinds)}; they may hold "
+                f"the files of split {split!r} in {folder} are of several {what}: {', '.join(kinds)}; they may hold "
                 "the same rows: give one of them, or a glob of all"
             )
-    shards = [shard for file in files if (shard := _SHARD.fullmatch(file.name.split(".")[0]))]
     for name, total in {(shard["name"], shard["total"]) for shard in shards}:
         there = {shard["index"] for shard in shards if (shard["name"], shard["total"]) == (name, total)}
         if missing := [index for index in map("{:05}".format, range(int(total))) if index not in there]:
@@ -268,7 +274,8 @@ def _read_jsonl(path: Path, limit: int | None) -> list[PlacedRow]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
+            remedy = "; a file that is one list is named .json" if isinstance(row, list) else ""
+            raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}{remedy}")
         rows.append((place, row))
     return rows
 

@@ -172,18 +172,23 @@ def test_split_named_in_full(tmp_path: Path) -> None:
     table(tmp_path / "data/train_sft-00000-of-00001.parquet", ROWS[:2])
     table(tmp_path / "data/test_sft-00000-of-00001.parquet", ROWS[2:4])
     assert rows_of(tmp_path, "train_sft") == ROWS[:2] == rows_of(tmp_path)
+    table(tmp_path / "data/train_prefs-00000-of-00001.parquet", ROWS[4:])
+    assert rows_of(tmp_path, "train_sft") == ROWS[:2]
+    with pytest.raises(ValueError, match="of several splits: train_prefs, train_sft"):
+        rows_of(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ([], "holds no data file"),
-        (["main/train.parquet", "socratic/train.parquet"], "in several folders: .*main, .*socratic"),
-        (["train.parquet", "train.arrow"], "in several formats: .arrow, .parquet"),
+        (["main/train.parquet", "socratic/train.parquet"], "of several folders: .*main, .*socratic"),
+        (["train.parquet", "train.arrow"], "of several formats: .arrow, .parquet"),
         (["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"],
          "lacks 1 of 3 shards, the first is train-00001-of-00003"),
+        (["train.parquet", "more.parquet"], r"more\.parquet names no split and train\.parquet beside it does"),
     ],
-    ids=["empty", "configurations", "formats", "missing-shard"],
+    ids=["empty", "configurations", "formats", "missing-shard", "stray"],
 )  # fmt: skip
 def test_folder_that_may_be_read_wrongly_is_refused(tmp_path: Path, files: list[str], message: str) -> None:
     """Two configurations, the same rows in two formats, or a download that is not whole."""
