@@ -316,12 +316,17 @@ def last_quantity(text: str) -> Quantity | None:
     Args:
         text: A completion that marks no answer.
     """
-    line = next((line for line in reversed(text.splitlines()) if re.search(r"[0-9]", line)), "")
+    line = next((line for line in reversed(text.splitlines()) if re.search(r"[0-9½⅓⅔¼¾⅛]", line)), "")
+    line = re.sub("[½⅓⅔¼¾⅛]", lambda m: tidy(m[0]), line)
+    if stated := list(_STATED.finditer(line)):
+        return read_quantity(_END_OF_STATEMENT.split(stated[-1]["what"])[0])
+    if "=" not in line and not re.search(r"(?<!\\)\b[a-zA-Z]{2,}", line):
+        return read_quantity(line.lstrip("# "))
     words = line.split()
     place = next((i for i in reversed(range(len(words))) if re.search(r"[0-9]", words[i])), None)
     if place is None:
         return None
-    before, word, after = words[:place], words[place].rpartition(">>")[2], words[place + 1 : place + 3]
+    before, word, after = words[:place], words[place].rpartition(">>")[2], words[place + 1 : place + 4]
     if re.fullmatch(r"[0-9]+/[0-9]+[.,;!?]*", word) and before and re.fullmatch(r"[-$]?[0-9]+", before[-1]):
         word = f"{before.pop()} {word}"
     if re.match(r"10\s*(?:\^|\*\*)", word) and len(before) > 1 and before[-1] in _TIMES_SIGNS:
@@ -345,17 +350,20 @@ def last_quantity(text: str) -> Quantity | None:
     if re.fullmatch(r"[A-J][).:]", previous) and any(re.fullmatch(r"[A-J][).:]", w) for w in before[:-1]):
         return None
     word = re.sub(r"^(?:\\[(\[]|[#(\[\"'*])+|(?:\\[)\]]|[?)\]\"'*])+(?=[.,;:]*$)", "", word)
-    if previous.lower() in _CHANGES | {"minus", "negative"}:
+    if previous.lower().strip("$(*") in _CHANGES | {"minus", "negative"} or _COMMAND.match(previous):
         word = f"{previous} {word}"
     ended = word[-1:] in ".?!;:,"
     found = read_quantity(word if ended else " ".join([word, *after]))
-    if previous == "=" and before[-3:-2] == ["="] and found is not None:
+    if previous == "=" and len(before) > 1 and before[-3:-2] in (["="], []) and found is not None:
         # x = 5 = 7
         other = read_quantity(before[-2])
         return found if other is None or other.equals(found) else None
     return found
 
 
+_COMMAND = re.compile(r"\$?\\(?!\(|\[|approx)")
+_STATED = re.compile(r"\banswer\b(?:(?!\banswer\b)[^:=0-9]){0,40}?(?:\bis\b|:|=)(?P<what>.*[0-9].*)", re.IGNORECASE)
+_END_OF_STATEMENT = re.compile(r"\.\s+(?=[A-Z])|,?\s+(?:because|since|as)\s")
 _TIMES_SIGNS = {"*", "x", "×", "·", r"\times", r"\cdot"}
 _OPERATORS = _TIMES_SIGNS | set(r"+ / ^ - − ÷ ** < > <= >= ≤ ≥ ≠ != \le \ge \ne \neq".split())
 

@@ -31,7 +31,7 @@ MAX_EXPRESSION_CHARS = 200  # three stack frames each at worst: nested parenthes
 _HASH = re.compile(r"#+([^#\n]*)")
 _NUMBER_AFTER_HASHES = re.compile(
     r"(?<!#)#{2,}+(?![ \t]*[0-9]+[.)][ \t]+[^\s])"
-    r"([ \t]*(?:[-+−$€£¥\\.(*0-9]|[A-Za-z][ \t]*=|[^#\n]*\b(?i:answer))[^#\n]*)"
+    r"([ \t]*(?:[-+−$€£¥\\.(\[{*0-9½⅓⅔¼¾⅛]|[A-Za-z][ \t]*=|[^#\n]*\b(?i:answer))[^#\n]*)"
 )
 
 

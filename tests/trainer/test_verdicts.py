@@ -63,6 +63,14 @@ def test_what_five_is_and_is_not() -> None:
     assert [said for said in verdicts.NOT_FIVE if numeric(rf"\boxed{{{said}}}", "5", {})] == []
 
 
+@pytest.mark.parametrize("place", ["#### {}", "<answer>{}</answer>", "so\nAnswer: {}", "The answer is {}.", "{}"])
+def test_a_number_is_the_same_wherever_it_stands(place: str) -> None:
+    """After hashes, in a tag, after the word answer and alone on a line as in a box."""
+    for answer, said, verdict in verdicts.NUMERIC_BOXED:
+        if not said.endswith("."):
+            assert verdict_of(numeric, answer, place.format(said)) == verdict, (answer, said)
+
+
 @pytest.mark.parametrize("row", range(len(verdicts.TYPES)))
 @pytest.mark.parametrize("verifier", [exact, numeric, math], ids=["exact", "numeric", "math"])
 def test_the_type_of_a_column_changes_no_verdict(verifier: Any, row: int) -> None:

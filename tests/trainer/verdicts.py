@@ -82,6 +82,13 @@ NUMERIC: list[Row] = [
     ("18", "<thinking>x\n18", 0), ("18", "[THINK] 17 [/THINK] 18", 1), ("18", "", 0), ("18", "eighteen apples", 0),
     ("10,000 dollars", "about $10,000", 1), ("A: 18", "18", 1), ("blah 5 + 13\n#### 18", "18", 1),
     (r"\boxed{18}", "18", 1),
+    # sentences
+    ("5", r"The answer is \pm 5.", 0), ("5", "The answer is 5 because 2 + 3 = 5.", 1),
+    ("5", "The answer is 5. I am sure of 100%.", 1), ("100", "The answer is 5. I am sure of 100%.", 0),
+    ("6", "The answer is 5, 6.", 0), ("5", r"It is \sqrt 5", 0), ("5", "4 = 5", 0), ("-13", "= -13", 1),
+    ("5", "It takes 5 and a half hours", 0), ("5 mph", "It goes 5 miles per hour", 1), ("0.5", "It is ½", 1),
+    ("5", "log 5", 0), ("5", "x = 3 + 5", 0), ("0.00005", r"It is 5 \times 10^{-5} m", 1),
+    ("5", r"It is 5 \times 10^{-5} m", 0),
     # all kinds once more
     ("5", r"\boxed{5\text{ or }6}", 0), ("12", "<answer>12 apples</answer>", 1),
     ("12", "<answer>12</answer><answer></answer>", 0), ("12", "#### 12\n#### 13", 0), ("13", "#### 12\n#### 13", 1),
