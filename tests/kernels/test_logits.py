@@ -337,8 +337,8 @@ KERNEL_FAULTS = {
     ),
     "keep the exponentials in 16 bits": (
         "row_kernels.py",
-        "exp = tl.exp(z - shift)",
-        "exp = tl.exp(z - shift).to(tl.float16).to(tl.float32)",
+        "exp = tl.exp(z - shift[None, :])",
+        "exp = tl.exp(z - shift[None, :]).to(tl.float16).to(tl.float32)",
     ),
     "take the rows to lie side by side": ("row_kernels.py", "row * stride_z", "row * vocab"),
     "scale the gradient by the log-probability twice": ("row_kernels.py", "a *= grad_scale", "a *= 2 * grad_scale"),
