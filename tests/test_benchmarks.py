@@ -30,7 +30,9 @@ OPTIONS = {option: default for option, (default, _) in ALL_OPTIONS.items()} | {
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     """A command of the benchmarks in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # a worker of pytest-xdist has no benchmarks, and its children would take themselves for it
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+    environment |= {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
