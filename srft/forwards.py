@@ -33,7 +33,7 @@ def probe_sequences(model: PreTrainedModel, config: Config) -> list[Sequence]:
     """
     longest = config.longest_sequence
     # what a comparison may cost before the first step; a limit of the model beyond it is still compared on both sides
-    affordable = 4096 if model.device.type == "cuda" else 512
+    affordable = 4096 if model.device.type == "cuda" else 256
     limits = sorted({n for _, n in limits_of(model) if n < longest})
     # the last token of a sequence predicts nothing, so that only two more than the limit show what comes after it
     around = {n + more for n in limits for more in (0, 1, 2)}

@@ -32,7 +32,7 @@ RMS_FACTOR, MAX_FACTOR = 2.0, 4.0
 # Rounding that the noise of fp32 does not show (sums in another order) in units of the largest value compared.
 _FLOOR = 2e-6
 # Tokens of the sequences whose gradient is compared.
-_GRADIENT_TOKENS = 256
+_GRADIENT_TOKENS = 128
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,10 @@ def find_cause(model: PreTrainedModel, sequences: list[Sequence], dtype: torch.d
     n = sum(len(s.response_ids) for s in others)
     if off(_packed(model, [*others, changed])[:, :n], _packed(model, [*others, longest])[:, :n]):
         return f"state that runs from one packed sequence into the next{_modules(model)}"
-    most = max(map(len, sequences))
+    twins = [longest, changed]  # of one length, so that nothing but their places in the row differs
+    if off(_packed(model, twins), own_logprobs(model, twins, dtype)):
+        return "positions that it counts along the whole row, whatever sequence a token belongs to"
+    most = len(longest)
     return (
         f"something that depends on the longest sequence of a batch{_named(model, re.compile('rope_type'))}"
         f"{limits_passed(model, most)}; set data.max_prompt_tokens and rollout.max_new_tokens so that their sum stays "

@@ -96,6 +96,20 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "ernie4.5": ("Ernie4_5", {**_LLAMA, "head_dim": 8}),
     "stablelm": ("StableLm", _LLAMA),
     "stablelm-parallel-qk-norm": ("StableLm", {**_LLAMA, "use_parallel_residual": True, "qk_layernorm": True}),
+    "bart": (
+        "Bart",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 32,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 48,
+            "is_decoder": True,
+            "is_encoder_decoder": False,
+            "max_position_embeddings": 512,
+        },
+    ),
+    "bert": ("Bert", {**_EQUAL_HEADS, "is_decoder": True}),
     "persimmon": ("Persimmon", _EQUAL_HEADS),
     "olmo3": ("Olmo3", {**_LLAMA, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
     "exaone4": ("Exaone4", {**_LLAMA, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
@@ -355,6 +369,8 @@ _STATE = "state that runs from one packed sequence into the next, in .*"
 _OUTSIDE = "computes attention outside transformers' AttentionInterface"
 # what is refused, and the cause that the refusal must name; everything else is exact
 REFUSED = {
+    "bart": "positions that it counts along the whole row",
+    "bert": "a head that does more than",
     "dbrx": "its forward fails with RuntimeError: index_add_",  # its own experts, under bf16 autocast alone
     "gemma2": "a softcap of 2 in its attention",
     "gpt-oss": "sinks in its attention",

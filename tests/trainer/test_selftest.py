@@ -170,6 +170,13 @@ def test_a_head_that_does_more() -> None:
         prove(policy, config)
 
 
+@pytest.mark.parametrize("name", ["phi3-longrope", "llama-dynamic"])
+def test_lengths_on_one_side_of_a_change_are_exact(name: str) -> None:
+    """Frequencies that change at 32 tokens do not hinder a run that stays within them."""
+    config = tiny_config("data.max_prompt_tokens=20", "rollout.max_new_tokens=12")
+    assert max(prove(prepared(build(name), config), config).lengths) == 32
+
+
 def test_positions_that_run_out() -> None:
     """An exception inside the model becomes a line with the limit that was passed."""
     config = run_config()
