@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,11 +26,9 @@ from srft.config import Config
 from srft.forwards import Rounding, own_forward, own_logprobs, packed_forward, packed_logprobs, probe_sequences
 from srft.model import in_short, own_attention, run_body
 from srft.router import router_of
+from srft.spread import Spread
 from srft.suspects import find_cause, limits_passed
 
-# Differences beyond these multiples of the noise are errors: two samples of hundreds of values from one distribution
-# differ by less (0.8 to 1.3 and 0.8 to 1.5 over 50 architectures in bf16), errors of packing by orders more.
-RMS_FACTOR, MAX_FACTOR = 2.0, 4.0
 # Rounding that the noise of fp32 does not show (sums in another order) in units of the largest value compared.
 _FLOOR = 2e-6
 # Tokens of the sequences whose gradient is compared.
@@ -40,31 +40,19 @@ class Gap:
     """How far one computation is from another, beside the noise it may have.
 
     Args:
-        rms: Root mean square of the differences.
-        largest: Largest difference.
-        noise_rms: Root mean square of the noise.
-        noise_largest: Largest of the noise.
-        floor: Added to what the noise allows.
+        differences: From what it should be.
+        noise: What rounding gives.
+        floor: Differences up to this pass whatever the noise.
     """
 
-    rms: float
-    largest: float
-    noise_rms: float
-    noise_largest: float
+    differences: Spread
+    noise: Spread
     floor: float
-
-    @property
-    def allowed(self) -> float:
-        """Largest difference that passes."""
-        return MAX_FACTOR * self.noise_largest + self.floor
 
     @property
     def passes(self) -> bool:
         """Whether the differences are no more than noise; False for NaN."""
-        return (
-            self.rms <= RMS_FACTOR * self.noise_rms + self.floor
-            and self.largest <= self.allowed
-        )
+        return not self.differences.beyond(self.noise, self.floor)
 
 
 @dataclass(frozen=True)
@@ -90,8 +78,9 @@ class Proof:
     def sentence(self) -> str:
         """Say in a line what was proved."""
         parts = [
-            f"{dtype} log-probabilities within {gap.largest:.1e} nats (its own noise: {gap.noise_largest:.1e}), "
-            f"gradients within {grad.largest:.1e} of their norm ({grad.noise_largest:.1e})"
+            f"{dtype} log-probabilities within {gap.differences.largest:.1e} nats "
+            f"(its own noise: {gap.noise.largest:.1e}), gradients within {grad.differences.largest:.1e} of their norm "
+            f"({grad.noise.largest:.1e})"
             for (dtype, gap), grad in zip(self.logprobs.items(), self.gradients.values(), strict=True)
         ]
         off = "".join(f"; dropout off: {name} {rate:g}" for name, rate in self.dropout.items())
@@ -102,10 +91,10 @@ class Proof:
 
     def table(self) -> str:
         """Return what was compared as lines of text, one a dtype and quantity, and the lengths and seconds."""
-        lines = [f"{self.model_type}: exact", f"{'':34}{'largest':>10}{'rms':>10}{'noise':>10}{'its rms':>10}"]
+        lines = [f"{self.model_type}: exact", f"{'':34}{'largest':>10}{'mean':>10}{'noise':>10}{'its mean':>10}"]
         for what, gaps in (("log-probabilities, nats", self.logprobs), ("gradients, relative", self.gradients)):
             for dtype, gap in gaps.items():
-                numbers = (gap.largest, gap.rms, gap.noise_largest, gap.noise_rms)
+                numbers = (gap.differences.largest, gap.differences.mean, gap.noise.largest, gap.noise.mean)
                 lines.append(f"{what:24}{dtype:10}" + "".join(f"{n:10.1e}" for n in numbers))
         lines.append(f"sequences of {', '.join(map(str, sorted(self.lengths)))} tokens; {self.seconds:.1f} s")
         if self.dropout:
@@ -134,12 +123,17 @@ def prove(model: PreTrainedModel, config: Config) -> Proof:
     except Exception as error:  # whatever a model raises inside, from transformers or from code of its own
         raise ValueError(
             f"{model_type} cannot be trained on packed sequences: its forward fails with {type(error).__name__}: "
-            f"{in_short(error)}{limits_passed(model, config.longest_sequence)}"
+            f"{in_short(error)} ({_place(error)}){limits_passed(model, config.longest_sequence)}"
         ) from error
     finally:
         model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - start
     return Proof(model_type, logprobs, gradients, lengths, model.srft_traits.dropout, seconds)
+
+
+def _place(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}, line {frame.lineno}"
 
 
 class Refusal(ValueError):
@@ -162,17 +156,19 @@ def _compare(model: PreTrainedModel, config: Config) -> tuple[dict[str, Gap], di
         if dtype != torch.float32:
             noise[name] = own_logprobs(model, sequences, dtype) - gold
         actual = packed_logprobs(model, packed, dtype)
-        if not torch.equal(actual, packed_logprobs(model, packed, dtype)):
+        floor = _FLOOR * max(1.0, float(gold.abs().max()))
+        again = packed_logprobs(model, packed, dtype)
+        if not float((again - actual).abs().max()) <= Spread.of(noise[name]).allowed(floor):
             raise Refusal(
                 "the same batch gives different log-probabilities twice: dropout or other noise that the trainer "
                 "cannot turn off"
             )
-        logprobs[name] = _gap(actual - gold, noise[name], _FLOOR * max(1.0, float(gold.abs().max())))
+        logprobs[name] = Gap(Spread.of(actual - gold), Spread.of(noise[name]), floor)
         if not logprobs[name].passes:
             raise Refusal(
-                f"log-probabilities in {name} differ from its own forward by {logprobs[name].largest:.2g} nats at "
-                f"most, where its own rounding gives {logprobs[name].noise_largest:.1g}; likely cause: "
-                f"{find_cause(model, sequences, dtype, logprobs[name].allowed)}"
+                f"log-probabilities in {name} differ from its own forward by {logprobs[name].differences.largest:.2g} "
+                f"nats at most, where its own rounding gives {logprobs[name].noise.largest:.1g}; likely cause: "
+                f"{find_cause(model, sequences, dtype, logprobs[name].noise.allowed(floor))}"
             )
     gradients = _compare_gradients(model, small, packed_small, dtypes)
     _compare_router(model, config, small[-1])
@@ -190,12 +186,6 @@ def _first_tokens(sequences: list[Sequence], tokens: int) -> list[Sequence]:
         prompt = min(len(s.prompt_ids), len(ids) - 1)
         chosen.append(Sequence(ids[:prompt], ids[prompt:], False, False, [], ""))
     return chosen
-
-
-def _gap(differences: Tensor, noise: Tensor, floor: float) -> Gap:
-    d, e = differences.double(), noise.double()
-    rms = [float(x.square().mean().sqrt()) for x in (d, e)]
-    return Gap(rms[0], float(d.abs().max()), rms[1], float(e.abs().max()), floor)
 
 
 def _compare_router(model: PreTrainedModel, config: Config, sequence: Sequence) -> None:
@@ -251,12 +241,13 @@ def _compare_gradients(
         name = str(dtype).removeprefix("torch.")
         noise = _relative(_gradients(model, own(dtype, dtype == torch.float32)), gold)
         error = _relative(_gradients(model, as_trained(dtype)), gold)
-        gaps[name] = _gap(error, noise, 1e-5)
+        gaps[name] = Gap(Spread.of(error), Spread.of(noise), 1e-5)
         if not gaps[name].passes:
             worst = list(gold)[int(error.argmax())]
             raise Refusal(
                 f"its log-probabilities agree with its own forward, its gradients in {name} do not: {worst} differs "
-                f"by {gaps[name].largest:.2g} of its norm, where rounding gives {gaps[name].noise_largest:.1g}; likely "
+                f"by {gaps[name].differences.largest:.2g} of its norm, where rounding gives "
+                f"{gaps[name].noise.largest:.1g}; likely "
                 "cause: a layer whose backward depends on how sequences are packed, or misses some of its weights"
             )
     return gaps

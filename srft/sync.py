@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,60 +11,15 @@ from srft.config import Config
 from srft.engine.base import Engine
 from srft.forwards import sampler_logprobs
 from srft.model import final_hidden_states, head_arguments
+from srft.spread import Spread
 from srft_kernels import linear_logprobs
 
-# Multiples of the noise that pass. Of a probe's tokens the mean is sharp; far quantiles of two engines that round in
-# different places are less alike, above all where a token of a mixture of experts goes to another expert.
-_FACTORS = {"mean": 2.0, "p90": 3.0, "p99": 4.0, "largest": 8.0}
 # Of two computations in fp32 that are the same but for the order of sums, nats.
 FP32_TOLERANCE = 1e-4
 
 
 class CanaryError(RuntimeError):
     """The engine samples from other weights than the trainer's."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How the absolute differences over a probe are distributed, nats.
-
-    Args:
-        mean: Their mean.
-        p90: Nine of ten are smaller.
-        p99: All but one of a hundred are.
-        largest: The largest.
-    """
-
-    mean: float
-    p90: float
-    p99: float
-    largest: float
-
-    @staticmethod
-    def of(differences: Tensor) -> Spread:
-        """Describe these differences.
-
-        Args:
-            differences: [N] of any sign.
-        """
-        sizes = differences.double().abs()
-        p90, p99 = sizes.quantile(torch.tensor([0.9, 0.99], dtype=torch.float64)).tolist()
-        return Spread(float(sizes.mean()), p90, p99, float(sizes.max()))
-
-    def beyond(self, noise: Spread) -> list[str]:
-        """Name the measures in which these differences are more than noise; NaN is.
-
-        Args:
-            noise: What rounding alone gives on the same probe.
-        """
-        return [
-            name
-            for name, factor in _FACTORS.items()
-            if not getattr(self, name) <= max(FP32_TOLERANCE, factor * getattr(noise, name))
-        ]
-
-    def __str__(self) -> str:
-        return f"mean {self.mean:.1e}, 99 in 100 below {self.p99:.1e}, largest {self.largest:.1e}"
 
 
 class WeightSync:
@@ -133,7 +86,7 @@ class WeightSync:
             return bool((engine - trainer).abs().max() <= self._tolerance)
         if self._noise is None:
             self._noise = self._measure_noise()
-        return not Spread.of(engine - trainer).beyond(self._noise)
+        return not Spread.of(engine - trainer).beyond(self._noise, FP32_TOLERANCE)
 
     def _measure_noise(self) -> Spread:
         """Between the trainer's precision and a sampler of the engine's, on the trainer's own weights."""

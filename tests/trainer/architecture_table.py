@@ -19,7 +19,7 @@ def verdict(name: str, dtype: str) -> tuple[str, str]:
     except ValueError as error:
         return "refused", str(error)
     gap = proof.logprobs[dtype]
-    return f"exact {gap.largest:.0e} ({gap.noise_largest:.0e})", ""
+    return f"exact {gap.differences.largest:.0e} ({gap.noise.largest:.0e})", ""
 
 
 def main() -> None:

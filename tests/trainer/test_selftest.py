@@ -156,8 +156,8 @@ def test_an_error_of_the_run_s_dtype_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_noise_that_cannot_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two passes over one batch must agree to the bit."""
-    message = refusal_with(monkeypatch, plain_model(), lambda y: y + 1e-7 * torch.randn_like(y))
+    """Two passes over one batch must agree but for rounding."""
+    message = refusal_with(monkeypatch, plain_model(), lambda y: y + 1e-3 * torch.randn_like(y))
     assert "different log-probabilities twice" in message
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from srft.engine.hf import HfEngine
-from srft.sync import CanaryError, Spread, WeightSync
+from srft.spread import Spread
+from srft.sync import CanaryError, WeightSync
 from tests.trainer.tiny import plain_model, policy, tiny_config
 
 PROBE = [[5, 6, 7, 8], [9, 10], [3, 4, 5, 6, 7, 8, 9]]
@@ -186,7 +187,7 @@ def test_bf16_errors_beyond_its_own_rounding(change: Callable[[Tensor], Tensor],
     with pytest.raises(CanaryError, match="its own rounding: mean .*e-0.*changed but is not the new policy"):
         sync.push(1)
     engine = torch.cat([change(torch.zeros(39)) for _ in LONG_PROBE])
-    assert measure in Spread.of(engine).beyond(sync._noise)
+    assert measure in Spread.of(engine).beyond(sync._noise, 1e-4)
 
 
 def test_bf16_stale_engine() -> None:
