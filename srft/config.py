@@ -29,8 +29,8 @@ class DataConfig(Section):
     not), a folder or a glob of such files, or a Hugging Face hub id."""
     eval: str | None = None
     """Held-out source of the same kinds; unset: the held-out part of a built-in task, `eval_split` of a hub data set
-    or of a folder whose files name it, else the last tenth of the files (at most eval_limit rows, kept out of
-    training)."""
+    or of a folder whose files name it, else the last tenth of the problems (at most eval_limit, kept out of training
+    with all their rows)."""
     split: str = "train"
     """Split read from a hub data set, or from a folder whose files name their splits."""
     eval_split: str = "test"

@@ -193,7 +193,7 @@ def read_fields(
         answer = _decoded(place, "answer", answer)
     if is_missing(answer):
         raise ValueError(f"{place}: no answer in column {columns['answer']!r}")
-    demos = _read_demos(place, row, columns["demo"], schema) if "demo" in columns else []
+    demos = _read_demos(place, row, columns, schema) if "demo" in columns else []
     texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
     for role, said in (("prompt", texts), ("answer", [answer]), ("demonstration", demos)):
         for text in said:
@@ -260,7 +260,8 @@ def _read_prompt(place: str, row: dict[str, Any], column: str, schema: str | Non
     return prompt.rstrip() + "\n" if column in ("question", "problem") else prompt
 
 
-def _read_demos(place: str, row: dict[str, Any], column: str, schema: str | None) -> list[str]:
+def _read_demos(place: str, row: dict[str, Any], columns: dict[str, str], schema: str | None) -> list[str]:
+    column, after_prompt = columns["demo"], columns["demo"] != columns["prompt"]
     if not has_column(row, column):
         return []
     value = lookup(row, column)
@@ -269,7 +270,7 @@ def _read_demos(place: str, row: dict[str, Any], column: str, schema: str | None
     flags = row.get(_CORRECT.get(column, ""))
     if several and isinstance(flags, (list, tuple)) and len(flags) == len(items):
         items = [item for item, correct in zip(items, flags, strict=True) if correct is not False]
-    texts = [text for item in items if (text := _demo_text(place, item)) is not None]
+    texts = [text for item in items if (text := _demo_text(place, item, after_prompt)) is not None]
     if schema == "countdown" and column == "solution" and not is_missing(row.get("answer")):
         texts = [f"{text}\n<answer>{row['answer']}</answer>" for text in texts]
     elif (schema, column) in (("gsm8k", "answer"), ("openr1", "extra_info.answer")):
@@ -278,8 +279,11 @@ def _read_demos(place: str, row: dict[str, Any], column: str, schema: str | None
     return list(dict.fromkeys(texts))
 
 
-def _demo_text(place: str, value: Any) -> str | None:
-    """One demonstration: text, or the assistant's last turn of a conversation that ends with it."""
+def _demo_text(place: str, value: Any, after_prompt: bool) -> str | None:
+    """One demonstration: text, or the assistant's last turn of a conversation that ends with it.
+
+    ``after_prompt`` says that it follows a prompt of another column, so that no other turn may come between.
+    """
     if is_missing(value):
         return None
     if isinstance(value, bytes):
@@ -288,6 +292,11 @@ def _demo_text(place: str, value: Any) -> str | None:
         # a completion of one turn need not say whose it is
         value = [{"role": "assistant", **value[0]}, *value[1:]]
     if (halves := split_conversation(value, place)) is not None:
+        if after_prompt and any(turn["role"] == "assistant" for turn in halves[0]):
+            raise ValueError(
+                f"{place}: the demonstration has several turns of the assistant, of which only the last would follow "
+                "the prompt; map data.columns.prompt to the same conversation"
+            )
         value = halves[1]
     if is_missing(value):
         return None

@@ -115,9 +115,10 @@ def test_thought_in_a_field_of_its_own(tmp_path: Path, key: str) -> None:
         ({"messages": '[{"role": "user", "content": "x"}\n {"role": "gpt", "content": "#1"}]'}, "neither JSON nor"),
         ({"messages": [USER, "x"]}, "the prompt must be text or messages"),
         ({"prompt": "x", "demo": [["#1"]]}, "the demonstration must be text or messages, got list"),
+        ({"prompt": "x", "demo": [SAID, USER, SAID]}, "has several turns of the assistant, .* map data.columns.prompt"),
     ],
     ids=["null", "role", "no-role", "image", "no-user", "blank-user", "system", "two-in-a-row", "empty", "numpy",
-         "mixed", "nested-list"],
+         "mixed", "nested-list", "turns-between"],
 )  # fmt: skip
 def test_conversations_that_cannot_be_read_name_the_row(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     """What is no conversation is refused with its line, and never trained on as text."""

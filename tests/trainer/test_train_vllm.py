@@ -25,13 +25,21 @@ RUN = {
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_every_step_samples_from_its_own_weights(tied: bool, tmp_path: Path) -> None:
-    """Four steps at a learning rate that moves the weights: engine and trainer agree to 1e-4 nats after each."""
-    run = train(tmp_path, **RUN, model__tiny__tie_embeddings=tied)
+    """Four steps at a learning rate that moves the weights: engine and trainer agree to 1e-4 nats after each.
+
+    Where texts end completions, each does so at its first such text.
+    """
+    stop = {"rollout__stop": '["0", "1", "2", ";", "é"]'} if tied else {}
+    run = train(tmp_path, **RUN, **stop, model__tiny__tie_embeddings=tied)
     rows = read_lines(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert all(row["canary/max_abs_diff"] <= 1e-4 for row in rows)
     assert all(row["mismatch/max"] <= 1e-3 for row in rows[1:])
     assert rows[4]["loss/total"] != rows[1]["loss/total"]
+    said = [s["completion"] for s in read_lines(run / "samples.jsonl") if not s["demo"]]
+    ends = [index for text in said if tied for index, sign in enumerate(reversed(text)) if sign in "012;é"]
+    assert ends if tied else not ends
+    assert not any(ends)
     assert (run / "engine" / "vllm.log").is_file()
     assert rows[-1]["eval/accuracy"] >= 0
 
