@@ -155,12 +155,13 @@ def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]
     Raises:
         ValueError: When there is only one problem.
     """
-    last = {_problem_key(example): example for example in reversed(examples)}
+    keys = [_problem_key(example) for example in examples]
+    last = dict(zip(reversed(keys), reversed(examples), strict=True))
     if len(last) < 2:
         name = examples[0].id.rpartition(":")[0]
         raise ValueError(f"{name} has one problem, and needs one more to hold out; add rows or set data.eval")
     kept_out = dict(list(last.items())[: max(1, len(last) // 10)])
-    training = [example for example in examples if _problem_key(example) not in kept_out]
+    training = [example for key, example in zip(keys, examples, strict=True) if key not in kept_out]
     return training, list(kept_out.values())[::-1]
 
 
