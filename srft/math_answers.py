@@ -92,7 +92,8 @@ def read(text: str, depth: int = 0) -> Node | None:
 def _choice(text: str, _depth: int) -> Node | None:
     if match := _CHOICE.fullmatch(text):
         return Words(match[1])
-    if (match := _CHOICE_AND_TEXT.fullmatch(text)) and not re.search(r"\(?\b[A-J]\)", match[2] or match[4]):
+    match = _CHOICE_AND_TEXT.fullmatch(text)
+    if match and not re.search(r"\b[A-J]\)|\b(?:or|and|not)\b", match[2] or match[4]):
         # "(A) + B" is mathematics
         return Words(match[1] or match[3]) if re.match(r"[\w$\\]", match[2] or match[4]) else None
     return None
@@ -113,13 +114,15 @@ def _union(text: str, depth: int) -> Node | None:
     parts, signs = _split(text, {r"\cup"})
     if not signs:
         return None
-    parts[0] = _without_member(parts[0])
+    name, parts[0] = _member(parts[0])
     items = tuple(read(part, depth + 1) for part in parts)
-    return Items("union", items) if all(isinstance(item, Items) for item in items) else Literal(text)
+    return Items("union", items, name) if all(isinstance(item, Items) for item in items) else Literal(text)
 
 
-def _without_member(text: str) -> str:
-    return re.sub(r"^[a-zA-Z]\s*\\in(?![a-z])\s*", "", text)
+def _member(text: str) -> tuple[str, str]:
+    """The variable and the set of "x \\in [0, 1]", no variable and the text of anything else."""
+    match = re.match(r"([a-zA-Z])\s*\\in(?![a-z])\s*", text)
+    return (match[1], text[match.end() :]) if match else ("", text)
 
 
 def _number(text: str, _depth: int) -> Node | None:
@@ -220,9 +223,9 @@ def _equation(sides: list[str], nodes: list[Any], text: str) -> Node | None:
 
 
 def _enclosed(text: str, depth: int) -> Node | None:
-    text = _without_member(text)
+    name, text = _member(text)
     if re.fullmatch(r"\\mathbb\s*\{R\}", text):
-        return Items("()", (Scalar(r"-\infty"), Scalar(r"\infty")))
+        return Items("()", (Scalar(r"-\infty"), Scalar(r"\infty")), name)
     opening = re.match(r"\\(?:\{|lbrace|langle)|[(\[]", text)
     closing = re.search(r"(?:\\(?:\}|rbrace|rangle)|[)\]])$", text)
     if opening is None or closing is None:
@@ -246,9 +249,9 @@ def _enclosed(text: str, depth: int) -> Node | None:
         for item in items:
             if not any(same(item, other) for other in distinct):
                 distinct.append(item)
-        return Items("set", tuple(distinct))
+        return Items("set", tuple(distinct), name)
     kind = {r"\langle\rangle": "()"}.get(ends, ends)
-    return Items(kind, items) if kind in ("()", "[]", "(]", "[)") else Literal(text)
+    return Items(kind, items, name) if kind in ("()", "[]", "(]", "[)") else Literal(text)
 
 
 def _either_sign(text: str, depth: int) -> Node | None:

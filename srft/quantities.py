@@ -186,7 +186,7 @@ def _flatten(text: str) -> str:
     text = re.sub(r"\*\*(?![0-9{(])|(?<![0-9)}\s])\*\*|^\*\*|\s\*\*(?=[0-9])(?=.*\*\*)", " ", text)
     text = text.replace(r"\%", "%").replace(r"\$", "$").replace(r"\&", "&")
     text = re.sub(r"\^\s*\\circ\s*([CF])(?![a-zA-Z])", r" °\1", text)
-    text = re.sub(r"\^\s*\\circ(?![a-zA-Z])", " degrees", text)
+    text = re.sub(r"\^\s*\\circ(?![a-zA-Z]|\s*!)", " degrees", text)
 
     def raise_unit(match: re.Match[str]) -> str:
         name = match[1] if len(match[1]) == 1 else match[1].lower()
@@ -230,7 +230,7 @@ def _trailing(text: str) -> tuple[Fraction, bool, str] | None:
     attached = bool(text) and text[0].isalpha() and not percent
     if rate := _RATE.fullmatch(text):
         text = rate["words"]
-    if re.search(r"[0-9\\<>=|^_*+#&\[\]{}:]|\.\.|…|^\s*[!']|-\s|-$", text.rstrip(":")):
+    if re.search(r"[0-9\\<>=|^_*+#&\[\]{}:]|\.\.|…|^\s*'|(?<![a-zA-Z])\s*!|-\s|-$", text.rstrip(":")):
         return None
     if re.search(rf"[^\w\s.,;:'\"()?!/°µ¢²³{_CURRENCY}-]", text):
         return None

@@ -289,6 +289,13 @@ MATH_BOXED: list[Row] = [
     (r"15\%", "15", 1), (r"15\%", r"1500\%", 0), (r"\infty", r"+\infty", 1), (r"-\infty", r"\infty", 0),
     ("5", r"\infty", 0), ("5", "NaN", 0), ("5", "null", 0), ("5", "None", 0), ("5", "?", 0), ("5", "...", 0),
     ("5", r"\ldots", 0), (r"\mathbb{R}", r"(-\infty,\infty)", 1), (r"\mathbb{Z}", r"\mathbb{R}", 0),
+    # one sign more
+    (r"\frac{2}{5}", r"$\frac{2}{5}$!", 0), ("1003", "$1003$!", 0), ("1003", "1003!", 0),
+    (r"76^\circ", r"76^\circ!", 0), (r"\text{(C)}", r"\text{(C)} \text{ or } 1", 0),
+    ("C", r"\text{(C)} \text{ and } \text{(D)}", 0), ("C", r"\text{(C)}\ 12", 1),
+    (r"x \in [-2,7]", r"y \in [-2,7]", 0), (r"x \in [-2,7]", r"-2 \le x \le 7", 1),
+    (r"x \in [-2,7]", r"-2 \le y \le 7", 0), ("2k+2", "2k+2!", 1), ("1", r"1 \text{ or } 1", 1), ("0", "00", 1),
+    (r"x \in \{1, 2\}", "1, 2", 1),
     # answers that cannot be read
     ("", "5", None), ("  ", "", None), (None, "5", None), (r"\frac{1}{", "5", None), ("???", "???", None),
     (float("nan"), "nan", None), ("(1,2", "(1,2", None),
