@@ -266,6 +266,8 @@ def _launch(
             BLOCK_V=block_v,
             LANES=min(block_v, _lanes(z)),
             num_warps=_NUM_WARPS,
+            # what Triton does by default changes with 3.10
+            enable_fp_fusion=True,
         )
     return stats, dz
 

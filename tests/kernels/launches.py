@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import srft_kernels
-from srft_kernels import row_kernels
+from srft_kernels import formulas, row_kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -113,3 +114,15 @@ def device_functions() -> dict[str, JITFunction]:
             if isinstance(value, JITFunction) and value.fn.__module__ == module.name:
                 found[f"{module.name}.{name}"] = value
     return found
+
+
+def token_formulas() -> dict[str, JITFunction]:
+    """The formulas that a kernel inlines, by name."""
+    return {name: x for name, x in vars(formulas).items() if name.endswith("_token") and hasattr(x, "eager")}
+
+
+def arguments_of(formula: JITFunction, count: int) -> tuple[torch.Tensor, tuple[float, ...]]:
+    """Inputs [K, count] and scalars, such as ``formula`` takes."""
+    names = formula.arg_names[2:]
+    inputs = next((i for i, name in enumerate(names) if name in ("clip_low", "sft_coef")), len(names))
+    return torch.ones(inputs, count), (0.5,) * (len(names) - inputs)

@@ -5,65 +5,50 @@ import re
 import subprocess
 
 import pytest
+import torch
 
 from srft_kernels import formulas, row_kernels
+from srft_kernels._row_cpu import Rows, Stats
+from tests.kernels.cases import case_id
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(row_kernels.INTERPRETED, reason="the interpreter does not compile")
 
-# the registers of the H100, and the oldest, newest and AMD targets
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
-OPTIONS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_TEMPERATURE": True}
-PLAIN = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "HAS_TEMPERATURE": False}
+if row_kernels.INTERPRETED:
+    TARGETS, TOKEN_FORMULAS, LARGEST = [], [], None
+else:
+    from tests.kernels.launches import TARGETS, arguments_of, recorded_launches, token_formulas
+
+    TOKEN_FORMULAS = list(token_formulas().values())
+    LARGEST = max(TOKEN_FORMULAS, key=lambda formula: len(formula.arg_names))
+OPTIONS = {"bias": True, "softcap": 30.0, "temperature": True, "entropy": True}
+PLAIN: dict = {}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def compile_row_kernel(
-    target, formula=None, num_inputs=0, num_params=0, dtype="bf16", scores="fp32", aligned=True, **flags
-):
-    """Compile the row kernel for ``target`` as ``_launch`` would call it.
+def compile_rows(
+    target, formula=None, part="gradient", scores=FP32, grads=BF16, vocab=8192, *,
+    bias=False, softcap=None, temperature=False, entropy=False,
+):  # fmt: skip
+    """Compile the row kernel for ``target`` as a launch of it would: with ``formula``, or of one ``part`` of the work.
 
-    ``dtype`` is that of the gradient, ``scores`` that of the scores. ``aligned`` stands for tensors as torch
-    allocates them and a vocabulary that is a multiple of 16: loads and stores are then vectors.
+    Rows of an odd ``vocab`` begin anywhere, as in logits that a caller holds: no load or store is then a vector.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = row_kernels._row_kernel
-    constants = {
-        "OBJECTIVE": formula,
-        "NUM_INPUTS": num_inputs,
-        "STATS_KNOWN": False,
-        "GRADIENT": True,
-        "ENTROPY_GRAD": True,
-        "BLOCK_V": row_kernels._MAX_BLOCK_V,
-        "LANES": row_kernels._NUM_WARPS * 32 * (4 if scores == "fp32" else 8),
-        **flags,
-    }
-    types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
-    types.update(
-        {
-            "labels_ptr": "*i64",
-            "z_ptr": f"*{scores}",
-            "dz_ptr": f"*{dtype}",
-            "scalars": ("fp32",) * num_params,
-            "softcap": "fp32",
-            "grad_scale": "fp32",
-        }
+    z, vector = torch.empty(3, vocab, dtype=scores), torch.ones(3)
+    out = None if grads == scores else torch.empty(3, vocab, dtype=grads)
+    rows = Rows(
+        torch.arange(3), vector if temperature else None, torch.zeros(vocab) if bias else None, softcap, -100, grads
     )
-    types.update(dict.fromkeys(constants, "constexpr"))
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    multiples = [name for name in types if name.endswith("_ptr") or name in ("stride_z", "stride_dz", "vocab")]
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples if aligned}
-    source = ASTSource(
-        kernel, {name: types[name] for name in kernel.arg_names}, constexprs=places, attrs=attributes
-    )
-    options = {"num_warps": row_kernels._NUM_WARPS}
-    return triton.compile(source, target=GPUTarget(*target), options=options)
+    with recorded_launches(target) as launches:
+        if formula is not None:
+            row_kernels.objective_gradient(z, rows, formula, *arguments_of(formula, 3), entropy, out)
+        elif part == "statistics":
+            row_kernels.stats(z, rows, False)
+        else:
+            known = Stats(vector, vector, vector, vector)
+            row_kernels.gradient(z, rows, known, vector, vector if entropy else None, False, out)
+    (launch,) = launches
+    return launch.compiled
 
 
 def ptxas_report(ptx: str, tmp_path) -> str:
@@ -96,52 +81,33 @@ def assert_clean(kernel, target: str, tmp_path) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("options", [OPTIONS, PLAIN], ids=["all-options", "plain"])
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "odd-vocabulary"])
-def test_srft_kernel_compiles(target, options, aligned, tmp_path):
-    """The one-launch kernel with the largest objective, bf16 gradient in half a row."""
-    formula = formulas.srft_likelihood_token
-    kernel = compile_row_kernel(TARGETS[target], formula, 7, 8, aligned=aligned, **options)
-    assert_clean(kernel, target, tmp_path)
+@pytest.mark.parametrize("vocab", [8192, 8191], ids=["aligned", "odd-vocabulary"])
+def test_largest_objective_compiles(target, options, vocab, tmp_path):
+    """The one-launch kernel with the largest objective, fp32 scores and a bf16 gradient."""
+    assert_clean(compile_rows(target, LARGEST, vocab=vocab, **options), target, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("formula", "num_inputs", "num_params"),
-    [
-        (formulas.cross_entropy_token, 1, 0),
-        (formulas.clip_token, 5, 8),
-        (formulas.cispo_token, 5, 8),
-        (formulas.reinforce_token, 5, 8),
-        (formulas.srft_ratio_token, 7, 8),
-    ],
-    ids=lambda x: getattr(x, "__name__", None),
-)
-def test_every_objective_compiles(formula, num_inputs, num_params, tmp_path):
+@pytest.mark.parametrize("formula", TOKEN_FORMULAS, ids=lambda x: x.__name__)
+def test_every_objective_compiles(formula, tmp_path):
     """Every objective inlined for sm_90."""
-    kernel = compile_row_kernel(TARGETS["sm_90"], formula, num_inputs, num_params, **PLAIN)
-    assert_clean(kernel, "sm_90", tmp_path)
+    assert_clean(compile_rows("sm_90", formula), "sm_90", tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize(
-    "flags", [{"GRADIENT": False}, {"STATS_KNOWN": True}], ids=["statistics", "known-coefficients"]
-)
-def test_passes_compile(dtype, flags, tmp_path):
+@pytest.mark.parametrize("grads", [FP32, BF16, FP16], ids=case_id)
+@pytest.mark.parametrize("part", ["statistics", "gradient"])
+def test_parts_compile(grads, part, tmp_path):
     """The statistics pass and the pass with given coefficients, for sm_90."""
-    assert_clean(compile_row_kernel(TARGETS["sm_90"], dtype=dtype, **OPTIONS, **flags), "sm_90", tmp_path)
+    assert_clean(compile_rows("sm_90", part=part, grads=grads, **OPTIONS), "sm_90", tmp_path)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize(
-    "flags",
-    [{"GRADIENT": False}, {"STATS_KNOWN": True}, {"STATS_KNOWN": True, "ENTROPY_GRAD": False}, {}],
-    ids=["statistics", "known-coefficients", "known-coefficients-no-entropy", "one-launch"],
-)
-def test_16_bit_scores_compile(target, dtype, flags, tmp_path):
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=case_id)
+@pytest.mark.parametrize("work", ["statistics", "gradient", "gradient-no-entropy", "one-launch"])
+def test_16_bit_scores_compile(target, dtype, work, tmp_path):
     """Scores and gradient of 16 bits, with all options."""
-    formula, sizes = (None, (0, 0)) if flags else (formulas.srft_likelihood_token, (7, 8))
-    kernel = compile_row_kernel(TARGETS[target], formula, *sizes, dtype=dtype, scores=dtype, **OPTIONS, **flags)
-    assert_clean(kernel, target, tmp_path)
+    options = {**OPTIONS, "entropy": work != "gradient-no-entropy"}
+    formula, part = LARGEST if work == "one-launch" else None, work.removesuffix("-no-entropy")
+    assert_clean(compile_rows(target, formula, part, dtype, dtype, **options), target, tmp_path)
 
 
 def loops(ptx: str) -> list[str]:
@@ -149,21 +115,27 @@ def loops(ptx: str) -> list[str]:
     return [body for _, body in re.findall(r"(\$L__BB\d+_\d+):(.*?)bra\s+\1;", ptx, re.S)]
 
 
-@pytest.mark.parametrize("scores", ["fp32", "bf16"])
-@pytest.mark.parametrize("options", [OPTIONS, PLAIN], ids=["all-options", "plain"])
-def test_statistics_stay_in_their_threads(scores, options):
-    """Threads exchange nothing until a row has been read: per 16 logits vector loads and no shuffle or barrier."""
-    ptx = compile_row_kernel(TARGETS["sm_90"], scores=scores, **options).asm["ptx"]
+@pytest.mark.parametrize("scores", [FP32, BF16], ids=case_id)
+@pytest.mark.parametrize(
+    ("options", "registers"),
+    [(PLAIN, {FP32: 48, BF16: 64}), (OPTIONS, {FP32: 80, BF16: 80})],
+    ids=["plain", "all-options"],
+)
+def test_statistics_stay_in_their_threads(scores, options, registers, tmp_path):
+    """Threads exchange nothing until a row has been read: vector loads, and no shuffle or barrier in either loop."""
+    ptx = compile_rows("sm_90", formulas.clip_token, scores=scores, **options).asm["ptx"]
     statistics, gradient = [body for body in loops(ptx) if "ex2" in body]
-    assert not re.search("bar|shfl|shared", statistics) and statistics.count("ld.global.v4") >= 2
-    assert re.search("st.global.v4", gradient) and not re.search("shfl|shared", gradient)
+    for body in (statistics, gradient):
+        assert not re.search("bar|shfl|shared", body) and body.count("ld.global.v4") >= 2
+    assert "st.global.v4" in gradient and "st.global" not in statistics
     assert ptx.count("shfl") == 24
+    # five, four or three programs of 256 threads then share a multiprocessor
+    assert int(re.search(r"Used (\d+) registers", ptxas_report(ptx, tmp_path))[1]) <= registers[scores]
 
 
 def test_in_place_gradient_waits_for_the_label():
     """Before the gradient is written over a row, every thread has read the score of the label."""
-    formula = formulas.cross_entropy_token
-    ptx = compile_row_kernel(TARGETS["sm_90"], formula, 1, scores="bf16", **PLAIN).asm["ptx"]
+    ptx = compile_rows("sm_90", formulas.cross_entropy_token, scores=BF16).asm["ptx"]
     before = ptx[: ptx.index(loops(ptx)[-1])]
     # the only load of a single 16-bit number
     assert before.count("ld.global.b16") == 1

@@ -22,14 +22,14 @@ pytestmark = pytest.mark.skipif(row_kernels.INTERPRETED, reason="the interpreter
 if not row_kernels.INTERPRETED:
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
-    from tests.kernels.launches import device_functions, recorded_launches
+    from tests.kernels.launches import arguments_of, device_functions, recorded_launches, token_formulas
 
 ROOT = Path(__file__).resolve().parents[2]
 # what `make test` installs apart, from this lock
 OTHER_TRITON = Path(sys.prefix) / "triton-gpu"
 OTHER_LOCK = ROOT / "requirements" / "triton-gpu.txt"
 OTHER_TESTS = "not sm_80 and not sm_100 and not gfx942"
-TOKEN_FORMULAS = {name for name, x in vars(formulas).items() if name.endswith("_token") and hasattr(x, "eager")}
+TOKEN_FORMULAS = set() if row_kernels.INTERPRETED else set(token_formulas())
 EVERY_CALL = [
     (cross_entropy, {}),
     (cross_entropy, {"temperature": 0.7, "logit_softcap": 3.0}),
@@ -142,12 +142,10 @@ def test_a_call_compiles_no_variant_twice(op, options, variants, vocab, monkeypa
 def test_every_formula_compiles_as_launched(formula):
     """A launch of each formula ends in machine code for the H100."""
     formula = getattr(formulas, formula)
-    scalars = (0.5,) * (0 if formula is formulas.cross_entropy_token else 8)
-    inputs = torch.ones(len(formula.arg_names) - 2 - len(scalars), 6)
     rows = Rows(torch.zeros(6, dtype=torch.int64), None, None, None, -100, torch.bfloat16)
     with recorded_launches() as launches:
         for _ in range(2):
-            row_kernels.objective_gradient(torch.randn(6, 512), rows, formula, inputs, scalars, True)
+            row_kernels.objective_gradient(torch.randn(6, 512), rows, formula, *arguments_of(formula, 6), True)
     assert len(launches) == 1 and ".visible .entry" in launches[0].compiled.asm["ptx"]
 
 
