@@ -65,6 +65,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
     return ByWhatTheyShare(config, log) if config.getvalue("dist") == "load" else None
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: compressed ones hold a time, and workers must find the same tests."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run, before any fixture is built."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -62,16 +62,16 @@ def rows_of(source: Path | str, split: str = "train", limit: int | None = None) 
         ("utf16-late-bom.jsonl", (LINES[:-1] + MARK + "\r\n").encode("utf-16")),
         ("utf32.jsonl", LINES.encode("utf-32")),
         ("utf32-be.jsonl", LINES.encode("utf-32-be")),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("a.jsonl.bz2", bz2.compress(LINES.encode())),
         ("a.jsonl.xz", lzma.compress(LINES.encode())),
-        ("utf16.jsonl.gz", gzip.compress(LINES.encode("utf-16"))),
-        ("gzipped-by-content.jsonl", gzip.compress(LINES.encode())),
+        ("utf16.jsonl.gz", gzip.compress(LINES.encode("utf-16"), mtime=0)),
+        ("gzipped-by-content.jsonl", gzip.compress(LINES.encode(), mtime=0)),
         ("gzipped-by-name.jsonl.gz", LINES.encode()),
         ("a.json", json.dumps(ROWS, indent=1).encode()),
         ("bom.json", (MARK + json.dumps(ROWS)).encode()),
         ("utf16.json", json.dumps(ROWS).encode("utf-16")),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
         ("lines.json", LINES.encode()),
         ("a.csv", COMMAS.encode()),
         ("crlf.csv", COMMAS.replace("\n", "\r\n").encode()),
@@ -81,7 +81,7 @@ def rows_of(source: Path | str, split: str = "train", limit: int | None = None) 
         ("spreadsheet.csv", COMMAS.replace(",", ";").encode()),
         ("tabs.csv", COMMAS.replace(",", "\t").encode()),
         ("a.tsv", COMMAS.replace(",", "\t").encode()),
-        ("a.csv.gz", gzip.compress(COMMAS.encode())),
+        ("a.csv.gz", gzip.compress(COMMAS.encode(), mtime=0)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -98,7 +98,7 @@ def test_tables_give_the_same_rows(tmp_path: Path, name: str) -> None:
     path = table(tmp_path / name)
     assert rows_of(path) == ROWS and rows_of(path, limit=2) == ROWS[:2]
     packed = path.with_name(f"{name}.gz")
-    packed.write_bytes(gzip.compress(path.read_bytes()))
+    packed.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
     assert rows_of(packed) == ROWS
 
 
@@ -222,7 +222,7 @@ def cut(content: bytes) -> bytes:
         ("a.csv", COMMAS.encode("latin-1", "replace"), r"line 2: not UTF-8 \(byte 0xe9.*iconv -f"),
         ("a.json", json.dumps(ROWS, ensure_ascii=False).encode("latin-1", "replace"), "line 1: not UTF-8"),
         ("a.jsonl", LINES.encode("utf-16")[:-1], "after line .*: not valid UTF-16"),
-        ("a.jsonl.gz", cut(gzip.compress(LINES.encode())), r"a\.jsonl\.gz: its compression is damaged"),
+        ("a.jsonl.gz", cut(gzip.compress(LINES.encode(), mtime=0)), r"a\.jsonl\.gz: its compression is damaged"),
         ("a.jsonl.xz", cut(lzma.compress(LINES.encode())), r"a\.jsonl\.xz: its compression is damaged"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd0000", r"compressed with zstd, .*zstd -d .*a\.jsonl\.zst"),
         ("a.jsonl", b'{"prompt": "a"}\n{"answer": "1", "answer": "2"}\n', "line 2: the key 'answer' stands twice"),
