@@ -8,6 +8,7 @@ import transformers
 
 from srft.engine.base import Sampling
 from srft.engine.hf import HfEngine
+from tests.trainer.architectures import build
 from tests.trainer.tiny import VOCAB, plain_model, policy
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10], [11, 12]]
@@ -41,6 +42,22 @@ def test_logprobs_are_those_of_a_plain_forward_pass(temperature: float) -> None:
             torch.testing.assert_close(torch.tensor(c.logprobs), expected, rtol=0, atol=1e-5)
             if temperature == 0:
                 assert c.token_ids == every.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "opt", "stablelm", "mistral-window", "gemma3", "cohere2", "granite", "smollm3", "deepseek-v3", "llama4",
+     "qwen2-moe", "jetmoe"],
+)  # fmt: skip
+def test_samples_have_the_log_probabilities_of_a_whole_forward(name: str) -> None:
+    """Left padding, caches and windows of each kind of model change nothing, on either side of a window of 16."""
+    engine, generator = engine_of(policy(build(name))), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(10, 96, (n,), generator=generator).tolist() for n in (1, 3, 9, 20, 31)]
+    drawn = engine.generate(prompts, Sampling(1.0, 20, tuple(range(1, 10))), [[10 * p, 10 * p + 1] for p in range(5)])
+    for prompt, completions in zip(prompts, drawn, strict=True):
+        for c in completions:
+            (scored,) = engine.score([prompt + c.token_ids])
+            torch.testing.assert_close(c.logprobs, scored[len(prompt) - 1 :], rtol=0, atol=1e-4)
 
 
 def test_a_copy_in_bf16_keeps_its_frequencies() -> None:

@@ -153,11 +153,14 @@ class Off(HfEngine):
         return [self.change(torch.tensor(row)).tolist() if self.version else row for row in rows]
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["model.compute_dtype=float32", "engine.dtype=bfloat16"]], ids=["both", "engine"]
+)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_bf16_passes_within_its_own_rounding(tied: bool) -> None:
+def test_bf16_passes_within_its_own_rounding(tied: bool, words: list[str]) -> None:
     """Whatever the weights become: a policy that grows sharp has more rounding, which is measured again."""
     model = policy(plain_model(tied=tied))
-    sync = coarse_sync(model, coarse_engine(model))
+    sync = coarse_sync(model, coarse_engine(model), *words)
     first = sync.push(0)
     assert 1e-3 < first["canary/noise_mean"] < 0.1
     for version in range(1, 4):
