@@ -314,6 +314,26 @@ def check_grpo(
     check_count("num_tokens", num_tokens)
 
 
+def check_cross_entropy(
+    labels: Tensor,
+    token_weights: Tensor | None,
+    label_smoothing: float,
+    z_loss_coef: float,
+    reduction: str,
+    num_tokens: int | Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments of ``linear_cross_entropy`` fit together."""
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if not is_number(label_smoothing) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
+    _check_coef(z_loss_coef=z_loss_coef)
+    if isinstance(labels, Tensor):
+        check_vectors(labels, token_weights=token_weights)
+    check_count("num_tokens", num_tokens)
+    if reduction != "mean" and num_tokens is not None:
+        raise ValueError(f'num_tokens is read only with reduction="mean", got {reduction!r}; drop one')
+
+
 def check_srft(
     labels: Tensor,
     advantages: Tensor,

@@ -11,8 +11,8 @@ from torch import Tensor
 from . import _row_cpu as row_cpu
 from . import row_kernels
 from ._checks import check_vectors
-from ._row_cpu import Rows, Stats
-from .vocab_parallel import VocabParallel, merge
+from ._row_cpu import Rows, Smoothing, Stats
+from .vocab_parallel import VocabParallel, merge, merge_smoothed
 
 # Scores of one chunk and, on a GPU, gradients of scores that wait for their product. More rows make the weight
 # gradient, which is read and written once a product, cheaper.
@@ -58,6 +58,12 @@ class Head(NamedTuple):
     lora: LoraDelta | None
     vocab_parallel: VocabParallel | None
     scores_dtype: torch.dtype
+    smoothing: Smoothing | None = None
+
+    @property
+    def may_overwrite(self) -> bool:
+        """Nothing but exp(logit - top) is needed of the scores once they were read."""
+        return self.softcap is None and self.vocab_parallel is None and self.smoothing is None
 
     def at(self, rows: slice | Tensor) -> Head:
         """The same for some of the rows, a slice or indices; on a GPU ignored rows get hidden states of 0.
@@ -74,7 +80,7 @@ class Head(NamedTuple):
         """The part of the arguments that the row kernel needs."""
         return Rows(
             self.labels, self.inv_temperature, self.bias, self.softcap, self.ignore_index,
-            self.hidden.dtype, grad_scale,
+            self.hidden.dtype, grad_scale, self.smoothing,
         )  # fmt: skip
 
 
@@ -339,5 +345,10 @@ def row_stats(head: Head, scores: Tensor, overwrite: bool) -> Stats:
     """Statistics of whole rows from the scores of this rank's columns, [C, V]; see the backends' ``stats``."""
     if head.vocab_parallel is None:
         return rows_backend(scores).stats(scores, head.rows(), overwrite)
-    known = rows_backend(scores).stats(scores, head.rows(), overwrite=False)
-    return merge(known, head.labels >= 0, head.vocab_parallel)
+    rows, stats = head.rows()._replace(smoothing=None), rows_backend(scores).stats
+    known = merge(stats(scores, rows, overwrite=False), head.labels >= 0, head.vocab_parallel)
+    if head.smoothing is None:
+        return known
+    # eps = 1 asks for nothing but the mean
+    own = stats(scores, rows._replace(smoothing=Smoothing(1.0, 0.0)), overwrite=False)
+    return merge_smoothed(known, own, head.smoothing, head.vocab_parallel)

@@ -139,8 +139,13 @@ def _scale_totals(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
 _attach.register_autograd(_scale_totals, setup_context=_save_totals)
 
 
-def loss_op(*terms: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a loss a node; ``terms`` are the names of its terms, none for a function that returns the loss alone."""
+def loss_op(
+    *terms: str, unreduced: Callable[..., Tensor] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a loss a node; ``terms`` are the names of its terms, none for a function that returns the loss alone.
+
+    ``unreduced`` is traced in the function's place for its reduction "none".
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         schema = Schema(function)
@@ -173,6 +178,8 @@ def loss_op(*terms: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         ops = schema.define(function.__name__, implementation, fake, returns, wants=list[bool])
 
         def traced(values: dict[str, Any]) -> Any:
+            if unreduced is not None and values["reduction"] == "none":
+                return unreduced(**values)
             parts = schema.split(values)
             wants = _wants(parts)
             # torch 2.11 compiles no index that is a bool

@@ -173,7 +173,7 @@ class _Sweep:
         dtype = compute_dtype(head.hidden.dtype)
         self.logp, self.entropy = (space.new_empty(head.labels.numel(), dtype=dtype) for _ in range(2))
         # the CPU rows then keep exp(logit - top) in place of the scores
-        self._overwrite = not objective.entropy_grad and head.softcap is None and head.vocab_parallel is None
+        self._overwrite = not objective.entropy_grad and head.may_overwrite
         # fp16 ends at 2^-24 and 2^16: a token in a mean over thousands needs the room below, one in a sum that above
         alpha = 1.0
         if torch.float16 in (head.scores_dtype, head.hidden.dtype if self._backend is row_kernels else None):

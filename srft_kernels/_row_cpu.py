@@ -24,6 +24,16 @@ LOG2_E = 1 / math.log(2)
 LOWEST_LOGPROB = -1e30
 
 
+class Smoothing(NamedTuple):
+    """What the log-probabilities of rows become: q = (1 - eps) logp + eps mean_j(log p_j) - z_loss_coef lse^2.
+
+    The mean is over the words that are possible: whose logit is not -inf.
+    """
+
+    label_smoothing: float  # eps, in [0, 1]
+    z_loss_coef: float  # >= 0
+
+
 class Rows(NamedTuple):
     """What a chunk of C rows of scores needs besides the scores."""
 
@@ -37,10 +47,14 @@ class Rows(NamedTuple):
     ignore_index: int
     grad_dtype: torch.dtype  # of the gradient of the scores; the CPU path keeps that of the scores
     grad_scale: float = 1.0  # multiplies the gradient: what a 16-bit gradient could not hold, the caller adds later
+    smoothing: Smoothing | None = None
 
 
 class Stats(NamedTuple):
-    """Statistics of C rows; log-sum-exp is two numbers, whose sum would lose digits for large logits."""
+    """Statistics of C rows; log-sum-exp is two numbers, whose sum would lose digits for large logits.
+
+    With smoothing, ``logprobs`` are its q and ``entropy`` is the number of possible words.
+    """
 
     logprobs: Tensor  # [C]
     entropy: Tensor  # [C]
@@ -96,6 +110,21 @@ def _overwrites(z: Tensor, allowed: bool) -> bool:
     return allowed and z.element_size() >= 4
 
 
+def smoothed(logp: Tensor, lse: Tensor, mean: Tensor, smoothing: Smoothing) -> Tensor:
+    """q of ``Smoothing``, [C], from log-probabilities, log-sum-exp and the mean of the possible logits."""
+    eps, z_loss_coef = smoothing
+    # a label that is not possible does not count where nothing is asked of labels
+    label = (1.0 - eps) * logp if eps < 1 else 0.0
+    return label - eps * (lse - mean) - z_loss_coef * lse * lse
+
+
+def _means(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the mean of the logits that are not -inf, and their number."""
+    possible = logits != -math.inf
+    count = _row_sums(possible.to(logits.dtype))
+    return _row_sums(torch.where(possible, logits, 0.0)) / count, count
+
+
 def stats(z: Tensor, rows: Rows, overwrite: bool) -> Stats:
     """Statistics of each row of scores.
 
@@ -117,6 +146,7 @@ def stats(z: Tensor, rows: Rows, overwrite: bool) -> Stats:
         exp = z[block] if overwrite else scratch[1, : block.stop - block.start]
         logits = _logits(z, rows, block, out=shifted)
         top = logits.amax(1, keepdim=True)
+        mean, number = _means(logits) if rows.smoothing is not None else (None, None)
         torch.sub(logits, top, out=shifted)
         labels = rows.labels[block, None]
         label_logit = torch.where(labels < 0, -top, shifted.gather(1, labels.clamp(min=0)))[:, 0]
@@ -129,6 +159,10 @@ def stats(z: Tensor, rows: Rows, overwrite: bool) -> Stats:
         log_sum, top = total.log(), top[:, 0]
         out.logprobs[block] = label_logit - log_sum
         out.entropy[block] = log_sum - weighted / total
+        if rows.smoothing is not None:
+            assert mean is not None and number is not None
+            out.entropy[block] = number
+            out.logprobs[block] = smoothed(label_logit - log_sum, top + log_sum, mean, rows.smoothing)
         out.top[block] = top
         out.log_sum[block] = log_sum
     return out
@@ -151,10 +185,11 @@ def gradient(
         known: Statistics of these rows.
         dlogp: [C] derivative of the loss with respect to the log-probability.
         dentropy: [C] the same for the entropy, or None for zero.
-        overwritten: As passed to ``stats``; not with a softcap or ``dentropy``.
+        overwritten: As passed to ``stats``; not with a softcap, ``dentropy`` or smoothing.
         out: [C, V] in the dtype of ``z`` or ``rows.grad_dtype``, apart from ``z``, which is then kept.
     """
-    assert not (overwritten and (dentropy is not None or rows.softcap is not None))
+    assert not (overwritten and (dentropy is not None or rows.softcap is not None or rows.smoothing is not None))
+    assert dentropy is None or rows.smoothing is None
     dz = z if out is None else out
     blocks = _blocks(z, rows)
     height = max((block.stop - block.start for block in blocks), default=0)
@@ -164,9 +199,15 @@ def gradient(
     if rows.inv_temperature is not None:
         scale = scale * rows.inv_temperature
     label_column = rows.labels.clamp(min=0)[:, None]
-    label_grad = torch.where(rows.labels < 0, 0.0, dlogp * scale)[:, None]
+    share = dlogp * scale
+    label_grad = torch.where(rows.labels < 0, 0.0, share)[:, None]
     scale = scale * torch.exp(-known.log_sum)
-    base, slope = -dlogp * scale, None
+    base, slope, uniform = -dlogp * scale, None, None
+    if rows.smoothing is not None:
+        # dq/dz_j = (1 - eps) 1[j = y] + eps / count - (1 + 2 z_loss_coef lse) p_j, and 0 for j that is not possible
+        base = base * (1.0 + 2.0 * rows.smoothing.z_loss_coef * (known.top + known.log_sum))
+        uniform = (share * rows.smoothing.label_smoothing / known.entropy)[:, None]
+        label_grad = label_grad * (1.0 - rows.smoothing.label_smoothing)
     if dentropy is not None:
         base -= dentropy * (known.entropy - known.log_sum) * scale
         slope = (-dentropy * scale)[:, None]
@@ -185,6 +226,8 @@ def gradient(
             torch.sub(logits, known.top[block, None], out=shifted)
             if slope is None:
                 _exp(shifted, out=grad).mul_(base[block])
+                if uniform is not None:
+                    grad.add_(torch.where(shifted == -math.inf, 0.0, uniform[block]))
             else:
                 _exp(shifted, out=exp)
                 torch.mul(shifted.clamp_(min=LOWEST_LOGPROB), slope[block], out=grad)

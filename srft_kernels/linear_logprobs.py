@@ -24,7 +24,7 @@ from ._chunked_head import (
 from ._compiled import logprobs_op
 from ._gradients import Gradients, Inputs, Wanted
 from ._last_gradient import last_gradient, links
-from ._row_cpu import Stats
+from ._row_cpu import Smoothing, Stats
 from ._score_gradients import ScoreGradients
 from .vocab_parallel import IGNORED, VocabParallel, local_labels
 
@@ -44,6 +44,8 @@ def make_head(
     vocab_parallel: VocabParallel | None,
     weight_grad: Tensor | None,
     logits_dtype: torch.dtype | None,
+    label_smoothing: float = 0.0,
+    z_loss_coef: float = 0.0,
 ) -> tuple[Inputs, Head, Tokens]:
     """Check the arguments that every op shares and reduce them to the rows that are computed."""
     tensors = isinstance(hidden_states, Tensor) and isinstance(lm_head_weight, Tensor)
@@ -79,6 +81,7 @@ def make_head(
         None if lora is None else LoraDelta(lora.a.detach(), lora.b.detach(), lora.scale),
         vocab_parallel,
         dtype if logits_dtype is None else logits_dtype,
+        Smoothing(label_smoothing, z_loss_coef) if label_smoothing or z_loss_coef else None,
     )
     a, b = (None, None) if lora is None else (lora.a, lora.b)
     return Inputs(hidden_states, lm_head_weight, bias, a, b), head, tokens
@@ -170,7 +173,7 @@ def directions_sweep(head: Head, inputs: Inputs) -> tuple[Stats, Tensor]:
     out = Stats(*(space.new_empty(count, dtype=compute_dtype(space.dtype)) for _ in range(4)))
     grads = Gradients(head, inputs, Wanted(True, False, False, False, False), None)
     gathered = ScoreGradients(head, grads, sizes)
-    overwrite = head.softcap is None and head.vocab_parallel is None
+    overwrite = head.may_overwrite
     with torch.autocast(space.device.type, enabled=False):
         for rows in chunks:
             part = head.at(rows)
@@ -242,6 +245,16 @@ class _FrozenLogprobs(torch.autograd.Function):
         (directions,) = ctx.saved_tensors
         dlogp = ctx.tokens.take(dlogprobs)
         return ctx.tokens.put((directions * dlogp[:, None]).to(ctx.dtype)), None, None, None
+
+
+def differentiable_logprobs(
+    inputs: Inputs, head: Head, tokens: Tokens, weight_grad: Tensor | None, entropy_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """The two vectors [N] of ``linear_logprobs`` for arguments that ``make_head`` took."""
+    wanted = inputs.wanted()
+    if wanted.hidden and not any(wanted[1:]) and not entropy_grad:
+        return _FrozenLogprobs.apply(inputs.hidden, head, tokens, links(inputs))
+    return _LinearLogprobs.apply(*inputs, head, tokens, weight_grad, entropy_grad)
 
 
 @logprobs_op
@@ -319,7 +332,4 @@ def linear_logprobs(
         hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
         vocab_parallel, weight_grad, logits_dtype,
     )  # fmt: skip
-    wanted = inputs.wanted()
-    if wanted.hidden and not any(wanted[1:]) and not entropy_grad:
-        return _FrozenLogprobs.apply(hidden_states, head, tokens, links(inputs))
-    return _LinearLogprobs.apply(*inputs, head, tokens, weight_grad, entropy_grad)
+    return differentiable_logprobs(inputs, head, tokens, weight_grad, entropy_grad)

@@ -13,12 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_grpo, check_srft
+from ._checks import check_grpo, check_srft
 from ._chunked_head import LoraDelta, Tokens, compute_dtype, scalar, taking_part
 from ._compiled import GRPO_TERMS, SRFT_TERMS, loss_op, user_loss_op
 from ._one_pass import CallableObjective, PolicyLoss, policy_loss
 from ._presets import srft_switches
-from .formulas import cross_entropy_token
 from .linear_logprobs import linear_logprobs, make_head
 from .objectives import (
     GRPO_FORMULAS,
@@ -29,15 +28,15 @@ from .objectives import (
 )
 from .vocab_parallel import VocabParallel
 
-__all__ = ["linear_cross_entropy", "linear_grpo_loss", "linear_policy_loss", "linear_srft_loss"]
+__all__ = ["linear_grpo_loss", "linear_policy_loss", "linear_srft_loss"]
 
 
-def _count(given: int | Tensor | None, counted: Tensor, dtype: torch.dtype) -> Tensor:
+def count_of(given: int | Tensor | None, counted: Tensor, dtype: torch.dtype) -> Tensor:
     """``given``, or the number of true entries of ``counted``, as a 0-d tensor beside ``counted``."""
     return scalar(counted.sum() if given is None else given, dtype, counted.device)
 
 
-def _reciprocal(count: Tensor) -> Tensor:
+def reciprocal(count: Tensor) -> Tensor:
     """1 / count, and 1 where there is nothing to divide."""
     return torch.where(count > 0, count, 1.0).reciprocal()
 
@@ -46,63 +45,6 @@ def _pack(tokens: Tokens, dtype: torch.dtype, *vectors: Tensor | None) -> Tensor
     """[K, n] inputs of a formula from [N] vectors, None being zeros."""
     zeros = torch.zeros_like(tokens.valid, dtype=dtype)
     return torch.stack([zeros if x is None else tokens.take(x.detach().to(dtype)) for x in vectors])
-
-
-@loss_op()
-def linear_cross_entropy(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    labels: Tensor,
-    *,
-    num_tokens: int | Tensor | None = None,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    logit_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    lora: LoraDelta | None = None,
-    vocab_parallel: VocabParallel | None = None,
-    weight_grad: Tensor | None = None,
-    logits_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Mean cross-entropy of the labels, without materialising the [N, V] logits.
-
-    loss = -(1 / num_tokens) sum_n logp_n.
-
-    Args:
-        hidden_states: [N, D], see ``linear_logprobs``, as for every argument that is not described here.
-        lm_head_weight: [V, D].
-        labels: [N] int64, already shifted.
-        num_tokens: Denominator, counted over micro-batches and ranks; int or 0-d tensor, 0 counts as 1. None:
-            the valid tokens of this call.
-        bias: [V].
-        temperature: Divides the logits, > 0; a float or [N].
-        logit_softcap: Cap of the logits, > 0, or None.
-        logit_scale: Multiplies the logits, > 0.
-        ignore_index: Label of rows to skip.
-        lora: Low-rank change of the weight.
-        vocab_parallel: Where this rank's rows of the weight are.
-        weight_grad: [V, D] buffer for the gradient of the weight. It is filled in forward, so the loss must
-            enter backward with factor 1.
-        logits_dtype: 16-bit dtype to round the logits to, or None.
-
-    Returns:
-        [] fp32 (fp64 for fp64 inputs) loss, whose backward may run once.
-
-    Raises:
-        ValueError: As ``linear_logprobs``, or for a negative ``num_tokens``.
-
-    Eager twin: ``reference.linear_cross_entropy``.
-    """
-    inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
-        vocab_parallel, weight_grad, logits_dtype,
-    )  # fmt: skip
-    check_count("num_tokens", num_tokens)
-    dtype = compute_dtype(hidden_states.dtype)
-    weight = tokens.valid.to(dtype) * _reciprocal(_count(num_tokens, tokens.valid, dtype))
-    objective = TokenObjective(cross_entropy_token, weight[None], (), tokens.valid)
-    return policy_loss(inputs, head, tokens, objective, None, weight_grad).loss
 
 
 @loss_op(*GRPO_TERMS)
@@ -224,7 +166,7 @@ def linear_grpo_loss(
         ref_logprobs,
         ones if rollout_weights is None else rollout_weights,
     )
-    vectors[0] *= _reciprocal(_count(num_tokens, labels != ignore_index, dtype))
+    vectors[0] *= reciprocal(count_of(num_tokens, labels != ignore_index, dtype))
     off_policy, with_ref = float(old_logprobs is not None), float(ref_logprobs is not None and kl_coef != 0)
     dual_clip = float("inf") if dual_clip is None else dual_clip
     params = (clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef, max_log_ratio)
@@ -381,8 +323,8 @@ def linear_srft_loss(
     dtype = compute_dtype(hidden_states.dtype)
     demo = tokens.select(is_demo)
     labelled = labels != ignore_index
-    num_demo = _count(num_demo_tokens, is_demo & labelled, dtype)
-    num_rollout = _count(num_rollout_tokens, ~is_demo & labelled, dtype)
+    num_demo = count_of(num_demo_tokens, is_demo & labelled, dtype)
+    num_rollout = count_of(num_rollout_tokens, ~is_demo & labelled, dtype)
     weight = tokens.valid.to(dtype) if token_weights is None else tokens.take(token_weights.detach().to(dtype))
     given_entropy = switches.entropy_scope == "batch" and batch_entropy is not None
     scope_entropy = scalar(0.0 if batch_entropy is None else batch_entropy, dtype, labels.device).expand(labels.shape)
@@ -390,9 +332,9 @@ def linear_srft_loss(
     vectors = _pack(
         tokens, dtype, demo_n, 1 - demo_n, None, advantages, is_correct, old_logprobs, scope_entropy
     )
-    vectors[0] *= weight * _reciprocal(num_demo)
-    vectors[1] *= weight * _reciprocal(num_rollout)
-    vectors[2] = switches.entropy_coef * tokens.valid.to(dtype) * _reciprocal(num_demo + num_rollout)
+    vectors[0] *= weight * reciprocal(num_demo)
+    vectors[1] *= weight * reciprocal(num_rollout)
+    vectors[2] = switches.entropy_coef * tokens.valid.to(dtype) * reciprocal(num_demo + num_rollout)
     # a demonstration has no old_logprobs: whatever stands there must not reach the sums
     vectors[5] = torch.where(demo, 0.0, vectors[5])
     formula, rollout = SRFT_FORMULAS[switches.self_rollout]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_grpo, check_head, check_rows, check_srft
+from ._checks import check_cross_entropy, check_grpo, check_head, check_rows, check_srft
 from ._chunked_head import LoraDelta, taking_part
 from ._numbers import plain_numbers
 from ._one_pass import PolicyLoss
@@ -44,6 +44,26 @@ def linear_logprobs(
     hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index,
     lora, logits_dtype, entropy_grad: as in ``srft_kernels.linear_logprobs``.
     """
+    logits = _projected(
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
+        logits_dtype,
+    )  # fmt: skip
+    return _statistics(logits, labels, temperature, logit_softcap, ignore_index, entropy_grad)
+
+
+def _projected(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    lora: LoraDelta | None,
+    logits_dtype: torch.dtype | None,
+) -> Tensor:
+    """[N, V] logits before softcap and temperature; raise ValueError unless the arguments of the head fit together."""
     check_head(
         hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, lora, ignore_index
     )
@@ -57,8 +77,22 @@ def linear_logprobs(
         logits = logits.to(logits_dtype).to(dtype)
     if bias is not None:
         logits = logits + bias.to(dtype)
-    logits = logit_scale * logits
-    return _statistics(logits, labels, temperature, logit_softcap, ignore_index, entropy_grad)
+    return logit_scale * logits
+
+
+def _transformed(
+    logits: Tensor, valid: Tensor, temperature: float | Tensor, logit_softcap: float | None
+) -> Tensor:
+    """``logits`` after softcap and temperature."""
+    if logit_softcap is not None:
+        # a word that -inf removes stays removed
+        removed = logits == -torch.inf
+        capped = logit_softcap * torch.tanh(logits.masked_fill(removed, 0.0) / logit_softcap)
+        logits = capped.masked_fill(removed, -torch.inf)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(logits.device, logits.dtype).expand(valid.shape)
+        temperature = torch.where(valid, temperature, 1.0)[..., None]
+    return logits / temperature
 
 
 def _statistics(
@@ -71,15 +105,7 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label and entropy, from logits before softcap and temperature."""
     valid = labels != ignore_index
-    if logit_softcap is not None:
-        # a word that -inf removes stays removed
-        removed = logits == -torch.inf
-        capped = logit_softcap * torch.tanh(logits.masked_fill(removed, 0.0) / logit_softcap)
-        logits = capped.masked_fill(removed, -torch.inf)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach().to(logits.device, logits.dtype).expand(labels.shape)
-        temperature = torch.where(valid, temperature, 1.0)[..., None]
-    all_logprobs = (logits / temperature).log_softmax(-1)
+    all_logprobs = _transformed(logits, valid, temperature, logit_softcap).log_softmax(-1)
     logprobs = all_logprobs.gather(-1, torch.where(valid, labels, 0)[..., None])[..., 0]
     # a logit of -inf has probability 0 and adds nothing to the entropy
     entropy = -(all_logprobs.exp() * all_logprobs.masked_fill(all_logprobs == -torch.inf, 0.0)).sum(-1)
@@ -116,6 +142,10 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     num_tokens: int | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss_coef: float = 0.0,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
@@ -124,18 +154,33 @@ def linear_cross_entropy(
     lora: LoraDelta | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Mean cross-entropy, from materialised logits.
+    """Cross-entropy, from materialised logits.
 
-    hidden_states, lm_head_weight, labels, num_tokens, bias, temperature, logit_softcap, logit_scale,
-    ignore_index, lora, logits_dtype: as in ``srft_kernels.linear_cross_entropy``.
+    hidden_states, lm_head_weight, labels, num_tokens, label_smoothing, z_loss_coef, token_weights, reduction,
+    bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
+    logits_dtype: as in ``srft_kernels.linear_cross_entropy``.
     """
-    logprobs, _ = linear_logprobs(
-        hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
-        logit_softcap=logit_softcap, logit_scale=logit_scale,
-        ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype,
+    check_cross_entropy(labels, token_weights, label_smoothing, z_loss_coef, reduction, num_tokens)
+    labelled = labels != ignore_index
+    labels = taking_part(labels, token_weights, ignore_index)
+    logits = _projected(
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
+        logits_dtype,
     )  # fmt: skip
-    check_count("num_tokens", num_tokens)
-    return -logprobs.sum() / _at_least_one(num_tokens, labels != ignore_index)
+    valid = labels != ignore_index
+    logits = _transformed(logits, valid, temperature, logit_softcap)
+    all_logprobs = logits.log_softmax(-1)
+    losses = z_loss_coef * logits.logsumexp(-1).square()
+    if label_smoothing < 1:
+        own = all_logprobs.gather(-1, torch.where(valid, labels, 0)[:, None])[:, 0]
+        losses = losses - (1 - label_smoothing) * own
+    if label_smoothing > 0:
+        possible = logits != -torch.inf
+        losses = losses - label_smoothing * all_logprobs.masked_fill(~possible, 0.0).sum(-1) / possible.sum(-1)
+    losses = _valid(token_weights, valid, losses, fill=1.0) * losses.masked_fill(~valid, 0.0)
+    if reduction == "mean":
+        return losses.sum() / _at_least_one(num_tokens, labelled)
+    return losses if reduction == "none" else losses.sum()
 
 
 @plain_numbers

@@ -81,6 +81,8 @@ def _rescale(m, m_new):
 # Pass 2 reads the row again: dz_j = a (1[j = y] - p_j) - e p_j (log p_j + H), with a and e the derivatives of
 # the loss by logp and H, from OBJECTIVE or given and times grad_scale, then the chain rule of softcap and
 # temperature. In place, a barrier holds the first write until every thread has the score of its label.
+# SMOOTHED, logp becomes q = (1 - eps) logp + eps mean_j(log p_j) - z_loss_coef lse^2, over the words j with z_j > -inf,
+# and the entropy their number: dq/dz_j = (1 - eps) 1[j = y] + eps / number - (1 + 2 z_loss_coef lse) p_j.
 @_jit_row_kernel
 def _row_kernel(
     z_ptr,
@@ -104,6 +106,8 @@ def _row_kernel(
     ignore_index,
     softcap,
     grad_scale,
+    label_smoothing,
+    z_loss_coef,
     OBJECTIVE: tl.constexpr,
     NUM_INPUTS: tl.constexpr,
     STATS_KNOWN: tl.constexpr,
@@ -112,6 +116,7 @@ def _row_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
+    SMOOTHED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -146,6 +151,9 @@ def _row_kernel(
         m_lane = tl.full([LANES], -float("inf"), tl.float32)
         l_lane = tl.zeros([LANES], tl.float32)
         s_lane = tl.zeros([LANES], tl.float32)
+        if SMOOTHED:
+            sum_lane = tl.zeros([LANES], tl.float32)
+            number_lane = tl.zeros([LANES], tl.float32)
         # [BLOCK_V / LANES, LANES]
         offs_lane = tl.arange(0, BLOCK_V // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         for start in range(0, vocab, BLOCK_V):
@@ -160,6 +168,9 @@ def _row_kernel(
             s_lane = rescale * (s_lane + l_lane * dropped) + s_block
             l_lane = rescale * l_lane + tl.sum(exp, 0)
             m_lane = m_new
+            if SMOOTHED:
+                sum_lane += tl.sum(tl.where(z > -float("inf"), z, 0.0), 0)
+                number_lane += tl.sum(tl.where(z > -float("inf"), 1.0, 0.0), 0)
         m_i = tl.max(m_lane, 0)
         _, rescale, dropped = _rescale(m_lane, m_i)
         s_i = tl.sum(rescale * (s_lane + l_lane * dropped), 0)
@@ -168,6 +179,12 @@ def _row_kernel(
         log_sum = tl.log(l_i)
         logp = z_label - m_i - log_sum
         entropy = log_sum - s_i / l_i
+        if SMOOTHED:
+            entropy = tl.sum(number_lane, 0)
+            lse = m_i + log_sum
+            # a label that is not possible does not count where nothing is asked of labels
+            kept = tl.where(label_smoothing < 1.0, (1.0 - label_smoothing) * logp, 0.0)
+            logp = kept - label_smoothing * (lse - tl.sum(sum_lane, 0) / entropy) - z_loss_coef * lse * lse
         tl.store(logprobs_ptr + row, logp)
         tl.store(entropy_ptr + row, entropy)
         tl.store(top_ptr + row, m_i)
@@ -184,6 +201,11 @@ def _row_kernel(
             _, a, e, _, _ = OBJECTIVE(logp, entropy, *inputs, *scalars)
         a *= grad_scale
         e *= grad_scale
+        a_label = a
+        if SMOOTHED:
+            a_label = a * (1.0 - label_smoothing)
+            a_each = a * label_smoothing / entropy
+            a *= 1.0 + 2.0 * z_loss_coef * (m_i + log_sum)
         if not STATS_KNOWN:
             tl.debug_barrier()
         for start in range(0, vocab, BLOCK_V):
@@ -195,7 +217,9 @@ def _row_kernel(
             if ENTROPY_GRAD:
                 # p log p is 0 where p is
                 dz -= e * tl.exp(logp_v) * (tl.maximum(logp_v, _LOWEST_LOGPROB) + entropy)
-            dz = tl.where(cols == label, dz + a, dz)
+            if SMOOTHED:
+                dz += tl.where(z > -float("inf"), a_each, 0.0)
+            dz = tl.where(cols == label, dz + a_label, dz)
             if HAS_SOFTCAP:
                 # at -inf, which removes a word, the slope is 0
                 tanh = tl.maximum(z / (softcap * inv_temperature), -1.0)
@@ -255,6 +279,8 @@ def _launch(
             rows.ignore_index,
             1.0 if rows.softcap is None else float(rows.softcap),
             rows.grad_scale,
+            0.0 if rows.smoothing is None else float(rows.smoothing.label_smoothing),
+            0.0 if rows.smoothing is None else float(rows.smoothing.z_loss_coef),
             OBJECTIVE=formula,
             NUM_INPUTS=0 if inputs is None else inputs.shape[0],
             STATS_KNOWN=known is not None,
@@ -263,6 +289,7 @@ def _launch(
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=rows.softcap is not None,
             HAS_TEMPERATURE=inv_temperature is not None,
+            SMOOTHED=rows.smoothing is not None,
             BLOCK_V=block_v,
             LANES=min(block_v, _lanes(z)),
             num_warps=_NUM_WARPS,

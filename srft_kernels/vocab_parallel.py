@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._row_cpu import Stats
+from ._row_cpu import Smoothing, Stats, smoothed
 
 __all__ = ["VocabParallel"]
 
@@ -78,3 +78,25 @@ def merge(known: Stats, here: Tensor, shard: VocabParallel) -> Stats:
     logprobs = torch.where(found, z_label - log_sum, 0.0)
     entropy = torch.where(found, log_sum - weighted / total, 0.0)
     return Stats(*(x.to(known.top.dtype) for x in (logprobs, entropy, top, log_sum)))
+
+
+def merge_smoothed(known: Stats, own: Stats, smoothing: Smoothing, shard: VocabParallel) -> Stats:
+    """Statistics of whole smoothed rows; the same bits on every rank.
+
+    Args:
+        known: Of whole rows without smoothing.
+        own: Of this rank's columns with a label smoothing of 1.
+        smoothing: What is wanted.
+        shard: Names the group.
+    """
+    lse, count = own.top + own.log_sum, own.entropy
+    # sums over the possible words; a rank may have none
+    mine = torch.stack([torch.where(count > 0, (own.logprobs + lse) * count, 0.0), count])
+    ranks = shard.group.size()
+    parts = mine.new_empty(ranks * 2, mine.shape[1])
+    dist.all_gather_into_tensor(parts, mine, group=shard.group)
+    total, count = parts.double().view(ranks, *mine.shape).sum(0)
+    lse, mean = known.top.double() + known.log_sum.double(), total / count
+    q = smoothed(known.logprobs.double(), lse, mean, smoothing).to(mine.dtype)
+    # rows that are ignored have no words
+    return Stats(torch.where(count > 0, q, known.logprobs), count.to(mine.dtype), known.top, known.log_sum)

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import check_choice
+from ..cross_entropy import linear_cross_entropy
 from ..linear_logprobs import linear_logprobs
-from ..policy_loss import linear_cross_entropy
 from ..vocab_parallel import VocabParallel
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from srft_kernels import formulas, row_kernels
-from srft_kernels._row_cpu import Rows, Stats
+from srft_kernels._row_cpu import Rows, Smoothing, Stats
 from tests.kernels.cases import case_id
 
 triton = pytest.importorskip("triton")
@@ -28,7 +28,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 def compile_rows(
     target, formula=None, part="gradient", scores=FP32, grads=BF16, vocab=8192, *,
-    bias=False, softcap=None, temperature=False, entropy=False,
+    bias=False, softcap=None, temperature=False, entropy=False, smoothing=None,
 ):  # fmt: skip
     """Compile the row kernel for ``target`` as a launch of it would: with ``formula``, or of one ``part`` of the work.
 
@@ -37,8 +37,9 @@ def compile_rows(
     z, vector = torch.empty(3, vocab, dtype=scores), torch.ones(3)
     out = None if grads == scores else torch.empty(3, vocab, dtype=grads)
     rows = Rows(
-        torch.arange(3), vector if temperature else None, torch.zeros(vocab) if bias else None, softcap, -100, grads
-    )
+        torch.arange(3), vector if temperature else None, torch.zeros(vocab) if bias else None, softcap, -100, grads,
+        smoothing=smoothing,
+    )  # fmt: skip
     with recorded_launches(target) as launches:
         if formula is not None:
             row_kernels.objective_gradient(z, rows, formula, *arguments_of(formula, 3), entropy, out)
@@ -91,6 +92,16 @@ def test_largest_objective_compiles(target, options, vocab, tmp_path):
 def test_every_objective_compiles(formula, tmp_path):
     """Every objective inlined for sm_90."""
     assert_clean(compile_rows("sm_90", formula), "sm_90", tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("options", [OPTIONS, PLAIN], ids=["all-options", "plain"])
+@pytest.mark.parametrize("part", ["statistics", "gradient", "one-launch"])
+def test_smoothed_rows_compile(target, options, part, tmp_path):
+    """Label smoothing and z-loss, in one launch and in two."""
+    formula = formulas.cross_entropy_token if part == "one-launch" else None
+    options = {**options, "entropy": False, "smoothing": Smoothing(0.1, 0.01)}
+    assert_clean(compile_rows(target, formula, part, **options), target, tmp_path)
 
 
 @pytest.mark.parametrize("grads", [FP32, BF16, FP16], ids=case_id)

@@ -22,6 +22,11 @@ PIECES = {
         60,
     ),
     "rows": (["rows", "mutations", "properties"], "test_rows or test_mutations or row_is_independent", 30),
+    "cross-entropy": (
+        ["cross_entropy"],
+        "((against_float64 or vocabulary) and (both or softcap)) or (weight_of_0 and smoothed)",
+        12,
+    ),
     "logits": (
         ["logits", "hard_inputs", "device_path", "head_options", "validation"],
         "test_logits or test_hard_inputs or test_device_path or rows_are_checked",

@@ -33,6 +33,7 @@ TOKEN_FORMULAS = set() if row_kernels.INTERPRETED else set(token_formulas())
 EVERY_CALL = [
     (cross_entropy, {}),
     (cross_entropy, {"temperature": 0.7, "logit_softcap": 3.0}),
+    (cross_entropy, {"label_smoothing": 0.1, "z_loss_coef": 0.01}),
     (policy, {}),
     (logprobs, {"entropy_grad": False}),
     (logprobs, {"temperature": 1.3}),
@@ -97,7 +98,7 @@ def test_every_call_of_every_op_is_bound(dtype, monkeypatch):
         logp.sum().backward()
     seen = {name: {launch.constants[name] for launch in launches} for name in launches[0].constants}
     assert {getattr(x, "__name__", x) for x in seen["OBJECTIVE"]} == TOKEN_FORMULAS | {None}
-    for name in ("STATS_KNOWN", "GRADIENT", "ENTROPY_GRAD", "HAS_BIAS", "HAS_SOFTCAP", "HAS_TEMPERATURE"):
+    for name in ("STATS_KNOWN", "GRADIENT", "ENTROPY_GRAD", "HAS_BIAS", "HAS_SOFTCAP", "HAS_TEMPERATURE", "SMOOTHED"):
         assert seen[name] == {True, False}, name
     for launch in launches:
         scalars = launch.signature["scalars"]
@@ -105,7 +106,8 @@ def test_every_call_of_every_op_is_bound(dtype, monkeypatch):
         # the empty tuple included; a number that is no float would compile a variant of its own
         count = 0 if formula is None else len(formula.arg_names) - 2 - launch.constants["NUM_INPUTS"]
         assert scalars == ("fp32",) * count
-        assert {launch.signature[name] for name in ("softcap", "grad_scale")} == {"fp32"}
+        numbers = ("softcap", "grad_scale", "label_smoothing", "z_loss_coef")
+        assert {launch.signature[name] for name in numbers} == {"fp32"}
 
 
 @pytest.mark.parametrize("vocab", [64, 67])

@@ -45,6 +45,8 @@ LORA = [torch.randn(size, generator=torch.Generator().manual_seed(0)) for size i
 RUNS = {
     "cross_entropy": (cross_entropy, plain_case, {}, False),
     "cross_entropy-chunks": (cross_entropy, plain_case, {"temperature": 0.7}, True),
+    "smoothed": (cross_entropy, plain_case, {"label_smoothing": 0.3, "z_loss_coef": 0.1}, True),
+    "smoothed-masked": (cross_entropy, lambda: masked_case(), {"label_smoothing": 1.0, "z_loss_coef": 0.1}, False),
     "grpo": (grpo, plain_case, {"everything": True, "logit_softcap": 3.0, "logit_scale": 0.6}, True),
     "gspo": (grpo, plain_case, {"loss_type": "gspo"}, True),
     "srft": (srft, plain_case, {}, True),

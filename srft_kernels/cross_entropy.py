@@ -1,0 +1,165 @@
+"""linear_cross_entropy: the loss of supervised training, smoothed and weighted as asked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import check_cross_entropy
+from ._chunked_head import LoraDelta, compute_dtype, taking_part
+from ._compiled import logprobs_op, loss_op
+from ._one_pass import policy_loss
+from .formulas import cross_entropy_token
+from .linear_logprobs import differentiable_logprobs, make_head
+from .objectives import TokenObjective
+from .policy_loss import count_of, reciprocal
+from .vocab_parallel import VocabParallel
+
+__all__ = ["linear_cross_entropy"]
+
+
+@logprobs_op
+def smoothed_logprobs(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    lora: LoraDelta | None,
+    vocab_parallel: VocabParallel | None,
+    weight_grad: Tensor | None,
+    logits_dtype: torch.dtype | None,
+    label_smoothing: float,
+    z_loss_coef: float,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The negative loss of each token, [N], in place of its log-probability; the second result means nothing.
+
+    hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
+    vocab_parallel, weight_grad, logits_dtype, label_smoothing, z_loss_coef: as in ``linear_cross_entropy``.
+    entropy_grad: False.
+    """
+    inputs, head, tokens = make_head(
+        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
+        vocab_parallel, weight_grad, logits_dtype, label_smoothing, z_loss_coef,
+    )  # fmt: skip
+    return differentiable_logprobs(inputs, head, tokens, weight_grad, entropy_grad)
+
+
+def token_cross_entropy(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    num_tokens: int | Tensor | None,
+    label_smoothing: float,
+    z_loss_coef: float,
+    token_weights: Tensor | None,
+    reduction: str,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    lora: LoraDelta | None,
+    vocab_parallel: VocabParallel | None,
+    weight_grad: Tensor | None,
+    logits_dtype: torch.dtype | None,
+) -> Tensor:
+    """``linear_cross_entropy`` with reduction "none"; traced under torch.compile."""
+    check_cross_entropy(labels, token_weights, label_smoothing, z_loss_coef, reduction, num_tokens)
+    negative, _ = smoothed_logprobs(
+        hidden_states, lm_head_weight, taking_part(labels, token_weights, ignore_index),
+        bias=bias, temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale,
+        ignore_index=ignore_index, lora=lora, vocab_parallel=vocab_parallel, weight_grad=weight_grad,
+        logits_dtype=logits_dtype, label_smoothing=label_smoothing, z_loss_coef=z_loss_coef,
+    )  # fmt: skip
+    if token_weights is None:
+        return -negative
+    weights = torch.where(labels == ignore_index, 0.0, token_weights.detach().to(negative.dtype))
+    return -weights * negative
+
+
+@loss_op(unreduced=token_cross_entropy)
+def linear_cross_entropy(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    num_tokens: int | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss_coef: float = 0.0,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    lora: LoraDelta | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    weight_grad: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Mean cross-entropy of the labels, without materialising the [N, V] logits.
+
+    loss = (1 / num_tokens) sum_n w_n [ -(1 - label_smoothing) logp_n - label_smoothing mean_j(log p_nj)
+    + z_loss_coef lse_n^2 ], with w = token_weights and lse the log-sum-exp of the logits, softcap and temperature
+    included. Label smoothing is that of ``torch.nn.functional.cross_entropy``, but that its mean is over the words j
+    whose logit is not -inf: a column that a bias of -inf takes out of a padded vocabulary is no word.
+
+    Args:
+        hidden_states: [N, D], see ``linear_logprobs``, as for every argument that is not described here.
+        lm_head_weight: [V, D].
+        labels: [N] int64, already shifted.
+        num_tokens: Denominator, counted over micro-batches and ranks; int or 0-d tensor, 0 counts as 1. None:
+            the valid tokens of this call, whatever their weights. For reduction "mean" alone.
+        label_smoothing: In [0, 1], share of the loss that goes to all words alike.
+        z_loss_coef: Weight of the squared log-sum-exp, >= 0.
+        token_weights: [N] multiplies the loss of a token (1 / length gives a mean over sequences). 0 leaves the token
+            out, whatever its hidden states are.
+        reduction: "mean", "sum" or "none", as in ``torch.nn.functional.cross_entropy``. "none" gives the loss of each
+            token, 0 where ignored, for any loss made of them, and costs 8NDV (4NDV with a frozen head).
+        bias: [V].
+        temperature: Divides the logits, > 0; a float or [N].
+        logit_softcap: Cap of the logits, > 0, or None.
+        logit_scale: Multiplies the logits, > 0.
+        ignore_index: Label of rows to skip.
+        lora: Low-rank change of the weight.
+        vocab_parallel: Where this rank's rows of the weight are.
+        weight_grad: [V, D] buffer for the gradient of the weight. It is filled in forward, so the loss must
+            enter backward with factor 1.
+        logits_dtype: 16-bit dtype to round the logits to, or None.
+
+    Returns:
+        [] fp32 (fp64 for fp64 inputs) loss, whose backward may run once; [N] for reduction "none".
+
+    Raises:
+        ValueError: As ``linear_logprobs``, or for an argument out of the ranges above.
+
+    Eager twin: ``reference.linear_cross_entropy``.
+    """
+    check_cross_entropy(labels, token_weights, label_smoothing, z_loss_coef, reduction, num_tokens)
+    if reduction == "none":
+        return token_cross_entropy(
+            hidden_states, lm_head_weight, labels, num_tokens=num_tokens, label_smoothing=label_smoothing,
+            z_loss_coef=z_loss_coef, token_weights=token_weights, reduction=reduction, bias=bias,
+            temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale,
+            ignore_index=ignore_index, lora=lora, vocab_parallel=vocab_parallel, weight_grad=weight_grad,
+            logits_dtype=logits_dtype,
+        )  # fmt: skip
+    inputs, head, tokens = make_head(
+        hidden_states, lm_head_weight, taking_part(labels, token_weights, ignore_index), bias, temperature,
+        logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, weight_grad, logits_dtype,
+        label_smoothing, z_loss_coef,
+    )  # fmt: skip
+    dtype = compute_dtype(hidden_states.dtype)
+    weight = tokens.valid.to(dtype) if token_weights is None else tokens.take(token_weights.detach().to(dtype))
+    if reduction == "mean":
+        weight = weight * reciprocal(count_of(num_tokens, labels != ignore_index, dtype))
+    objective = TokenObjective(cross_entropy_token, weight[None], (), tokens.valid)
+    return policy_loss(inputs, head, tokens, objective, None, weight_grad).loss
