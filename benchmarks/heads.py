@@ -17,6 +17,7 @@ class Head(NamedTuple):
 
 
 HEADS = {
+    "smollm2-135m": Head(576, 49_152),
     "qwen2.5-0.5b": Head(896, 151_936),
     "qwen2.5-1.5b": Head(1536, 151_936),
     "qwen2.5-3b": Head(2048, 151_936),

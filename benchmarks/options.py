@@ -25,9 +25,10 @@ OPTIONS = {
 }
 
 
-# what make bench takes where nothing else is asked for: two chunks of a real head, what need not be compiled first,
-# and a limit of time for a machine that does other work too
+# what make bench takes where nothing else is asked for: a small model's head, so few tokens that the comparison with
+# float64 is the warm-up too, what need not be compiled first, and a limit of time for a machine that does other work
 QUICK = {
+    "names": "smollm2-135m",
     "tokens": "512",
     "variants": "ours,ours-16bit-logits,ours-logprobs,naive,torch,trl,torchtitan-grpo,torchtitan-ce,verl-torch",
     "what": "time",

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import heads, losses, measure, peers, plot, table
 from benchmarks.options import OPTIONS as ALL_OPTIONS
-from benchmarks.options import specs
+from benchmarks.options import QUICK, specs
 from benchmarks.progress import Progress
 from benchmarks.variants import Variant, gold
 from srft_kernels import reference
@@ -133,6 +133,14 @@ def test_where_ours_raises_its_traceback_is_kept(monkeypatch: pytest.MonkeyPatch
     assert measure.of_ours(rows["ours"]) and "no driver" in rows["ours"]["reason"]
     assert "Traceback" in rows["ours"]["traceback"] and "in fail" in rows["ours"]["traceback"]
     assert "seconds" in rows["naive"] and not measure.of_ours(rows["naive"])
+
+
+def test_the_quick_default_needs_no_second_warm_up() -> None:
+    """By default make bench has one table, whose comparison with float64 calls each variant as it is timed."""
+    (spec,) = specs(OPTIONS | {"variants": "", "sequence": ""} | QUICK)
+    assert spec.gate_tokens == spec.tokens
+    assert {*spec.only} <= {*peers.PEERS, "ours", "ours-16bit-logits", "ours-logprobs", "naive"}
+    assert 0 < float(QUICK["minutes"]) < 5
 
 
 def test_each_step_is_said_before_it_starts() -> None:
