@@ -132,9 +132,13 @@ class FusedLoss:
             num_tokens=1,
             **head,
         )
+        logprobs = out.logprobs
+        if old is not None:
+            # tokens of weight 0 have no log-probability here, and TRL multiplies their ratio by 0: let it be 1
+            logprobs = torch.where(rows(self._mask) < rows(self._valid), rows(old), logprobs)
         self._loss = out.loss
-        self._given = out.logprobs if compact else out.logprobs[scored]
-        return out.logprobs + (out.loss - out.loss.detach()), out.entropy
+        self._given = logprobs if compact else logprobs[scored]
+        return logprobs + (out.loss - out.loss.detach()), out.entropy
 
     def _token_weights(self) -> Tensor:
         """[B, C] weights whose sum with the token losses is TRL's loss."""
