@@ -282,13 +282,27 @@ def test_openr1_schema(suffix: str, chat_tokenizer: Path, tmp_path: Path) -> Non
     assert (run / "model" / "chat_template.jinja").is_file()
 
 
+# hangs on the poison, in one call into C that no Python signal ends
+HANGING_REWARD = """
+def judge(completion, answer, row):
+    if "9^" in completion:
+        return float(9 ** 9 ** 9 ** 9 > 0)
+    return float("boxed{" in completion and "boxed{3}" not in completion)
+"""
+
+
+def hanging_reward(folder: Path) -> str:
+    (folder / "hanging.py").write_text(HANGING_REWARD)
+    return f"{folder}/hanging.py:judge"
+
+
 def test_poisoned_demonstration_is_a_timeout_and_training_goes_on(chat_tokenizer: Path, tmp_path: Path) -> None:
-    """An answer that no verifier can evaluate costs its deadline, earns nothing and is counted."""
-    pytest.importorskip("math_verify", reason="needs math-verify, the extra srft[train]")
+    """An answer that hangs its verifier costs its deadline, earns nothing and is counted."""
     rows = openr1_rows()
     rows[2]["target"][0]["content"] = POISON
     data = write_rows(rows, tmp_path / "openr1.jsonl")
-    run = train(tmp_path, data__train=data, model__tokenizer=chat_tokenizer, data__bad_demos="keep", **MATH)
+    options = MATH | {"data__bad_demos": "keep", "reward__kind": hanging_reward(tmp_path)}
+    run = train(tmp_path, data__train=data, model__tokenizer=chat_tokenizer, **options)
     metrics = read_lines(run / "metrics.jsonl")
     assert [row["reward/timeouts"] for row in metrics[1:]] == [1, 1]
     assert [row["reward/demo"] for row in metrics[1:]] == [pytest.approx(6 / 7)] * 2
@@ -307,14 +321,20 @@ def test_poisoned_demonstration_is_refused_by_default(chat_tokenizer: Path, tmp_
 
 def test_poisoned_rollouts_are_timeouts(tmp_path: Path) -> None:
     """Rollouts are judged the same way, and a good one after the poison still gets its reward."""
-    pytest.importorskip("math_verify", reason="needs math-verify, the extra srft[train]")
     example = Example("poison:0", "What is 1+1?", "2", [], {})
     texts = [POISON, r"\boxed{2}", POISON, r"\boxed{3}"]
     rollouts = [Sequence([1], [2], False, False, [0.0], text) for text in texts]
     group = Group(Prompt(example, [1], []), rollouts=rollouts)
-    with RewardPool("math", 1, 1.0) as pool:
+    with RewardPool(hanging_reward(tmp_path), 1, 1.0) as pool:
         trainer.judge([group], pool)
     assert [s.status for s in rollouts] == ["timeout", "ok", "timeout", "ok"]
     assert [s.reward for s in rollouts] == [0.0, 1.0, 0.0, 0.0]
     metrics = group_metrics([group])
     assert (metrics["reward/timeouts"], metrics["reward/mean"]) == (2, 0.25)
+
+
+def test_poison_is_a_wrong_answer_to_the_mathematical_verifier() -> None:
+    """It does not evaluate a tower of powers, so it needs no deadline to say no."""
+    pytest.importorskip("math_verify", reason="needs math-verify, the extra srft[train]")
+    with RewardPool("math", 1, 30.0) as pool:
+        assert [(r.value, r.status) for r in pool.score([(POISON, "2", {})])] == [(0.0, "ok")]
