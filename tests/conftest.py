@@ -13,6 +13,8 @@ from typing import Any
 # read when the libraries are imported, so set before any test module is
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# a graph that another version, or a run for another processor, left in the cache would answer for this one
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # there is a worker a core: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")

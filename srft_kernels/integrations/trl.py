@@ -164,8 +164,6 @@ def _replacements(kind: type, fused_loss: bool) -> dict[str, Callable[..., Any]]
     def with_a_check(self: GRPOTrainer, *args: Any, **kwargs: Any) -> Any:
         if fused_loss:
             check_fused_loss(self, ours)
-        if fused_loss:
-            check_fused_loss(self, ours)
         entered.clear()
         result = original_step(self, *args, **kwargs)
         if not entered:
