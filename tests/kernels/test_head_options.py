@@ -167,7 +167,8 @@ def test_rounded_logits(op, dtype):
         allowed = 2 * (baseline[name].double() - gold[name]).norm() + rounding * gold[name].norm()
         assert error <= allowed, f"{name}: {error:.3e} > {allowed:.3e}"
     exact = run(op, srft_kernels, case)
-    assert not torch.equal(actual["loss"], exact["loss"])
+    # a single sum may round to the same number, a whole gradient does not
+    assert not torch.equal(actual["dhidden"], exact["dhidden"])
 
 
 def test_logits_dtype_of_fp32_is_the_default():
