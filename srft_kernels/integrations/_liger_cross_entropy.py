@@ -164,8 +164,8 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
         Args:
             ce_weight: Must be None.
             ignore_index: Target of rows to skip.
-            lse_square_scale: Must be 0.
-            label_smoothing: Must be 0.
+            lse_square_scale: Weight of the squared log-sum-exp, >= 0.
+            label_smoothing: In [0, 1], share of the loss that goes to all words alike.
             reduction: "mean" over the targets that are not ignored, "sum" or "none".
             softcap: Cap of the logits, > 0, or None.
             return_z_loss: Must be False.
@@ -181,8 +181,6 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         for name, given in (
             ("ce_weight", ce_weight is not None),
-            ("lse_square_scale", lse_square_scale != 0),
-            ("label_smoothing", label_smoothing != 0),
             ("return_z_loss", return_z_loss),
             ("use_token_scaling", use_token_scaling),
             ("return_token_accuracy", return_token_accuracy),
@@ -191,6 +189,8 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
             if given:
                 raise ValueError(f"{name} must be left at its default here; use liger_kernel's own loss for it")
         self.ignore_index = ignore_index
+        self.lse_square_scale = lse_square_scale
+        self.label_smoothing = label_smoothing
         self.reduction = reduction
         self.softcap = softcap
         self.accum_dtype = accum_dtype
@@ -205,18 +205,15 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
             bias: [V].
 
         Raises:
-            ValueError: As ``linear_logprobs``.
+            ValueError: As ``linear_cross_entropy``.
         """
-        if self.reduction == "none":
-            logprobs, _ = linear_logprobs(
-                _input, lin_weight, target, bias=bias, logit_softcap=self.softcap, ignore_index=self.ignore_index
-            )
-            return -logprobs
         return linear_cross_entropy(
             _input,
             lin_weight,
             target,
-            num_tokens=1 if self.reduction == "sum" else None,
+            label_smoothing=self.label_smoothing,
+            z_loss_coef=self.lse_square_scale,
+            reduction=self.reduction,
             bias=bias,
             logit_softcap=self.softcap,
             ignore_index=self.ignore_index,

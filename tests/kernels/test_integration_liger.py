@@ -399,7 +399,8 @@ def test_selection_must_fit(ids, message):
 @pytest.mark.parametrize("softcap", [None, 2.5])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_cross_entropy_equals_torch(reduction, with_bias, softcap, ignore_index):
+@pytest.mark.parametrize(("smoothing", "scale"), [(0.0, 0.0), (0.1, 1e-2)], ids=["plain", "smoothed"])
+def test_cross_entropy_equals_torch(smoothing, scale, reduction, with_bias, softcap, ignore_index):
     """Loss and gradients equal F.cross_entropy on materialised float64 logits; "none" takes a gradient per token."""
     hidden, weight, bias, target, upstream, _ = make_tokens()
     target = torch.where(target == -100, ignore_index, target)
@@ -407,8 +408,15 @@ def test_cross_entropy_equals_torch(reduction, with_bias, softcap, ignore_index)
     logits = F.linear(hidden, weight, bias if with_bias else None)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    expected = F.cross_entropy(logits, target, reduction=reduction, ignore_index=ignore_index)
-    loss_fn = LigerFusedLinearCrossEntropyLoss(reduction=reduction, softcap=softcap, ignore_index=ignore_index)
+    valid = target != ignore_index
+    each = F.cross_entropy(
+        logits, target, reduction="none", ignore_index=ignore_index, label_smoothing=smoothing
+    ) + scale * torch.where(valid, logits.logsumexp(-1).square(), 0.0)
+    expected = {"mean": each.sum() / valid.sum(), "sum": each.sum(), "none": each}[reduction]
+    loss_fn = LigerFusedLinearCrossEntropyLoss(
+        reduction=reduction, softcap=softcap, ignore_index=ignore_index,
+        label_smoothing=smoothing, lse_square_scale=scale,
+    )  # fmt: skip
     actual = loss_fn(weight, hidden, target, bias if with_bias else None)
     torch.testing.assert_close(actual, expected)
     upstream = upstream if reduction == "none" else upstream[0]
@@ -422,8 +430,6 @@ def test_cross_entropy_equals_torch(reduction, with_bias, softcap, ignore_index)
     "setting",
     [
         {"ce_weight": torch.ones(V)},
-        {"lse_square_scale": 1e-4},
-        {"label_smoothing": 0.1},
         {"return_z_loss": True},
         {"use_token_scaling": True},
         {"return_token_accuracy": True},
