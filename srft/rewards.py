@@ -113,8 +113,18 @@ class _Worker:
                 self.process.wait(timeout=1.0)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        code = self.process.wait()
+        code = self._exit_code()
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+    def _exit_code(self) -> int:
+        """Wait for the killed process without the lock of ``Popen``: a signal that raised inside its poll() kept it."""
+        if self.process.returncode is None:
+            try:
+                _, status = os.waitpid(self.process.pid, 0)
+                self.process.returncode = os.waitstatus_to_exitcode(status)
+            except ChildProcessError:  # that poll() had its status, and lost it
+                self.process.returncode = -signal.SIGKILL
+        return self.process.returncode
 
 
 class RewardPool:

@@ -556,6 +556,20 @@ def test_pool_module_imports_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.timeout(60)
+def test_close_ends_the_workers_after_a_signal_inside_poll() -> None:
+    """A handler that raises while ``Popen.poll`` holds its lock leaves it locked, and the pool closes all the same."""
+    pool = RewardPool("exact", 2, 5.0)
+    pool.prewarm()
+    processes = [worker.process for worker in pool._workers]
+    for process in processes:
+        assert process._waitpid_lock.acquire(False)
+    pool.close()
+    assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
+    with pytest.raises(ChildProcessError):
+        os.waitpid(processes[0].pid, os.WNOHANG)
+
+
 def test_close_ends_the_workers_and_can_be_repeated(custom: str) -> None:
     """No process is left after close; a closed pool says so."""
     pool = RewardPool(f"{custom}:process", 2, 5.0)
