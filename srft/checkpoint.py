@@ -87,8 +87,7 @@ def latest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     Raises:
         ValueError: When there are checkpoints, and all are damaged.
     """
-    notes: list[str] = []
-    damaged: list[Path] = []
+    damaged: dict[Path, str] = {}
     for folder in reversed(_checkpoints(run_dir)):
         found = damage(folder)
         if found is None:
@@ -96,13 +95,15 @@ def latest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
                 aside = each.with_name(f"damaged-{each.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 each.rename(aside)
-            return folder, [f"{note}; going on from {folder.name}." for note in notes]
-        notes.append(f"Checkpoint {folder} is damaged: {found}")
-        damaged.append(folder)
+            return folder, [
+                f"Checkpoint {each} is damaged: {reason}; going on from {folder.name}."
+                for each, reason in damaged.items()
+            ]
+        damaged[folder] = found
     if damaged:
         raise ValueError(
             f"every checkpoint of {run_dir} is damaged, so it cannot go on: "
-            + "; ".join(f"{folder.name}: {damage(folder)}" for folder in damaged)
+            + "; ".join(f"{folder.name}: {reason}" for folder, reason in damaged.items())
             + ". Set another name to start a new run; model.name=<folder> starts from weights that still load"
         )
     return None, []

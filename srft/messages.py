@@ -28,32 +28,19 @@ def is_missing(value: Any) -> bool:
     return value is None or nan or value == [] or (isinstance(value, str) and not value.strip())
 
 
-def as_conversation(value: Any, place: str) -> list[Message] | None:
-    """Return the messages that a field holds, with "role" and "content"; None if it is not a conversation.
+def split_conversation(value: Any, place: str) -> tuple[list[Message], str | None] | None:
+    """Return the turns before the assistant's last one, and the text of that one; None if it is no conversation.
 
     Args:
         value: A list of messages, one message, or either as JSON; keys "role" or "from", "content" or "value".
         place: Where the row stands, for errors.
 
-    Raises:
-        ValueError: For a message without a known role or without text, and for messages as text that is not JSON.
-    """
-    turns = _unpack(value, place)
-    return None if turns is None else [_message(turn, place) for turn in turns]
-
-
-def split_conversation(value: Any, place: str) -> tuple[list[Message], str | None] | None:
-    """Return the turns before the assistant's last one, and the text of that one; None if it is no conversation.
-
-    Args:
-        value: As in :func:`as_conversation`.
-        place: As in :func:`as_conversation`.
-
     Returns:
         (turns, answer): ``answer`` is None when the conversation does not end with the assistant.
 
     Raises:
-        ValueError: As :func:`as_conversation` does, and when the assistant ends it with several turns in a row.
+        ValueError: For a message without a known role or without text, for messages as text that is not JSON, and
+            when the assistant ends the conversation with several turns in a row.
     """
     turns = _unpack(value, place)
     if turns is None:

@@ -42,12 +42,12 @@ def data_state(problems: Problems) -> dict[str, Any]:
     }
 
 
-def refuse_other_data(config: Config, problems: Problems, checkpoint: Path | None) -> None:
+def refuse_other_data(config: Config, now: dict[str, Any], checkpoint: Path | None) -> None:
     """Check that a resumed run has the rows that its checkpoint was made on.
 
     Args:
         config: The whole configuration.
-        problems: From ``read_problems``.
+        now: ``data_state`` of the problems as read.
         checkpoint: Holds ``data_state`` when it was made; None for a run from the start.
 
     Raises:
@@ -55,7 +55,7 @@ def refuse_other_data(config: Config, problems: Problems, checkpoint: Path | Non
     """
     if checkpoint is None:
         return
-    stored, now = read_state(checkpoint)["data"], data_state(problems)
+    stored = read_state(checkpoint)["data"]
     if (stored["rows"], stored["train"]) != (now["rows"], now["train"]):
         counts = f"{stored['rows']} problems then, {now['rows']} now" if stored["rows"] != now["rows"] else "other ones"
         raise ValueError(

@@ -69,7 +69,8 @@ def fit(config: Config) -> None:
         run_folder(config) as (run_dir, checkpoint),
         RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool,
     ):
-        refuse_other_data(config, problems, checkpoint)
+        data = data_state(problems)
+        refuse_other_data(config, data, checkpoint)
         prompts, held_out, data_note = make_prompts(config, problems, tokenizer, pool)
         model, proof = load_policy(config, tokenizer, prompts, held_out, pool, checkpoint, device)
         sampling = make_sampling(config, tokenizer, model)
@@ -77,7 +78,7 @@ def fit(config: Config) -> None:
         # a step is abandoned without a trace until its first update moves the weights, and finished from then on
         optimizer.register_step_pre_hook(lambda *_: stop.hold())
         sampler = PromptSampler(len(prompts), train.seed)
-        progress = Progress(run_dir, config, model, tokenizer, optimizer, sampler, data_state(problems))
+        progress = Progress(run_dir, config, model, tokenizer, optimizer, sampler, data)
         if checkpoint is not None:
             progress.restore(checkpoint)
         done = progress.step

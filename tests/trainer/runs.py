@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from srft.config import Config
@@ -109,3 +113,24 @@ def assert_same_run(run: Path, expected: Path) -> None:
     for name in ("optimizer.safetensors", "model.safetensors"):
         assert (run / "checkpoints" / last.name / name).read_bytes() == (last / name).read_bytes(), name
     assert (run / "report.html").is_file()
+
+
+def during_call(
+    patch: pytest.MonkeyPatch, where: str, call: int, entered: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Enter ``entered()`` for the ``call``-th call of the function or method at ``where``, a dotted path."""
+    module, _, name = where.rpartition(".")
+    try:
+        owner: Any = importlib.import_module(module)
+    except ModuleNotFoundError:
+        owner = getattr(importlib.import_module(module.rpartition(".")[0]), module.rpartition(".")[2])
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        with entered() if calls == call else nullcontext():
+            return original(*args, **kwargs)
+
+    patch.setattr(owner, name, counted)

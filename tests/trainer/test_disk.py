@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from srft import train as train_module
 from srft.checkpoint import damage, newest_checkpoint
 from srft.files import WriteError, writing
 from srft.model import byte_tokenizer
-from tests.trainer.runs import arguments, assert_same_run, train
+from tests.trainer.runs import arguments, assert_same_run, during_call, train
 
 RUN = {
     "train__steps": 3, "train__save_every": 1, "train__eval_every": 3, "train__keep_checkpoints": 1,
@@ -41,23 +39,7 @@ def full_disk(limit: int = 64) -> Iterator[None]:
 
 def refusing_in(patch: pytest.MonkeyPatch, where: str, call: int, limit: int = 64) -> None:
     """Let the disk be full during the ``call``-th call of a function."""
-    module, _, name = where.rpartition(".")
-    try:
-        owner: Any = importlib.import_module(module)
-    except ModuleNotFoundError:
-        owner = getattr(importlib.import_module(module.rpartition(".")[0]), module.rpartition(".")[2])
-    original: Callable[..., Any] = getattr(owner, name)
-    calls = 0
-
-    def refused(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls != call:
-            return original(*args, **kwargs)
-        with full_disk(limit):
-            return original(*args, **kwargs)
-
-    patch.setattr(owner, name, refused)
+    during_call(patch, where, call, lambda: full_disk(limit))
 
 
 # sessions of one run: in the how-manieth call of what the disk is full, the path that is named, the step that is safe

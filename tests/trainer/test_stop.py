@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tests.trainer.runs import (
     arguments,
     assert_same_run,
     command,
+    during_call,
     environment,
     read_lines,
     train,
@@ -64,24 +65,16 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("uninterrupted"), **RUN)
 
 
+@contextmanager
+def terminated() -> Iterator[None]:
+    """Begin with SIGTERM to this process."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield
+
+
 def signal_at(patch: pytest.MonkeyPatch, where: str, call: int) -> None:
     """Let the ``call``-th call of a function begin with SIGTERM to this process."""
-    module, _, name = where.rpartition(".")
-    try:
-        owner: Any = importlib.import_module(module)
-    except ModuleNotFoundError:
-        owner = getattr(importlib.import_module(module.rpartition(".")[0]), module.rpartition(".")[2])
-    original: Callable[..., Any] = getattr(owner, name)
-    calls = 0
-
-    def signalling(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
-
-    patch.setattr(owner, name, signalling)
+    during_call(patch, where, call, terminated)
 
 
 def test_run_stopped_at_every_kind_of_moment_ends_in_the_same_bytes(uninterrupted: Path, tmp_path: Path) -> None:
