@@ -17,12 +17,12 @@ from torch import Tensor
 
 from benchmarks import device as devices
 from benchmarks import table
-from benchmarks.heads import DTYPES, HEADS, Head
+from benchmarks.heads import DTYPES, HEADS, HeadShape
 
 Product = tuple[str, str, Callable[[], Tensor]]
 
 
-def _products(head: Head, rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Product]:
+def _products(head: HeadShape, rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Product]:
     """(what, dtype of the result, call) of each product of a chunk, into memory that is there already."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -47,7 +47,7 @@ def _products(head: Head, rows: int, dtype: torch.dtype, device: torch.device) -
             yield f"G' X added{where}", name, partial(torch.addmm, dweight, g.t(), hidden, out=dweight, **kind)
 
 
-def rates(head: Head, rows: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[dict]:
+def rates(head: HeadShape, rows: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[dict]:
     """Median times, or why a product is not there."""
     found = []
     for what, out_dtype, call in _products(head, rows, dtype, device):

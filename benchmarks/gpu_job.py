@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import device as devices
 from benchmarks import table
-from benchmarks.heads import DTYPES, Head, Inputs, make_inputs
+from benchmarks.heads import DTYPES, HeadShape, Inputs, make_inputs
 from benchmarks.variants import variants
 
 
@@ -37,7 +37,7 @@ class Job:
         self.found |= found
         table.write(self.found, self.out)
 
-    def inputs(self, head: Head) -> Inputs:
+    def inputs(self, head: HeadShape) -> Inputs:
         """Inputs of the size asked for."""
         return make_inputs(head, self.dtype, self.tokens, self.sequence, self.device)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import srft_kernels
 from benchmarks.gpu_job import Job
-from benchmarks.heads import HEADS, Head, make_inputs
+from benchmarks.heads import HEADS, HeadShape, make_inputs
 from benchmarks.measure import errors
 from benchmarks.variants import variants
 
@@ -32,7 +32,7 @@ def repeat(job: Job) -> None:
 
 def small(job: Job) -> None:
     """One call of every op at a small vocabulary, for tools that watch every access."""
-    x = make_inputs(Head(64, 4100), job.dtype, 4 * job.sequence, job.sequence, job.device)
+    x = make_inputs(HeadShape(64, 4100), job.dtype, 4 * job.sequence, job.sequence, job.device)
     for case in ("grpo", "srft", "cross_entropy"):
         run = variants(case, job.dtype, job.device, frozenset(["ours"]))["ours"].run
         assert run is not None

@@ -20,11 +20,12 @@ import torch
 from benchmarks import device as devices
 from benchmarks import gpu_modes, peers, table
 from benchmarks.gpu_job import Job
-from benchmarks.heads import DTYPES, HEADS, Head, Inputs, make_inputs
+from benchmarks.heads import DTYPES, HEADS, HeadShape, Inputs, make_inputs
 from benchmarks.measure import BOUNDS, Table, errors, of_ours
 from benchmarks.options import OPTIONS, specs
 from benchmarks.variants import floor, gold, variants
-from srft_kernels import _chunked_head, row_kernels
+from srft_kernels.head import chunks as chunked_head
+from srft_kernels.rows import gpu as row_kernels
 
 # blocks of columns and warps of the row kernel that are tried
 GRID = ((4096, 4), (4096, 8), (8192, 16), (16384, 32))
@@ -49,7 +50,7 @@ def first(job: Job) -> None:
     print(f"torch {torch.__version__}, triton {triton.__version__}, {sys.version}, driver {_driver()}", flush=True)
     job.save(**devices.facts(job.device), triton=triton.__version__, driver=_driver())
     print(job.found, flush=True)
-    x = make_inputs(Head(96, 1031), job.dtype, 4 * job.sequence, job.sequence, job.device)
+    x = make_inputs(HeadShape(96, 1031), job.dtype, 4 * job.sequence, job.sequence, job.device)
     actual = job.ours("ours")(x)
     double = [tensor.detach().double().requires_grad_() for tensor in x[:2]]
     expected = gold("grpo")(Inputs(*double, *x[2:]))
@@ -148,7 +149,7 @@ def workspace(job: Job) -> None:
         products = min(job.median(functools.partial(run, x)) for run in bare.values())
         for own in job.own_names():
             for gib, product_rows in WORKSPACES:
-                with _setting(_chunked_head, **{constant: int(gib * 2**30)}, _PRODUCT_ROWS=product_rows):
+                with _setting(chunked_head, **{constant: int(gib * 2**30)}, _PRODUCT_ROWS=product_rows):
                     seconds = job.median(functools.partial(job.ours(own), x))
                 row = {"head": name, "variant": own, "gib": gib, "product_rows": product_rows, "median_s": seconds}
                 row["ratio"] = seconds / products

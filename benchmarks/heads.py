@@ -11,21 +11,21 @@ from torch import Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Head(NamedTuple):
+class HeadShape(NamedTuple):
     width: int  # D
     vocab: int  # V
 
 
 HEADS = {
-    "smollm2-135m": Head(576, 49_152),
-    "qwen2.5-0.5b": Head(896, 151_936),
-    "qwen2.5-1.5b": Head(1536, 151_936),
-    "qwen2.5-3b": Head(2048, 151_936),
-    "qwen2.5-7b": Head(3584, 152_064),
-    "qwen3-8b": Head(4096, 151_936),
-    "llama-3.1-8b": Head(4096, 128_256),
+    "smollm2-135m": HeadShape(576, 49_152),
+    "qwen2.5-0.5b": HeadShape(896, 151_936),
+    "qwen2.5-1.5b": HeadShape(1536, 151_936),
+    "qwen2.5-3b": HeadShape(2048, 151_936),
+    "qwen2.5-7b": HeadShape(3584, 152_064),
+    "qwen3-8b": HeadShape(4096, 151_936),
+    "llama-3.1-8b": HeadShape(4096, 128_256),
     # no model: shows within seconds that everything runs
-    "tiny": Head(64, 1000),
+    "tiny": HeadShape(64, 1000),
 }
 
 
@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
     sequence: int  # tokens of each of the B sequences
 
 
-def make_inputs(head: Head, dtype: torch.dtype, tokens: int, sequence: int, device: torch.device) -> Inputs:
+def make_inputs(head: HeadShape, dtype: torch.dtype, tokens: int, sequence: int, device: torch.device) -> Inputs:
     """Random states that lean towards their label, so that probabilities reach from 0 to almost 1.
 
     ``tokens`` is a multiple of four sequences.
@@ -96,7 +96,7 @@ def free_bytes(device: torch.device) -> int:
     raise RuntimeError("/proc/meminfo has no MemAvailable")
 
 
-def gradient_bytes(head: Head, dtype: torch.dtype, tokens: int) -> int:
+def gradient_bytes(head: HeadShape, dtype: torch.dtype, tokens: int) -> int:
     """The two gradients that every implementation must return."""
     return (tokens + head.vocab) * head.width * dtype.itemsize
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.heads import Head, Inputs
+from benchmarks.heads import HeadShape, Inputs
 
 # scores of one chunk of the bare products: bytes on a CPU, whose caches matter; rows on a GPU
 CPU_CHUNK_BYTES = 256 * 2**20
@@ -46,7 +46,7 @@ def naive(x: Inputs, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
     return all_logprobs.gather(-1, x.labels[:, None])[:, 0], entropy
 
 
-def chunk_rows(head: Head, dtype: torch.dtype, device: torch.device) -> int:
+def chunk_rows(head: HeadShape, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a chunk of the bare products."""
     return GPU_CHUNK_ROWS if device.type == "cuda" else CPU_CHUNK_BYTES // (dtype.itemsize * head.vocab)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.heads import DTYPES, HEADS, Head, Inputs, make_inputs
+from benchmarks.heads import DTYPES, HEADS, HeadShape, Inputs, make_inputs
 from benchmarks.variants import Run, variants
 
 
@@ -49,7 +49,8 @@ def main(case: str, name: str, head: str, dtype: str, tokens: str, sequence: str
     variant = variants(case, DTYPES[dtype], device, frozenset([name]))[name]
     assert variant.run is not None, variant.reason
     # loads code and starts threads, which would be there without the loss
-    variant.run(make_inputs(Head(HEADS[head].width, 1000), DTYPES[dtype], 4 * int(sequence), int(sequence), device))
+    small = HeadShape(HEADS[head].width, 1000)
+    variant.run(make_inputs(small, DTYPES[dtype], 4 * int(sequence), int(sequence), device))
     inputs = make_inputs(HEADS[head], DTYPES[dtype], int(tokens), int(sequence), device)
     if variant.compiled:
         # compiles for this shape

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import srft_kernels
 from benchmarks import losses, peers
-from benchmarks.heads import Head, Inputs
+from benchmarks.heads import HeadShape, Inputs
 from srft_kernels import reference
 
 Run = Callable[[Inputs], tuple[Tensor, Tensor, Tensor]]
@@ -25,7 +25,7 @@ class Variant(NamedTuple):
     full_logits: bool = False
     compiled: bool = False
 
-    def bytes(self, head: Head, dtype: torch.dtype, tokens: int) -> int:
+    def bytes(self, head: HeadShape, dtype: torch.dtype, tokens: int) -> int:
         """About what a call takes, the gradients included."""
         weight = 3 * head.vocab * head.width * 4
         # logits, their log-softmax and its gradient in fp32, and for 16 bit also logits and gradient
@@ -105,7 +105,7 @@ def variants(
     return {name: variant for name, variant in found.items() if not only or name in only}
 
 
-def floor(head: Head, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[Inputs], None]]:
+def floor(head: HeadShape, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[Inputs], None]]:
     """The bare products, whose faster form is what every variant is compared with."""
     rows = losses.chunk_rows(head, dtype, device)
     return {

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from srft.data import Prompt
+from srft.data.examples import Prompt
 
 IGNORE_INDEX = -100
 
 
 @dataclass
-class Sequence:
+class Response:
     """One response to a prompt: a rollout of the policy or a demonstration.
 
     Args:
@@ -65,8 +64,8 @@ class Group:
     """A prompt with everything that answers it: its ``rollouts`` and its ``demos``."""
 
     prompt: Prompt
-    rollouts: list[Sequence] = field(default_factory=list)
-    demos: list[Sequence] = field(default_factory=list)
+    rollouts: list[Response] = field(default_factory=list)
+    demos: list[Response] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,21 +119,21 @@ class Batch:
     token_weights: Tensor
     rollout_logprobs: Tensor
     old_logprobs: Tensor | None
-    sequences: list[Sequence]
+    sequences: list[Response]
 
-    def responses(self) -> Iterator[tuple[Sequence, slice]]:
+    def responses(self) -> Iterator[tuple[Response, slice]]:
         """Give each sequence with the place of its counted tokens in the [N] vectors."""
         bounds = self.loss_cu_seqlens.tolist()
         for sequence, first, last in zip(self.sequences, bounds[:-1], bounds[1:], strict=True):
             yield sequence, slice(first, last)
 
 
-def unweighted(_sequence: Sequence) -> float:
+def unweighted(_sequence: Response) -> float:
     """Weight every token by 1."""
     return 1.0
 
 
-def count(sequences: Seq[Sequence]) -> Totals:
+def count(sequences: Sequence[Response]) -> Totals:
     """Count tokens and sequences of each kind.
 
     Args:
@@ -151,9 +150,9 @@ def count(sequences: Seq[Sequence]) -> Totals:
 
 
 def pack(
-    sequences: Seq[Sequence],
+    sequences: Sequence[Response],
     tokens_per_microbatch: int,
-    token_weight: Callable[[Sequence], float],
+    token_weight: Callable[[Response], float],
     device: torch.device,
 ) -> list[Batch]:
     """Pack sequences into micro-batches of bounded size, the longest first.
@@ -167,7 +166,7 @@ def pack(
     Returns:
         Micro-batches that together hold every sequence once.
     """
-    bins: list[list[Sequence]] = []
+    bins: list[list[Response]] = []
     room: list[int] = []
     for sequence in sorted(sequences, key=len, reverse=True):
         place = next((i for i, free in enumerate(room) if free >= len(sequence)), None)
@@ -181,7 +180,7 @@ def pack(
 
 
 def _to_batch(
-    sequences: list[Sequence], token_weight: Callable[[Sequence], float], device: torch.device
+    sequences: list[Response], token_weight: Callable[[Response], float], device: torch.device
 ) -> Batch:
     lengths = torch.tensor([len(s) for s in sequences])
     responses = torch.tensor([len(s.response_ids) for s in sequences])

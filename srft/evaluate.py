@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from srft.data import Prompt
+from srft.data.examples import Prompt
+from srft.data.prompts import completion_text
 from srft.engine.base import Engine, Sampling
-from srft.prompts import completion_text
-from srft.rewards import RewardPool
+from srft.rewards.pool import RewardPool
 
 
 def evaluate(

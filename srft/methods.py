@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from srft.batch import Batch, Group, Sequence, Totals
+from srft.batch import Batch, Group, Response, Totals
 from srft.config import Config, MethodConfig
-from srft.model import Head
+from srft.policy.model import Head
 from srft_kernels import PolicyLoss, linear_grpo_loss, linear_srft_loss
 
 # what the paper's text and the two public codes do where the paper's equations leave it open
@@ -36,7 +35,7 @@ def needs_demos(method: MethodConfig) -> bool:
     return method.name != "grpo"
 
 
-def group_advantages(rewards: Seq[float], divide_by_std: bool) -> list[float]:
+def group_advantages(rewards: Sequence[float], divide_by_std: bool) -> list[float]:
     """Compare each reward of a group with the group: (r - mean) / std.
 
     Args:
@@ -54,7 +53,7 @@ def group_advantages(rewards: Seq[float], divide_by_std: bool) -> list[float]:
     return (centred / (values.std() + 1e-6) if divide_by_std else centred).tolist()
 
 
-def assign_advantages(groups: Seq[Group], method: MethodConfig) -> list[Sequence]:
+def assign_advantages(groups: Sequence[Group], method: MethodConfig) -> list[Response]:
     """Fill in every sequence's advantage and return those the method learns from.
 
     Args:
@@ -67,7 +66,7 @@ def assign_advantages(groups: Seq[Group], method: MethodConfig) -> list[Sequence
     divide = method.advantage_std
     if divide is None:
         divide = _SRFT_ADVANTAGE_STD[method.preset] if method.name == "srft" else True
-    chosen: list[Sequence] = []
+    chosen: list[Response] = []
     for group in groups:
         members = (group.rollouts if needs_rollouts(method) else []) + (
             group.demos if needs_demos(method) else []
@@ -82,7 +81,7 @@ def assign_advantages(groups: Seq[Group], method: MethodConfig) -> list[Sequence
     return chosen
 
 
-def token_weight(config: Config, totals: Totals) -> Callable[[Sequence], float]:
+def token_weight(config: Config, totals: Totals) -> Callable[[Response], float]:
     """Turn the aggregation option into the weight of each token of a sequence.
 
     Every term is divided by its global token count, so a weight of 1 gives the mean over tokens. The other aggregations
@@ -98,7 +97,7 @@ def token_weight(config: Config, totals: Totals) -> Callable[[Sequence], float]:
         True: totals.demo_tokens / max(1, totals.demo_sequences),
     }
 
-    def weight(sequence: Sequence) -> float:
+    def weight(sequence: Response) -> float:
         if how == "token-mean":
             return 1.0
         length = len(sequence.response_ids) if how == "sequence-mean" else config.rollout.max_new_tokens

@@ -14,20 +14,29 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srft.checkpoint import export_model
 from srft.config import Config
-from srft.data import Example, Prompt, build_prompts, check_answers, check_demos, drop_shared, hold_out, load_examples
-from srft.data_files import has_split, is_local
+from srft.data.examples import (
+    Example,
+    Prompt,
+    build_prompts,
+    check_answers,
+    check_demos,
+    drop_shared,
+    hold_out,
+    load_examples,
+)
+from srft.data.files import has_split, is_local
+from srft.data.problems import Problems
+from srft.data.prompts import prompt_format
+from srft.data.schemas import asked_reward, detect_schema
+from srft.data.tasks import BUILTIN_TASKS, REASONING_GYM
 from srft.engine.base import Engine
 from srft.engine.hf import HfEngine
 from srft.methods import needs_demos, needs_rollouts
-from srft.model import build_tiny, load_model, prepare_policy
-from srft.problems import Problems
-from srft.prompts import prompt_format
-from srft.proof import Proof, prove
-from srft.rewards import RewardPool, default_reward
-from srft.schemas import asked_reward, detect_schema
-from srft.tasks import BUILTIN_TASKS, REASONING_GYM
+from srft.policy.checkpoint import export_model
+from srft.policy.model import build_tiny, load_model, prepare_policy
+from srft.policy.proof import Proof, prove
+from srft.rewards.pool import RewardPool, default_reward
 from srft.warm_start import warm_start
 
 

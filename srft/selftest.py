@@ -7,10 +7,10 @@ import sys
 import transformers
 
 from srft.config import Config
-from srft.model import build_tiny, load_model, load_tokenizer, prepare_policy
 from srft.options import exit_on_help, load_config
+from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy
+from srft.policy.proof import Proof, prove
 from srft.prepare import choose_device
-from srft.proof import Proof, prove
 
 
 def selftest(config: Config) -> Proof:

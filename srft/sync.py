@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srft.batch import Sequence, pack, unweighted
+from srft.batch import Response, pack, unweighted
 from srft.config import Config
 from srft.engine.base import Engine
-from srft.forwards import sampler_logprobs
-from srft.model import final_hidden_states, head_arguments
-from srft.spread import Spread
+from srft.policy.forwards import sampler_logprobs
+from srft.policy.model import final_hidden_states, head_arguments
+from srft.policy.spread import Spread
 from srft_kernels import linear_logprobs
 
 # Of two computations in fp32 that are the same but for the order of sums, nats.
@@ -49,7 +49,7 @@ class WeightSync:
         if self._tolerance is None and self._dtype == self._engine_dtype == torch.float32:
             self._tolerance = FP32_TOLERANCE
         self._sequences = [
-            Sequence(s[:1], s[1:], is_demo=False, truncated=False, rollout_logprobs=[], text="")
+            Response(s[:1], s[1:], is_demo=False, truncated=False, rollout_logprobs=[], text="")
             for s in probe
         ]
         self._probe = probe

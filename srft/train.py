@@ -18,17 +18,19 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srft.batch import Batch, Group, Sequence, count, pack, unweighted
-from srft.checkpoint import export_model
+from srft.batch import Batch, Group, Response, count, pack, unweighted
 from srft.config import Config
-from srft.data import Prompt
+from srft.data.examples import Prompt
+from srft.data.problems import data_state, refuse_other_data
+from srft.data.prompts import completion_text, describe_ends, make_sampling
+from srft.data.sampler import PromptSampler, sample_seed
 from srft.engine.base import Engine, EngineError, Sampling
 from srft.evaluate import evaluate
-from srft.log import RunLog
 from srft.methods import assign_advantages, method_loss, needs_demos, needs_rollouts, token_weight
-from srft.metrics import Clock, Figure, combined, group_metrics, loss_metrics, sample_rows
-from srft.model import final_hidden_states, head_arguments, load_tokenizer, run_body
 from srft.options import exit_on_help, load_config, to_toml
+from srft.policy.checkpoint import export_model
+from srft.policy.model import final_hidden_states, head_arguments, load_tokenizer, run_body
+from srft.policy.router import router_of, whole_load
 from srft.prepare import (
     choose_device,
     describe_step,
@@ -38,13 +40,11 @@ from srft.prepare import (
     read_problems,
     start_engine,
 )
-from srft.problems import data_state, refuse_other_data
-from srft.progress import Progress
-from srft.prompts import completion_text, describe_ends, make_sampling
-from srft.rewards import RewardPool
-from srft.router import router_of, whole_load
-from srft.run_folder import run_folder
-from srft.sampler import PromptSampler, sample_seed
+from srft.record.folder import run_folder
+from srft.record.log import RunLog
+from srft.record.metrics import Clock, Figure, combined, group_metrics, loss_metrics, sample_rows
+from srft.record.progress import Progress
+from srft.rewards.pool import RewardPool
 from srft.sync import CanaryError, WeightSync
 from srft_kernels import PolicyLoss, linear_logprobs
 
@@ -159,7 +159,7 @@ def roll_out(
             groups, engine.generate([p.prompt_ids for p in prompts], sampling, seeds), strict=True
         ):
             group.rollouts = [
-                Sequence(group.prompt.prompt_ids, c.token_ids, is_demo=False, truncated=c.finish == "length",
+                Response(group.prompt.prompt_ids, c.token_ids, is_demo=False, truncated=c.finish == "length",
                          rollout_logprobs=c.logprobs,
                          text=completion_text(tokenizer, c.token_ids, group.prompt.opened, sampling.stop))
                 for c in drawn
@@ -171,7 +171,7 @@ def roll_out(
             # of more demonstrations than are joined, others at every visit
             chosen = sorted(random.Random(seed).sample(range(len(prompt.demo_ids)), most))
             group.demos = [
-                Sequence(prompt.prompt_ids, prompt.demo_ids[i], is_demo=True, truncated=False, rollout_logprobs=[],
+                Response(prompt.prompt_ids, prompt.demo_ids[i], is_demo=True, truncated=False, rollout_logprobs=[],
                          text=prompt.example.demos[i])
                 for i in chosen
             ]  # fmt: skip
@@ -195,7 +195,7 @@ def update(
     config: Config,
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    sequences: list[Sequence],
+    sequences: list[Response],
     step: int,
 ) -> dict[str, Figure]:
     """Make one optimizer update from these sequences, however many micro-batches they fill.
@@ -245,7 +245,7 @@ def update(
 
 
 @torch.no_grad()
-def remember_old_logprobs(config: Config, model: PreTrainedModel, sequences: list[Sequence]) -> None:
+def remember_old_logprobs(config: Config, model: PreTrainedModel, sequences: list[Response]) -> None:
     """Store the log-probabilities of the policy that sampled, before several updates move it.
 
     Args:

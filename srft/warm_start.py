@@ -7,15 +7,15 @@ import sys
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srft.batch import Sequence, pack, unweighted
+from srft.batch import Response, pack, unweighted
 from srft.config import Config
-from srft.data import Prompt
+from srft.data.examples import Prompt
+from srft.data.prompts import make_sampling
+from srft.data.sampler import PromptSampler
 from srft.engine.hf import HfEngine
 from srft.evaluate import evaluate
-from srft.model import final_hidden_states, head_arguments
-from srft.prompts import make_sampling
-from srft.rewards import RewardPool
-from srft.sampler import PromptSampler
+from srft.policy.model import final_hidden_states, head_arguments
+from srft.rewards.pool import RewardPool
 from srft_kernels import linear_cross_entropy
 
 _EVAL_EVERY = 10
@@ -63,7 +63,7 @@ def warm_start(
     for step in range(1, options.max_steps + 1):
         chosen = [shown[i] for i in sampler.next(min(options.batch_size, len(shown)))]
         sequences = [
-            Sequence(p.prompt_ids, p.demo_ids[0], is_demo=True, truncated=False, rollout_logprobs=[], text="")
+            Response(p.prompt_ids, p.demo_ids[0], is_demo=True, truncated=False, rollout_logprobs=[], text="")
             for p in chosen
         ]
         tokens = sum(len(s.response_ids) for s in sequences)

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from ._checks import check_cross_entropy
-from ._chunked_head import LoraDelta, compute_dtype, taking_part
-from ._compiled import logprobs_op, loss_op
-from ._one_pass import policy_loss
+from .compile.ops import logprobs_op, loss_op
 from .formulas import cross_entropy_token
-from .linear_logprobs import differentiable_logprobs, make_head
+from .head.arguments import make_head
+from .head.chunks import compute_dtype, taking_part
+from .head.sweep import loss_with_gradients
+from .linear_logprobs import differentiable_logprobs
+from .losses import count_of, reciprocal
 from .objectives import TokenObjective
-from .policy_loss import count_of, reciprocal
+from .types import LoraDelta
 from .vocab_parallel import VocabParallel
 
 __all__ = ["linear_cross_entropy"]
@@ -162,4 +164,4 @@ def linear_cross_entropy(
     if reduction == "mean":
         weight = weight * reciprocal(count_of(num_tokens, labels != ignore_index, dtype))
     objective = TokenObjective(cross_entropy_token, weight[None], (), tokens.valid)
-    return policy_loss(inputs, head, tokens, objective, None, weight_grad).loss
+    return loss_with_gradients(inputs, head, tokens, objective, None, weight_grad).loss

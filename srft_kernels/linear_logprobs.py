@@ -1,194 +1,20 @@
-"""linear_logprobs: statistics for any loss, and the sweeps over chunks of rows that it takes."""
+"""linear_logprobs: statistics for any loss, as autograd knows them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ._checks import check_head, check_mechanism, check_rows
-from ._chunked_head import (
-    Head,
-    LoraDelta,
-    Tokens,
-    chunking,
-    compute_dtype,
-    drops_dead_rows,
-    keep_live,
-    live_rows,
-    project,
-    row_stats,
-    rows_backend,
-    scalar,
-    workspace,
-)
-from ._compiled import logprobs_op
-from ._gradients import Gradients, Inputs, Wanted
-from ._last_gradient import last_gradient, links
-from ._row_cpu import Smoothing, Stats
-from ._score_gradients import ScoreGradients
-from .vocab_parallel import IGNORED, VocabParallel, local_labels
+from .compile.ops import logprobs_op
+from .head.arguments import make_head
+from .head.chunks import HeadRows, Tokens
+from .head.last_gradient import last_gradient, links
+from .head.sweep import directions_sweep, gradient_sweep, stats_sweep
+from .rows.types import Stats
+from .types import Inputs, LoraDelta, Wanted
+from .vocab_parallel import VocabParallel
 
 __all__ = ["linear_logprobs"]
-
-
-def make_head(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    logit_softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    lora: LoraDelta | None,
-    vocab_parallel: VocabParallel | None,
-    weight_grad: Tensor | None,
-    logits_dtype: torch.dtype | None,
-    label_smoothing: float = 0.0,
-    z_loss_coef: float = 0.0,
-) -> tuple[Inputs, Head, Tokens]:
-    """Check the arguments that every op shares and reduce them to the rows that are computed."""
-    tensors = isinstance(hidden_states, Tensor) and isinstance(lm_head_weight, Tensor)
-    if tensors and torch.is_autocast_enabled(hidden_states.device.type):
-        # the body of a model leaves 16-bit states there, beside a weight in fp32
-        lm_head_weight = lm_head_weight.to(hidden_states.dtype)
-    check_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, lora, ignore_index
-    )
-    check_mechanism(hidden_states, lm_head_weight, vocab_parallel, weight_grad, logits_dtype)
-    vocab = vocab_parallel.vocab_size if vocab_parallel else lm_head_weight.shape[0]
-    check_rows(labels, ignore_index, vocab, temperature)
-    tokens = Tokens(labels, ignore_index)
-    dtype = compute_dtype(hidden_states.dtype)
-    # c tanh(s x / c) / T = (c / s) tanh(x / (c / s)) / (T / s): the scale is part of cap and temperature
-    softcap = None if logit_softcap is None else logit_softcap / logit_scale
-    inv_temperature = None
-    if isinstance(temperature, Tensor) or temperature != logit_scale:
-        reciprocal = scalar(temperature, dtype, hidden_states.device).reciprocal() * logit_scale
-        inv_temperature = tokens.select(reciprocal.expand(labels.shape))
-    kept_labels = tokens.select(labels).contiguous()
-    if vocab_parallel is not None:
-        kept_labels = local_labels(kept_labels, vocab_parallel, lm_head_weight.shape[0], ignore_index)
-        ignore_index = IGNORED
-    head = Head(
-        tokens.select(hidden_states.detach()),
-        lm_head_weight.detach(),
-        kept_labels,
-        None if bias is None else bias.detach().to(dtype),
-        inv_temperature,
-        softcap,
-        ignore_index,
-        None if lora is None else LoraDelta(lora.a.detach(), lora.b.detach(), lora.scale),
-        vocab_parallel,
-        dtype if logits_dtype is None else logits_dtype,
-        Smoothing(label_smoothing, z_loss_coef) if label_smoothing or z_loss_coef else None,
-    )
-    a, b = (None, None) if lora is None else (lora.a, lora.b)
-    return Inputs(hidden_states, lm_head_weight, bias, a, b), head, tokens
-
-
-def stats_sweep(head: Head) -> Stats:
-    """Statistics of every row; 2NDV."""
-    chunks = chunking(head).split(0, head.labels.numel())
-    space = workspace(head, chunks)
-    out = Stats(*(space.new_empty(head.labels.numel(), dtype=compute_dtype(space.dtype)) for _ in range(4)))
-    with torch.autocast(space.device.type, enabled=False):
-        for rows in chunks:
-            part = head.at(rows)
-            known = row_stats(part, project(part, space), overwrite=True)
-            for total, x in zip(out, known, strict=True):
-                total[rows] = x
-    return out
-
-
-def gradient_sweep(
-    head: Head,
-    inputs: Inputs,
-    wanted: Wanted,
-    weight_grad: Tensor | None,
-    known: Stats,
-    dlogp: Tensor,
-    dentropy: Tensor | None,
-) -> Gradients:
-    """Gradients of all inputs, given those of logprobs and entropy; 6NDV, of the rows that have any."""
-    sizes = chunking(head)
-    chunks = sizes.split(0, head.labels.numel())
-    space = workspace(head, chunks)
-    grads = Gradients(head, inputs, wanted, weight_grad)
-    gathered = ScoreGradients(head, grads, sizes)
-    with torch.autocast(space.device.type, enabled=False):
-        for rows in chunks:
-            own = Stats(*(x[rows] for x in known))
-            de = None if dentropy is None else dentropy[rows]
-            add_chunk(gathered, head, rows, own, dlogp[rows], de, space)
-        gathered.flush()
-        grads.reduce()
-    return grads
-
-
-def add_chunk(
-    gathered: ScoreGradients,
-    head: Head,
-    rows: slice,
-    known: Stats,
-    dlogp: Tensor,
-    dentropy: Tensor | None,
-    space: Tensor,
-    scores: Tensor | None = None,
-    overwritten: bool = False,
-    grad_scale: float = 1.0,
-) -> None:
-    """Add the gradients of a chunk's live rows.
-
-    Args:
-        gathered: Takes them.
-        head: All rows.
-        rows: The chunk.
-        known: Its statistics.
-        dlogp: [C] derivative of the loss by logp.
-        dentropy: [C] the same by the entropy, or None for zero.
-        space: Workspace, where ``scores`` are.
-        scores: [C, V] of the whole chunk; None to project its live rows.
-        overwritten: As passed to ``row_stats`` for ``scores``.
-        grad_scale: Factor of the gradients of the scores, which ``gathered`` takes out again.
-    """
-    part, live = head.at(rows), live_rows(dlogp.numel(), dlogp, dentropy, drops_dead_rows(head))
-    if live.positions is not None:
-        part, known = part.at(live.positions), Stats(*(x[live.positions] for x in known))
-        dlogp, dentropy = dlogp[live.positions], None if dentropy is None else dentropy[live.positions]
-        scores = None if scores is None else keep_live(scores, live.positions)
-    if scores is None:
-        scores = project(part, space)
-    dscores = rows_backend(scores).gradient(
-        scores, part.rows(grad_scale), known, dlogp, dentropy, overwritten, gathered.memory(rows)
-    )
-    gathered.add(part, dscores, rows, live)
-
-
-def directions_sweep(head: Head, inputs: Inputs) -> tuple[Stats, Tensor]:
-    """Statistics, and the gradient of hidden [n, D] for a derivative by logp of 1; 4NDV."""
-    sizes, count = chunking(head), head.labels.numel()
-    chunks = sizes.split(0, count)
-    space = workspace(head, chunks)
-    out = Stats(*(space.new_empty(count, dtype=compute_dtype(space.dtype)) for _ in range(4)))
-    grads = Gradients(head, inputs, Wanted(True, False, False, False, False), None)
-    gathered = ScoreGradients(head, grads, sizes)
-    overwrite = head.may_overwrite
-    with torch.autocast(space.device.type, enabled=False):
-        for rows in chunks:
-            part = head.at(rows)
-            scores = project(part, space)
-            known = row_stats(part, scores, overwrite)
-            for total, x in zip(out, known, strict=True):
-                total[rows] = x
-            ones = torch.ones_like(known.logprobs)
-            dscores = rows_backend(scores).gradient(
-                scores, part.rows(), known, ones, None, overwrite, gathered.memory(rows)
-            )
-            gathered.add(part, dscores, rows, live_rows(ones.numel(), None, None, drop=False))
-        gathered.flush()
-        grads.reduce()
-    return out, grads.directions()
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -196,7 +22,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, lora_a, lora_b, head: Head, tokens: Tokens, weight_grad, entropy_grad: bool
+        ctx, hidden, weight, bias, lora_a, lora_b, head: HeadRows, tokens: Tokens, weight_grad, entropy_grad: bool
     ):
         known = stats_sweep(head)
         # results of their own, which the caller may write to
@@ -231,7 +57,7 @@ class _FrozenLogprobs(torch.autograd.Function):
     """Saves the direction of each row's gradient, of which backward is a multiple."""
 
     @staticmethod
-    def forward(ctx, hidden, head: Head, tokens: Tokens, inputs):
+    def forward(ctx, hidden, head: HeadRows, tokens: Tokens, inputs):
         known, directions = directions_sweep(head, Inputs(hidden, head.weight, head.bias, None, None))
         ctx.save_for_backward(directions)
         ctx.tokens, ctx.dtype, ctx.links = tokens, hidden.dtype, inputs
@@ -248,7 +74,7 @@ class _FrozenLogprobs(torch.autograd.Function):
 
 
 def differentiable_logprobs(
-    inputs: Inputs, head: Head, tokens: Tokens, weight_grad: Tensor | None, entropy_grad: bool
+    inputs: Inputs, head: HeadRows, tokens: Tokens, weight_grad: Tensor | None, entropy_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """The two vectors [N] of ``linear_logprobs`` for arguments that ``make_head`` took."""
     wanted = inputs.wanted()

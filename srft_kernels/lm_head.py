@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ._checks import check_choice, check_positive
-from ._chunked_head import LoraDelta
-from ._head_layer import active_lora, is_lora, is_trained_copy, linear_of, tell_of_replacements
+from .head.layer import active_lora, is_lora, is_trained_copy, linear_of, tell_of_replacements
+from .types import LoraDelta
 
 __all__ = ["FusedLMHead", "logit_options"]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOAT_DTYPES, check_positive, check_rows
-from ._chunked_head import compute_dtype, rows_backend
-from ._last_gradient import last_gradient
 from ._numbers import is_number, plain_numbers
-from ._row_cpu import Rows, Stats
+from .head.chunks import compute_dtype, rows_backend
+from .head.last_gradient import last_gradient
+from .rows.types import RowArguments, Stats
 
 __all__ = ["logprobs_from_logits"]
 
@@ -94,7 +94,7 @@ def _matrices(logits: Tensor) -> list[Tensor]:
         return [matrix for part in logits for matrix in _matrices(part)]
 
 
-def _pieces(logits: Tensor, rows: Rows) -> list[tuple[Tensor, slice, Rows]]:
+def _pieces(logits: Tensor, rows: RowArguments) -> list[tuple[Tensor, slice, RowArguments]]:
     """The matrices of ``logits``, which of the N rows each holds, and their arguments."""
     pieces, start = [], 0
     for z in _matrices(logits) if logits.numel() else []:
@@ -109,7 +109,7 @@ class _LogprobsFromLogits(torch.autograd.Function):
     """Saves the logits and, of each row, the largest logit, log-sum-exp, entropy and label."""
 
     @staticmethod
-    def forward(ctx, logits, rows: Rows, entropy_grad: bool, inplace_backward: bool):
+    def forward(ctx, logits, rows: RowArguments, entropy_grad: bool, inplace_backward: bool):
         logits_only = logits.detach()
         stats = rows_backend(logits).stats
         with torch.autocast(logits.device.type, enabled=False):
@@ -223,7 +223,7 @@ def logprobs_from_logits(
         inv_temperature = torch.full((), 1.0 / temperature, dtype=dtype, device=logits.device).expand(
             labels.numel()
         )
-    rows = Rows(
+    rows = RowArguments(
         labels.detach().reshape(-1).contiguous(),
         inv_temperature,
         None,

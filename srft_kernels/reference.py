@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ._checks import check_cross_entropy, check_grpo, check_head, check_rows, check_srft
-from ._chunked_head import LoraDelta, taking_part
 from ._numbers import plain_numbers
-from ._one_pass import PolicyLoss
-from ._presets import srft_switches
 from .formulas import k3, srft_demo
+from .head.chunks import taking_part
 from .logprobs_from_logits import check_logits
 from .objectives import GRPO_FORMULAS, SRFT_FORMULAS
+from .presets import srft_switches
+from .types import LoraDelta, PolicyLoss
 
 
 @plain_numbers

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._row_cpu import Smoothing, Stats, smoothed
+from .rows.cpu import Smoothing, Stats, smoothed
 
 __all__ = ["VocabParallel"]
 

@@ -17,7 +17,8 @@ import torch
 from benchmarks import gemm_rates, gpu_plan, gpu_steps, gpu_sweep, heads, peers
 from benchmarks.gpu_plan import Step
 from benchmarks.options import OPTIONS, specs
-from srft_kernels import _chunked_head, row_kernels
+from srft_kernels.head import chunks as chunked_head
+from srft_kernels.rows import gpu as row_kernels
 
 ROOT = Path(__file__).parents[1]
 # what a step may do; each call adds a line to the file calls
@@ -176,7 +177,7 @@ def test_the_plan_names_what_exists(dry: bool) -> None:
 def test_what_the_steps_take_of_the_package_is_there() -> None:
     """The constants that steps set, and the kernel that they look for, are those of the package."""
     assert all(hasattr(row_kernels, name) for name in ("_MAX_BLOCK_V", "_NUM_WARPS", "_row_kernel"))
-    assert all(hasattr(_chunked_head, name) for name in ("GPU_WORKSPACE_BYTES", "CPU_WORKSPACE_BYTES", "_PRODUCT_ROWS"))
+    assert all(hasattr(chunked_head, name) for name in ("GPU_WORKSPACE_BYTES", "CPU_WORKSPACE_BYTES", "_PRODUCT_ROWS"))
 
 
 def test_rates_of_products() -> None:

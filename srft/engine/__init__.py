@@ -1,0 +1,1 @@
+"""Rollout engines: what the trainer asks of one, and those there are."""

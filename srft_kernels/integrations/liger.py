@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice
-from .._chunked_head import compute_dtype
+from ..head.chunks import compute_dtype
 from ..linear_logprobs import linear_logprobs
 from ._liger_cross_entropy import (
     CalledByName,

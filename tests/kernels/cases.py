@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import srft_kernels
-from srft_kernels import reference, row_kernels
+from srft_kernels import reference
+from srft_kernels.rows import gpu as row_kernels
 from tests.numerics import assert_accurate
 
 SHAPES = [(1, 32, 16), (37, 101, 53), (130, 257, 40)]

@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import srft_kernels
-from srft_kernels import formulas, row_kernels
+from srft_kernels import formulas
+from srft_kernels.rows import gpu as row_kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

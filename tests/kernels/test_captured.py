@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import srft_kernels
-from srft_kernels import _chunked_head, reference
+from srft_kernels import reference
+from srft_kernels.head import chunks as chunked_head
 from tests.kernels.cases import make_case
 
 SHAPE = (37, 31, 8)
@@ -59,7 +60,7 @@ def gradients(module, case, *, factor=-1.7, parts=1, trained=("hidden", "weight"
 @pytest.mark.parametrize("parts", [1, 3])
 def test_gradients_of_what_the_loss_reads(trained, parts, compiled, monkeypatch):
     """Of parameters, of a module and of tensors that other parts of the graph made; also with the head frozen."""
-    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
     case = make_case(SHAPE, torch.float64)
     gold = gradients(reference, case, parts=parts, trained=trained)
     actual = gradients(srft_kernels, case, parts=parts, trained=trained, compiled=compiled)

@@ -7,8 +7,9 @@ import subprocess
 import pytest
 import torch
 
-from srft_kernels import formulas, row_kernels
-from srft_kernels._row_cpu import Rows, Smoothing, Stats
+from srft_kernels import formulas
+from srft_kernels.rows import gpu as row_kernels
+from srft_kernels.rows.types import RowArguments, Smoothing, Stats
 from tests.kernels.cases import case_id
 
 triton = pytest.importorskip("triton")
@@ -36,7 +37,7 @@ def compile_rows(
     """
     z, vector = torch.empty(3, vocab, dtype=scores), torch.ones(3)
     out = None if grads == scores else torch.empty(3, vocab, dtype=grads)
-    rows = Rows(
+    rows = RowArguments(
         torch.arange(3), vector if temperature else None, torch.zeros(vocab) if bias else None, softcap, -100, grads,
         smoothing=smoothing,
     )  # fmt: skip

@@ -8,7 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import srft_kernels
-from srft_kernels import _chunked_head, _one_pass
+from srft_kernels.head import chunks as chunked_head
+from srft_kernels.head import sweep as one_pass
 from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft
 
 # the package exports a function of that name
@@ -75,8 +76,8 @@ def test_any_loss():
 
 def test_scopes_without_a_second_projection(monkeypatch):
     """With chunks of 16 rows a batch of one kind of rollouts costs 6; demonstrations add a product of theirs."""
-    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(_one_pass, "DEFERRED_CHUNKS", 3)
+    monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(one_pass, "DEFERRED_CHUNKS", 3)
     case = case_with("hidden", "weight")
     case.is_demo, case.is_correct = torch.arange(N) < 64, torch.arange(N) < 192
     case.cu_seqlens = torch.tensor([0, 64, 192, 320], dtype=torch.int32)
@@ -86,7 +87,7 @@ def test_scopes_without_a_second_projection(monkeypatch):
     case.is_demo[:] = False
     assert products(lambda: srft(srft_kernels, case, entropy_scope="batch")) == 6
     assert products(lambda: grpo(srft_kernels, case, loss_type="gspo", clip_low=1e9, clip_high=1e9)) == 6
-    monkeypatch.setattr("srft_kernels._one_pass.CPU_DEFERRED_BYTES", 0)
+    monkeypatch.setattr("srft_kernels.head.sweep.CPU_DEFERRED_BYTES", 0)
     # the last chunk is still there when the scalars are known
     assert products(lambda: srft(srft_kernels, case, entropy_scope="batch")) == 8 - 2 * 16 / N
 
@@ -116,11 +117,11 @@ def test_gradients_are_bitwise_those_with_dead_rows(op, dtype, live, monkeypatch
     case = replace(case, advantages=torch.where(keep, case.advantages, 0.0))
     options = {"entropy_grad": False} if op is logprobs else {}
     for workspace in (2**20, 48 * V * 4):
-        monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", workspace)
+        monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", workspace)
         without = run(op, srft_kernels, case, **options)
         with monkeypatch.context() as patch:
-            for module in (_one_pass, linear_logprobs_module):
-                patch.setattr(module, "live_rows", lambda count, *_: _chunked_head.live_rows(count, None, None, True))
+            for module in (one_pass, linear_logprobs_module):
+                patch.setattr(module, "live_rows", lambda count, *_: chunked_head.live_rows(count, None, None, True))
             whole = run(op, srft_kernels, case, **options)
         for name in ("dhidden", "dweight", "dbias"):
             assert torch.equal(without[name], whole[name]), name

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 import srft_kernels
-from srft_kernels import LoraDelta, _chunked_head, linear_cross_entropy, reference, row_kernels
+from srft_kernels import LoraDelta, linear_cross_entropy, reference
+from srft_kernels.head import chunks as chunked_head
+from srft_kernels.rows import gpu as row_kernels
 from tests.kernels.cases import DTYPES, assert_matches_reference, case_id, cross_entropy, make_case
 from tests.numerics import assert_accurate
 
@@ -34,7 +36,7 @@ def weighted_sum(module, case, **options):
 
 def chunks_of_16_rows(monkeypatch):
     """Several chunks, and several blocks of words in each."""
-    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(row_kernels, "_MAX_BLOCK_V", 64)
     monkeypatch.setattr(row_kernels, "_lanes", lambda _: 16)
 
@@ -82,7 +84,7 @@ def test_z_loss_by_hand():
 @pytest.mark.parametrize(("module", "reduction"), [(reference, "mean"), (srft_kernels, "none")], ids=["twin", "op"])
 def test_gradcheck(module, reduction, monkeypatch):
     """Derivatives by finite differences; the twin's stand for those of a fused loss, which has one backward."""
-    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
     case = make_case((19, 13, 5), torch.float64)
     options = {"label_smoothing": 0.3, "z_loss_coef": 0.1, "logit_softcap": 3.0, "temperature": case.temperature}
     options |= {"reduction": reduction, "token_weights": case.weights}

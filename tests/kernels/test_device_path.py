@@ -9,7 +9,10 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
 import srft_kernels
-from srft_kernels import LoraDelta, VocabParallel, _chunked_head, _one_pass, reference, row_kernels
+from srft_kernels import LoraDelta, VocabParallel, reference
+from srft_kernels.head import chunks as chunked_head
+from srft_kernels.head import sweep as one_pass
+from srft_kernels.rows import gpu as row_kernels
 from tests.kernels import cases
 from tests.kernels.cases import (
     assert_matches_reference,
@@ -40,7 +43,7 @@ sizes_only = pytest.mark.skipif(row_kernels.INTERPRETED, reason="computes nothin
 def head_of(vocab=V, width=3584, dtype=BF16, scores=FP32):
     """A head on a GPU, as far as its sizes and dtypes go."""
     hidden, weight = (torch.empty(1, width, dtype=dtype, device="cuda") for _ in range(2))
-    return _chunked_head.Head(
+    return chunked_head.HeadRows(
         hidden, weight.expand(vocab, width), hidden[:, 0].long(), None, None, None, -100, None, None, scores
     )
 
@@ -80,12 +83,12 @@ def test_rows_of_a_chunk(options, rows):
     """Rows of scores and of products follow from the sizes of the head, and fit in the workspace."""
     with device_path("meta"):
         head = head_of(**options)
-        sizes, together = _chunked_head.chunking(head), _chunked_head.chunking(head, together=True)
+        sizes, together = chunked_head.chunking(head), chunked_head.chunking(head, together=True)
     assert (sizes.scores, sizes.products) == rows
     for found in (sizes, together):
         memory = found.scores * head.scores_dtype.itemsize
         memory += found.products * head.hidden.dtype.itemsize if found.gathered else 0
-        assert memory * head.weight.shape[0] <= _chunked_head.GPU_WORKSPACE_BYTES
+        assert memory * head.weight.shape[0] <= chunked_head.GPU_WORKSPACE_BYTES
         assert found.scores % 128 == found.products % 128 == 0 or head.weight.shape[0] > 10**6
     # as many rows as today's budget allows see each other's statistics before their gradients are due
     assert together.scores >= sizes.scores and together.products <= 2 * together.scores
@@ -96,7 +99,7 @@ def test_rows_of_a_chunk(options, rows):
 def test_chunks_do_not_depend_on_the_number_of_tokens(n):
     """But for the last, every chunk begins and ends where it would among any number of tokens."""
     with device_path("meta"):
-        sizes = _chunked_head.chunking(head_of())
+        sizes = chunked_head.chunking(head_of())
     chunks, endless = sizes.split(0, n), sizes.split(0, 10**6)
     assert chunks[:-1] == endless[: len(chunks) - 1] and chunks[-1].start == endless[len(chunks) - 1].start
     assert chunks[-1].stop == n and all(chunk.start % 128 == 0 for chunk in chunks)
@@ -125,7 +128,7 @@ def test_memory_does_not_grow_with_tokens_by_vocabulary(op, options):
     for more in (9000, 16_384, 16_500):
         assert 0 < peaks[more] - peaks[8192] < (more - 8192) * (6 * d + 256)
     weight = 0 if options.get("frozen") else vocab * d * 4
-    assert peaks[8192] < weight + _chunked_head.GPU_WORKSPACE_BYTES + 8192 * (6 * d + 256) + 2**26
+    assert peaks[8192] < weight + chunked_head.GPU_WORKSPACE_BYTES + 8192 * (6 * d + 256) + 2**26
 
 
 @sizes_only
@@ -156,7 +159,7 @@ def test_bytes_moved(d, rows, scores):
 @pytest.fixture
 def on_device(monkeypatch):
     """Ops of the package compute on the GPU path, on CPU tensors, in chunks of 16 rows and products of 64."""
-    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(chunked_head, "GPU_WORKSPACE_BYTES", 0)
     counted = []
 
     def run_on_device(op, module, case, **options):
@@ -233,8 +236,8 @@ LORA = LoraDelta(torch.linspace(-1, 1, 16).view(2, 8), torch.linspace(1, -1, 66)
 )
 def test_ignored_rows_may_hold_anything(op, options, monkeypatch):
     """NaN and inf in the hidden states of ignored rows change no bit of any value or gradient."""
-    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(_one_pass, "DEFERRED_CHUNKS", 2)
+    monkeypatch.setattr(chunked_head, "GPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(one_pass, "DEFERRED_CHUNKS", 2)
     options, case = with_ref(make_case(), options), make_case((41, 33, 8), FP16, ignored=0.3)
     if "ref_logprobs" in options:
         options["ref_logprobs"] = case.ref_logprobs

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import LoraDelta, _chunked_head, _one_pass, formulas, row_kernels
-from srft_kernels._row_cpu import Rows
+from srft_kernels import LoraDelta, formulas
+from srft_kernels.head import chunks as chunked_head
+from srft_kernels.head import sweep as one_pass
+from srft_kernels.rows import gpu as row_kernels
+from srft_kernels.rows.types import RowArguments
 from tests.kernels.cases import (
     Case,
     assert_matches_reference,
@@ -41,7 +44,7 @@ def on_gpu(case: Case) -> Case:
 @pytest.mark.parametrize("workspace", [0, 2**30], ids=["chunks16", "one-chunk"])
 def test_ops_match_the_reference(op, dtype, workspace, monkeypatch):
     """Values and gradients with shapes that fill no block."""
-    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(chunked_head, "GPU_WORKSPACE_BYTES", workspace)
     assert_matches_reference(op, on_gpu(make_case((257, 1031, 96), dtype, scale=3.0)))
 
 
@@ -50,9 +53,9 @@ def test_ops_match_the_reference(op, dtype, workspace, monkeypatch):
 @pytest.mark.parametrize("budget", [0, 2**31], ids=["stats-first", "deferred"])
 def test_scopes_match_the_reference(op, options, dtype, budget, monkeypatch):
     """Sequences longer than a chunk and the batch scope, over chunks of 16 rows."""
-    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(_one_pass, "GPU_DEFERRED_BYTES", budget)
-    monkeypatch.setattr(_one_pass, "DEFERRED_CHUNKS", 3)
+    monkeypatch.setattr(chunked_head, "GPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(one_pass, "GPU_DEFERRED_BYTES", budget)
+    monkeypatch.setattr(one_pass, "DEFERRED_CHUNKS", 3)
     case = on_gpu(long_case(dtype, ignored=0.0, scale=3.0))
     assert_matches_reference(op, case, **with_ref(case, options))
 
@@ -61,7 +64,7 @@ def test_scopes_match_the_reference(op, options, dtype, budget, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
 def test_options_of_the_head(op, dtype, monkeypatch):
     """LoRA, rounded logits and a buffer for the weight gradient run, and agree with the plain call."""
-    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(chunked_head, "GPU_WORKSPACE_BYTES", 0)
     case = on_gpu(make_case((130, 257, 64), dtype))
     lora = LoraDelta(torch.randn(2, 64, device="cuda"), torch.randn(257, 2, device="cuda"), 0.02)
     assert_matches_reference(op, case, lora=lora)
@@ -104,7 +107,7 @@ def test_real_vocabulary(op, dtype):
 )
 def test_no_host_sync(op, options, monkeypatch):
     """Forward and backward never wait for the GPU, over many chunks and in every scope."""
-    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(chunked_head, "GPU_WORKSPACE_BYTES", 0)
     case = on_gpu(long_case(torch.bfloat16))
     options = with_ref(case, options)
     case.hidden.requires_grad_()
@@ -137,8 +140,8 @@ def test_memory_does_not_grow_with_tokens_by_vocabulary():
 
 def test_offsets_beyond_32_bits(monkeypatch):
     """A chunk of more than 2^31 logits: its last rows agree with a chunk of their own."""
-    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 2**34)
-    monkeypatch.setattr(_chunked_head, "_PRODUCT_ROWS", 2**15)
+    monkeypatch.setattr(chunked_head, "GPU_WORKSPACE_BYTES", 2**34)
+    monkeypatch.setattr(chunked_head, "_PRODUCT_ROWS", 2**15)
     n, v = 17_000, 131_072
     hidden = torch.randn(n, 16, device="cuda")
     weight = torch.randn(v, 16, device="cuda")
@@ -173,7 +176,7 @@ def test_in_place_gradient_is_the_same_every_time():
 def test_one_launch_is_the_same_every_time(dtype):
     """In one launch, in place, no thread reads what another has overwritten, and the result is that of two."""
     z, labels = (x.cuda() for x in make_logits((4096, 32003), dtype))
-    rows = Rows(labels, None, None, None, -100, dtype)
+    rows = RowArguments(labels, None, None, None, -100, dtype)
     weight = torch.randn(1, 4096, device="cuda")
     arguments = (rows, formulas.cross_entropy_token, weight, (), False)
     known, dz = row_kernels.objective_gradient(z.clone(), *arguments)
@@ -194,7 +197,7 @@ def test_one_launch_of_a_real_chunk(vocab):
     z = torch.randn(1024, stride, device="cuda")[:, :vocab]
     labels = torch.randint(0, vocab, (1024,), device="cuda")
     labels[::7] = -100
-    rows, weight = Rows(labels, None, None, None, -100, torch.bfloat16), torch.randn(1, 1024, device="cuda")
+    rows, weight = RowArguments(labels, None, None, None, -100, torch.bfloat16), torch.randn(1, 1024, device="cuda")
     dz, expected = (torch.full((1024, stride), 7.0, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     known = row_kernels.stats(z, rows, False)
     row_kernels.gradient(z, rows, known, -weight[0], None, False, out=expected[:, :vocab])
@@ -210,7 +213,7 @@ def test_one_launch_of_a_real_chunk(vocab):
 @each_op
 def test_ignored_rows_may_hold_anything(op, monkeypatch):
     """NaN and inf in the hidden states of ignored rows change no bit, over products of several chunks."""
-    monkeypatch.setattr(_chunked_head, "GPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(chunked_head, "GPU_WORKSPACE_BYTES", 0)
     case = on_gpu(make_case((130, 257, 64), torch.bfloat16, ignored=0.3))
     ignored = (case.labels == -100).nonzero()[:, 0]
     case.hidden[ignored] = 0.0

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import LoraDelta, VocabParallel, _chunked_head, _gradients, reference
+from srft_kernels import LoraDelta, VocabParallel, reference
+from srft_kernels.head import chunks as chunked_head
+from srft_kernels.head import gradients as head_gradients
 from tests.kernels.cases import (
     assert_matches_reference,
     case_id,
@@ -63,7 +65,7 @@ def test_lora(op, base, dtype, lora_dtype, monkeypatch):
     gold = lora_gradients(op, reference, case.to(torch.float64), double, 0.25, base)
     baseline = lora_gradients(op, reference, case, parts, 0.25, base)
     for workspace in (2**20, 0):
-        monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", workspace)
+        monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", workspace)
         actual = lora_gradients(op, srft_kernels, case, parts, 0.25, base)
         for name, x in actual.items():
             assert_accurate(f"d{name}", x, gold[name], baseline[name], gradient=True)
@@ -85,7 +87,7 @@ def test_lora_is_a_change_of_the_weight():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
 def test_weight_grad_is_added_to(op, dtype, monkeypatch):
     """Two micro-batches fill the buffer with the sum of their gradients; autograd gives the weight none."""
-    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
     start = torch.randn(101, 53)
     buffer, expected = start.clone(), start.clone()
     for seed in (0, 1):
@@ -106,8 +108,8 @@ def test_weight_grad_is_added_to(op, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
 def test_weight_gradient_is_rounded_once(op, dtype, monkeypatch):
     """Over many chunks the 16-bit gradient of the weight is the fp32 sum, rounded, to the last bit."""
-    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(_gradients, "_ROUNDED_AT_ONCE", 1000)
+    monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(head_gradients, "_ROUNDED_AT_ONCE", 1000)
     case, buffer = make_case((130, 101, 53), dtype), torch.zeros(101, 53)
     case.weight.requires_grad_()
     loss_of(op(srft_kernels, case)).backward()

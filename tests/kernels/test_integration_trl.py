@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from srft_kernels import _chunked_head
+from srft_kernels.head import chunks as chunked_head
 
 if importlib.util.find_spec("trl") is None:
     pytest.skip("needs TRL, which `make test` installs", allow_module_level=True)
@@ -160,7 +160,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_tensor_of_tokens_by_vocabulary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole step, old and reference log-probabilities and backward included, makes no [tokens, V] tensor."""
-    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
     trainer = make_trainer(folder, beta=0.1, use_bias_correction_kl=False, **OFF_POLICY)
     trainer.current_gradient_accumulation_steps = 1
     inputs = next(iter(trainer.get_train_dataloader()))

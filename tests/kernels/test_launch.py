@@ -12,8 +12,11 @@ import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import _chunked_head, _one_pass, formulas, row_kernels
-from srft_kernels._row_cpu import Rows
+from srft_kernels import formulas
+from srft_kernels.head import chunks as chunked_head
+from srft_kernels.head import sweep as one_pass
+from srft_kernels.rows import gpu as row_kernels
+from srft_kernels.rows.types import RowArguments
 from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft
 from tests.kernels.test_scopes import SCOPES, long_case, with_ref
 
@@ -68,7 +71,7 @@ def test_no_argument_has_a_name_of_the_binder():
     taken = names_of_the_binder()
     assert {"params", "specialization", "options", "backend", "grid", "num_warps"} <= taken
     kernels = device_functions()
-    assert "srft_kernels.row_kernels._row_kernel" in kernels
+    assert "srft_kernels.rows.gpu._row_kernel" in kernels
     shadowed = {name: taken & set(kernel.arg_names) for name, kernel in kernels.items()}
     assert not {name: names for name, names in shadowed.items() if names}
 
@@ -88,7 +91,7 @@ def test_the_binder_returns_what_it_was_given():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_call_of_every_op_is_bound(dtype, monkeypatch):
     """All formulas and options, as the ops launch them: the binder takes them, with one type for every argument."""
-    monkeypatch.setattr(_one_pass, "DEFERRED_CHUNKS", 3)
+    monkeypatch.setattr(one_pass, "DEFERRED_CHUNKS", 3)
     with recorded_launches(compiled=False) as launches:
         for op, options in EVERY_CALL:
             for case in (long_case(dtype), make_case((37, 101, 53), dtype, bias=False)):
@@ -125,7 +128,7 @@ def test_every_call_of_every_op_is_bound(dtype, monkeypatch):
 def test_a_call_compiles_no_variant_twice(op, options, variants, vocab, monkeypatch):
     """One kernel for statistics and gradient, or one for each, whatever the number of tokens and where chunks begin."""
     # 128 rows, and products of 512
-    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 128 * 67 * 12)
+    monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 128 * 67 * 12)
     with recorded_launches(compiled=False) as launches:
         for n in (1000, 1024, 77, 1, 531):
             case = make_case((n + 3, vocab, 16), torch.bfloat16, bias=False)
@@ -144,7 +147,7 @@ def test_a_call_compiles_no_variant_twice(op, options, variants, vocab, monkeypa
 def test_every_formula_compiles_as_launched(formula):
     """A launch of each formula ends in machine code for the H100."""
     formula = getattr(formulas, formula)
-    rows = Rows(torch.zeros(6, dtype=torch.int64), None, None, None, -100, torch.bfloat16)
+    rows = RowArguments(torch.zeros(6, dtype=torch.int64), None, None, None, -100, torch.bfloat16)
     with recorded_launches() as launches:
         for _ in range(2):
             row_kernels.objective_gradient(torch.randn(6, 512), rows, formula, *arguments_of(formula, 6), True)

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import srft_kernels
-from srft_kernels import _row_cpu, logprobs_from_logits, reference, row_kernels
+from srft_kernels import logprobs_from_logits, reference
+from srft_kernels.rows import cpu as row_cpu
+from srft_kernels.rows import gpu as row_kernels
 from tests.kernels.cases import case_id
 from tests.kernels.test_mutations import faulty_package
 from tests.numerics import assert_accurate
@@ -83,7 +85,7 @@ each_place = pytest.mark.parametrize("inplace_backward", [False, True], ids=["ne
 @pytest.mark.parametrize("shape", [(37, 101), (3, 5, 257), (7,)], ids=str)
 def test_logits_match_float64(dtype, inplace_backward, options, shape, monkeypatch):
     """Values and gradients of 2-d, 3-d and single-row logits, several blocks each."""
-    monkeypatch.setattr(_row_cpu, "BLOCK_BYTES", 4 * 101 * 4)
+    monkeypatch.setattr(row_cpu, "BLOCK_BYTES", 4 * 101 * 4)
     monkeypatch.setattr(row_kernels, "_MAX_BLOCK_V", 64)
     logits, labels = make_logits(shape, dtype)
     out = assert_logits_match(logits, labels, inplace_backward=inplace_backward, **options)
@@ -121,7 +123,7 @@ def test_any_logits(data):
         "entropy_grad": data.draw(st.booleans()),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_row_cpu, "BLOCK_BYTES", data.draw(st.sampled_from([0, 2**20])))
+        patch.setattr(row_cpu, "BLOCK_BYTES", data.draw(st.sampled_from([0, 2**20])))
         new = assert_logits_match(logits, labels, **options)
         in_place = run_logits(srft_kernels, logits, labels, inplace_backward=True, **options)
     assert all(torch.equal(new[name], in_place[name]) for name in new)
@@ -196,7 +198,7 @@ class FreshMemory(TorchDispatchMode):
 @each_dtype
 def test_memory(dtype, monkeypatch):
     """In place, no operation allocates a tensor of the size of the logits; else one does, the gradient."""
-    monkeypatch.setattr(_row_cpu, "BLOCK_BYTES", 0)
+    monkeypatch.setattr(row_cpu, "BLOCK_BYTES", 0)
     leaf, labels = make_logits((64, 512), dtype)
     for inplace_backward in (True, False):
         logits = leaf.clone().requires_grad_() * 1
@@ -321,29 +323,29 @@ def test_logits_api():
 # name: (file, text, its replacement)
 CPU_FAULTS = {
     "keep the statistics in 16 bits": (
-        "_row_cpu.py",
+        "rows/cpu.py",
         "z.new_zeros(count, dtype=dtype)",
         "z.new_zeros(count, dtype=z.dtype)",
     ),
     "give all rows the mean upstream gradient of the entropy": (
-        "_row_cpu.py",
+        "rows/cpu.py",
         "slope = (-dentropy * scale)[:, None]",
         "slope = (-dentropy * scale)[:, None].mean().expand(len(scale), 1)",
     ),
 }
 KERNEL_FAULTS = {
     "keep the statistics in 16 bits": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "z.new_empty(count, dtype=dtype)",
         "z.new_empty(count, dtype=z.dtype)",
     ),
     "keep the exponentials in 16 bits": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "exp = tl.exp(z - shift[None, :])",
         "exp = tl.exp(z - shift[None, :]).to(tl.float16).to(tl.float32)",
     ),
-    "take the rows to lie side by side": ("row_kernels.py", "row * stride_z", "row * vocab"),
-    "scale the gradient by the log-probability twice": ("row_kernels.py", "a *= grad_scale", "a *= 2 * grad_scale"),
+    "take the rows to lie side by side": ("rows/gpu.py", "row * stride_z", "row * vocab"),
+    "scale the gradient by the log-probability twice": ("rows/gpu.py", "a *= grad_scale", "a *= 2 * grad_scale"),
 }
 COMMON_FAULTS = {
     "take the labels of the first rows": (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from srft_kernels import _chunked_head
+from srft_kernels.head import chunks as chunked_head
 from tests.kernels.cases import (
     DTYPES,
     SHAPES,
@@ -24,7 +24,7 @@ LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"]
 @pytest.fixture(params=[0, 2**30], ids=["chunks16", "one-chunk"], autouse=True)
 def workspace_bytes(request, monkeypatch):
     """Run with many chunks of 16 rows, the fewest there are, and with one."""
-    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", request.param)
+    monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", request.param)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)

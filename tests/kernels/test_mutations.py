@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from srft_kernels import row_kernels
+from srft_kernels.rows import gpu as row_kernels
 from tests.kernels.cases import assert_matches_reference, cross_entropy, grpo, make_case, srft
 
 _COPIES = itertools.count()
@@ -50,77 +50,77 @@ def padded(module, case, **options):
 # name: (file, text, its replacement, op, options of the op that shows it)
 CPU_FAULTS = {
     "drop the last column": (
-        "_row_cpu.py",
+        "rows/cpu.py",
         "total = _row_sums(exp)",
         "total = _row_sums(exp[:, :-1])",
         cross_entropy,
         {},
     ),
     "forget the temperature in the gradient": (
-        "_row_cpu.py",
+        "rows/cpu.py",
         "scale = scale * rows.inv_temperature",
         "pass",
         cross_entropy,
         {"temperature": 0.7},
     ),
     "forget the slope of the softcap": (
-        "_row_cpu.py",
+        "rows/cpu.py",
         "grad.mul_(tanh.square_().neg_().add_(1.0))",
         "pass",
         cross_entropy,
         {"logit_softcap": 2.0},
     ),
     "smooth over words that are not possible": (
-        "_row_cpu.py",
+        "rows/cpu.py",
         "_row_sums(torch.where(possible, logits, 0.0)) / count, count",
         "_row_sums(torch.where(possible, logits, 0.0)) / count, count + 1",
         cross_entropy,
         {"label_smoothing": 0.3},
     ),
     "lose the slope of the z-loss": (
-        "_row_cpu.py",
+        "rows/cpu.py",
         "1.0 + 2.0 * rows.smoothing.z_loss_coef",
         "1.0 + rows.smoothing.z_loss_coef",
         cross_entropy,
         {"z_loss_coef": 0.1},
     ),
     "leave the label all of its gradient": (
-        "_row_cpu.py",
+        "rows/cpu.py",
         "label_grad = label_grad * (1.0 - rows.smoothing.label_smoothing)",
         "pass",
         cross_entropy,
         {"label_smoothing": 0.3},
     ),
     "flip the sign of the entropy": (
-        "_row_cpu.py",
+        "rows/cpu.py",
         "log_sum - weighted / total",
         "log_sum + weighted / total",
         srft,
         {},
     ),
     "leave the entropy out of its gradient": (
-        "_row_cpu.py",
+        "rows/cpu.py",
         "(known.entropy - known.log_sum)",
         "(-known.log_sum)",
         grpo,
         {"entropy_coef": 0.5},
     ),
     "let a removed word back in": (
-        "_row_cpu.py",
+        "rows/cpu.py",
         "source.masked_fill_(removed, -math.inf)",
         "pass",
         padded,
         {},
     ),
     "take the slope of a softcap at a removed word": (
-        "_row_cpu.py",
+        "rows/cpu.py",
         ".clamp_(min=-1.0)",
         "",
         padded,
         {},
     ),
     "drop the first chunk of the weight gradient": (
-        "_gradients.py",
+        "head/gradients.py",
         "beta = 0.0 if first else 1.0",
         "beta = 0.0",
         cross_entropy,
@@ -129,56 +129,56 @@ CPU_FAULTS = {
 }
 SWEEP_FAULTS = {
     "forget the scale in the softcap": (
-        "linear_logprobs.py",
+        "head/arguments.py",
         "logit_softcap / logit_scale",
         "logit_softcap",
         cross_entropy,
         {"logit_softcap": 2.0, "logit_scale": 1.5},
     ),
     "forget the scale beside the temperature": (
-        "linear_logprobs.py",
+        "head/arguments.py",
         "temperature != logit_scale",
         "temperature != 1.0",
         cross_entropy,
         {"logit_scale": 1.5},
     ),
     "accumulate in bf16": (
-        "_gradients.py",
+        "head/gradients.py",
         "torch.addmm(total, left, right, beta=beta, alpha=alpha, out=total)",
         "torch.addmm(total, left, right, beta=beta, alpha=alpha, out=total).copy_(total.bfloat16())",
         cross_entropy,
         {},
     ),
     "take a row with only an entropy gradient for dead": (
-        "_chunked_head.py",
+        "head/chunks.py",
         "live |= dentropy != 0",
         "pass",
         grpo,
         {"entropy_coef": 0.5, "clip_low": 0.01, "clip_high": 0.01},
     ),
     "put live rows in the wrong place": (
-        "_gradients.py",
+        "head/gradients.py",
         "out.index_copy_(0, positions, product)",
         "out[: len(positions)] = product",
         grpo,
         {"clip_low": 0.01, "clip_high": 0.01},
     ),
     "lose the part of a coefficient that waits for no scalar": (
-        "_gradients.py",
+        "head/gradients.py",
         "if fixed is not None:",
         "if False:",
         srft,
         {"entropy_scope": "batch"},
     ),
     "forget to scale the directions": (
-        "_gradients.py",
+        "head/gradients.py",
         "self._dhidden[rows] *= dlogp[:, None]",
         "pass",
         srft,
         {"entropy_scope": "batch"},
     ),
     "mix up two chunks of a unit": (
-        "_one_pass.py",
+        "head/sweep.py",
         "own = slice(rows.start - unit.start, rows.stop - unit.start)",
         "own = slice(0, rows.stop - rows.start)",
         srft,
@@ -229,7 +229,7 @@ FORMULA_FAULTS = {
         {},
     ),
     "forget that a weight of 0 ignores a token": (
-        "_chunked_head.py",
+        "head/chunks.py",
         "return torch.where(token_weights == 0, ignore_index, labels)",
         "return labels",
         out_of_bounds,
@@ -259,91 +259,91 @@ FORMULA_FAULTS = {
 }
 KERNEL_FAULTS = {
     "let a removed word back in": (
-        "row_kernels.py",
+        "rows/gpu.py",
         " + tl.minimum(z + 3e38, 0.0)",
         "",
         padded,
         {},
     ),
     "take the slope of a softcap at a removed word": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "tl.maximum(z / (softcap * inv_temperature), -1.0)",
         "z / (softcap * inv_temperature)",
         padded,
         {},
     ),
     "drop the last column": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "mask = cols < vocab\n",
         "mask = cols < vocab - 1\n",
         cross_entropy,
         {},
     ),
     "forget the temperature in the gradient": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "dz *= inv_temperature",
         "dz *= 1.0",
         cross_entropy,
         {"temperature": 0.7},
     ),
     "forget the slope of the softcap": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "dz *= 1.0 - tanh * tanh",
         "dz *= 1.0",
         cross_entropy,
         {"logit_softcap": 2.0},
     ),
     "lose the mean of the logits": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "(lse - tl.sum(sum_lane, 0) / entropy)",
         "(lse)",
         cross_entropy,
         {"label_smoothing": 0.3},
     ),
     "lose the slope of the z-loss": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "1.0 + 2.0 * z_loss_coef",
         "1.0 + z_loss_coef",
         cross_entropy,
         {"z_loss_coef": 0.1},
     ),
     "leave the label all of its gradient": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "a_label = a * (1.0 - label_smoothing)",
         "a_label = a",
         cross_entropy,
         {"label_smoothing": 0.3},
     ),
     "flip the sign of the entropy": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "log_sum - s_i / l_i",
         "log_sum + s_i / l_i",
         srft,
         {},
     ),
     "forget to rescale the running sum": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "l_lane = rescale * l_lane",
         "l_lane = l_lane",
         cross_entropy,
         {},
     ),
     "forget to rescale the lanes when they are added up": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "l_i = tl.sum(rescale * l_lane, 0)",
         "l_i = tl.sum(l_lane, 0)",
         cross_entropy,
         {},
     ),
     "lose the shift of the lanes in the entropy": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "s_i = tl.sum(rescale * (s_lane + l_lane * dropped), 0)",
         "s_i = tl.sum(rescale * s_lane, 0)",
         srft,
         {"preset": "upt"},
     ),
     "leave the entropy out of its gradient": (
-        "row_kernels.py",
+        "rows/gpu.py",
         "_LOWEST_LOGPROB) + entropy)",
         "_LOWEST_LOGPROB))",
         grpo,
@@ -371,10 +371,10 @@ def faulty_package(folder: Path, file: str, text: str, replacement: str):
     sys.modules[name] = module
     spec.loader.exec_module(module)
     # small chunks and blocks, so that every loop runs more than once
-    sys.modules[f"{name}._chunked_head"].CPU_WORKSPACE_BYTES = CHUNK_ROWS * 97 * 4
-    sys.modules[f"{name}._one_pass"].DEFERRED_CHUNKS = 3
-    sys.modules[f"{name}.row_kernels"]._MAX_BLOCK_V = 32
-    sys.modules[f"{name}.row_kernels"]._lanes = lambda _: 8
+    sys.modules[f"{name}.head.chunks"].CPU_WORKSPACE_BYTES = CHUNK_ROWS * 97 * 4
+    sys.modules[f"{name}.head.sweep"].DEFERRED_CHUNKS = 3
+    sys.modules[f"{name}.rows.gpu"]._MAX_BLOCK_V = 32
+    sys.modules[f"{name}.rows.gpu"]._lanes = lambda _: 8
     return module
 
 

@@ -10,7 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import srft_kernels
-from srft_kernels import LoraDelta, _chunked_head, _one_pass, _row_cpu, reference, row_kernels
+from srft_kernels import LoraDelta, reference
+from srft_kernels.head import chunks as chunked_head
+from srft_kernels.head import sweep as one_pass
+from srft_kernels.rows import cpu as row_cpu
+from srft_kernels.rows import gpu as row_kernels
 from tests.kernels.cases import (
     DTYPES,
     Case,
@@ -119,12 +123,12 @@ def test_two_runs_are_bitwise_equal(op):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_row_is_independent_of_its_chunk(overwrite):
     """The row kernel gives a row the same bits whatever rows stand beside it."""
-    backend = row_kernels if row_kernels.INTERPRETED else _row_cpu
+    backend = row_kernels if row_kernels.INTERPRETED else row_cpu
     scores, labels = torch.randn(9, 333) * 3, torch.randint(0, 333, (9,))
     dlogp = torch.randn(9)
 
     def compute(part):
-        rows = _row_cpu.Rows(labels[part], None, None, None, -100, torch.float32)
+        rows = row_cpu.Rows(labels[part], None, None, None, -100, torch.float32)
         z = scores[part].clone()
         known = backend.stats(z, rows, overwrite)
         return *known, backend.gradient(z, rows, known, dlogp[part], None, overwrite)
@@ -144,7 +148,7 @@ def test_forward_is_independent_of_the_batch(dtype, rounded, monkeypatch):
     head = {"bias": case.bias, "logits_dtype": dtype if rounded else None}
     expected = srft_kernels.linear_logprobs(case.hidden, case.weight, case.labels, **head)
     for workspace in (2**28, 0):
-        monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", workspace)
+        monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", workspace)
         for start, stop in ((0, 1), (3, 5), (7, 18), (20, 149)):
             rows = slice(start, stop)
             actual = srft_kernels.linear_logprobs(case.hidden[rows], case.weight, case.labels[rows], **head)
@@ -432,7 +436,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
 def test_no_tensor_of_tokens_by_vocabulary(op, dtype, monkeypatch):
     """No operation of forward or backward returns more than a chunk of logits or one gradient."""
-    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
     n, v, d = shape = (600, 2000, 32)
     case = make_case(shape, dtype)
     case.weight.requires_grad_()
@@ -479,7 +483,7 @@ def test_any_shape_and_options(data):
         options["entropy_scope"] = data.draw(st.sampled_from(["token", "sequence", "batch"]))
         options["off_policy"] = data.draw(st.booleans())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", data.draw(st.sampled_from([0, 2**20])))
-        patch.setattr(_one_pass, "CPU_DEFERRED_BYTES", data.draw(st.sampled_from([0, 2**30])))
-        patch.setattr(_one_pass, "DEFERRED_CHUNKS", 2)
+        patch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", data.draw(st.sampled_from([0, 2**20])))
+        patch.setattr(one_pass, "CPU_DEFERRED_BYTES", data.draw(st.sampled_from([0, 2**30])))
+        patch.setattr(one_pass, "DEFERRED_CHUNKS", 2)
         assert_matches_reference(op, case, **options)

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from srft_kernels import _row_cpu, formulas, row_kernels
-from srft_kernels._row_cpu import Rows
+from srft_kernels import formulas
+from srft_kernels.rows import cpu as row_cpu
+from srft_kernels.rows import gpu as row_kernels
+from srft_kernels.rows.types import RowArguments
 from tests.kernels.cases import case_id
 from tests.numerics import assert_accurate
 
-BACKEND = row_kernels if row_kernels.INTERPRETED else _row_cpu
+BACKEND = row_kernels if row_kernels.INTERPRETED else row_cpu
 # under the interpreter bf16 is truncated where hardware rounds, and there is no float64 on a GPU
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 DTYPES = DTYPES[:2] if row_kernels.INTERPRETED else DTYPES
@@ -20,7 +22,7 @@ ROW_OPTIONS = {
 }
 
 
-def expected_rows(z, rows: Rows, dlogp, dentropy) -> list[torch.Tensor]:
+def expected_rows(z, rows: RowArguments, dlogp, dentropy) -> list[torch.Tensor]:
     """Statistics and gradient of rows of scores from autograd, in the dtype of ``z``."""
     z = z.detach().requires_grad_()
     logits = z if rows.bias is None else z + rows.bias.to(z)
@@ -49,7 +51,7 @@ def random_rows(dtype, *, entropy=False, temperature=False, bias=False, grad_sca
     labels[1], labels[2], labels[[0, 5, 6, 10]], labels[[3, 9]] = 0, 200, -100, -1
     inv_temperature = torch.rand(11, dtype=wide) + 0.5 if temperature else None
     bias = torch.randn(201, dtype=wide) if bias else None
-    rows = Rows(labels, inv_temperature, bias, softcap, -100, dtype, grad_scale)
+    rows = RowArguments(labels, inv_temperature, bias, softcap, -100, dtype, grad_scale)
     return z, rows, torch.randn(11, dtype=wide), torch.randn(11, dtype=wide) if entropy else None
 
 
@@ -59,8 +61,8 @@ def random_rows(dtype, *, entropy=False, temperature=False, bias=False, grad_sca
 @pytest.mark.parametrize("exp2_vocab", [0] if row_kernels.INTERPRETED else [0, 2**15], ids="exp2-from-{}".format)
 def test_rows_match_float64(dtype, options, overwrite, exp2_vocab, monkeypatch):
     """Statistics and gradient of scores of any dtype, with absent and ignored labels, in several blocks."""
-    monkeypatch.setattr(_row_cpu, "BLOCK_BYTES", 4 * 201 * 4)
-    monkeypatch.setattr(_row_cpu, "EXP2_VOCAB", exp2_vocab)
+    monkeypatch.setattr(row_cpu, "BLOCK_BYTES", 4 * 201 * 4)
+    monkeypatch.setattr(row_cpu, "EXP2_VOCAB", exp2_vocab)
     monkeypatch.setattr(row_kernels, "_MAX_BLOCK_V", 64)
     monkeypatch.setattr(row_kernels, "_lanes", lambda _: 16)
     z, rows, dlogp, dentropy = random_rows(dtype, **options)
@@ -122,9 +124,9 @@ def test_long_rows_do_not_depend_on_each_other(dtype):
     z, labels, dlogp = torch.randn(5, 70_001).mul(3).to(dtype), torch.randint(0, 70_001, (5,)), torch.randn(5)
 
     def compute(part):
-        rows = Rows(labels[part], None, None, None, -100, dtype)
-        known = _row_cpu.stats(z[part], rows, False)
-        return *known, _row_cpu.gradient(z[part].clone(), rows, known, dlogp[part], dlogp[part], False)
+        rows = RowArguments(labels[part], None, None, None, -100, dtype)
+        known = row_cpu.stats(z[part], rows, False)
+        return *known, row_cpu.gradient(z[part].clone(), rows, known, dlogp[part], dlogp[part], False)
 
     together = compute(slice(0, 5))
     for i in range(5):

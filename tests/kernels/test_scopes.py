@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import _chunked_head, _one_pass, row_kernels
+from srft_kernels.head import chunks as chunked_head
+from srft_kernels.head import sweep as one_pass
+from srft_kernels.rows import gpu as row_kernels
 from tests.kernels.cases import assert_matches_reference, case_id, grpo, make_case, policy, srft
 
 # 16 rows fit in a workspace of no bytes: sequences of 60, 30, 9, 31 rows are 4, 2, 1 and 2 chunks
@@ -47,17 +49,17 @@ def with_ref(case, options):
 @pytest.fixture
 def sweeps(monkeypatch):
     """Chunks of 16 rows, of which three may wait, and the names of the sweeps that ran."""
-    monkeypatch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(_one_pass, "DEFERRED_CHUNKS", 3)
+    monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(one_pass, "DEFERRED_CHUNKS", 3)
     seen = set()
     for name in ("one_chunk", "stats_first", "deferred"):
-        method = getattr(_one_pass._Sweep, name)
+        method = getattr(one_pass._Sweep, name)
 
         def watched(self, rows, name=name, method=method):
             seen.add(name)
             return method(self, rows)
 
-        monkeypatch.setattr(_one_pass._Sweep, name, watched)
+        monkeypatch.setattr(one_pass._Sweep, name, watched)
     return seen
 
 
@@ -66,7 +68,7 @@ def sweeps(monkeypatch):
 @pytest.mark.parametrize("budget", [0, 2**31], ids=["stats-first", "deferred"])
 def test_matches_reference(op, options, dtype, budget, sweeps, monkeypatch):
     """Every scope over chunks of 16 rows, with and without room for weight gradients that wait."""
-    monkeypatch.setattr(_one_pass, "CPU_DEFERRED_BYTES", budget)
+    monkeypatch.setattr(one_pass, "CPU_DEFERRED_BYTES", budget)
     # without ignored rows the chunks are where BOUNDS says
     case = long_case(dtype, ignored=0.0)
     assert_matches_reference(op, case, **with_ref(case, options))
@@ -105,13 +107,13 @@ def test_frozen_part_of_a_deferred_unit(frozen, sweeps):
 @pytest.mark.parametrize("even", [True, False], ids=["even", "full"])
 def test_units_cover_every_row_once(limit, even):
     """Chunks are at most ``limit`` rows, in order, and split no sequence that would fit."""
-    bounds, sizes = BOUNDS.tolist(), _chunked_head.Chunking(limit, limit + limit // 2, not even, even)
+    bounds, sizes = BOUNDS.tolist(), chunked_head.Chunking(limit, limit + limit // 2, not even, even)
     for scope in ("token", "sequence", "batch"):
-        units = _one_pass._units(scope, bounds, 130, sizes)
+        units = one_pass._units(scope, bounds, 130, sizes)
         rows = [row for unit in units for chunk in unit for row in range(chunk.start, chunk.stop)]
         assert rows == list(range(130))
         assert all(chunk.stop - chunk.start <= limit for unit in units for chunk in unit)
         if scope == "sequence":
             assert all(unit[0].start in bounds and unit[-1].stop in bounds for unit in units)
             assert all(len(unit) == 1 or unit[-1].stop - unit[0].start > limit for unit in units)
-    assert _one_pass._units("batch", None, 0, sizes) == _one_pass._units("token", None, 0, sizes) == []
+    assert one_pass._units("batch", None, 0, sizes) == one_pass._units("token", None, 0, sizes) == []

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import srft_kernels
 from srft_kernels import LoraDelta, VocabParallel
-from srft_kernels._op_schema import Schema
+from srft_kernels.compile.schema import Schema
 from tests.kernels.cases import Case, case_id, cross_entropy, grpo, logprobs, make_case, policy, srft
 
 each_op = pytest.mark.parametrize(

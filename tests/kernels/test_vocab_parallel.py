@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 import srft_kernels
-from srft_kernels import LoraDelta, VocabParallel, _chunked_head, reference
+from srft_kernels import LoraDelta, VocabParallel, reference
+from srft_kernels.head import chunks as chunked_head
 from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft
 from tests.numerics import assert_accurate
 from tests.ranks import results_of_two_ranks
@@ -91,7 +92,7 @@ def results(module, name, shard=None):
         options["lora"] = LoraDelta(a, b, 0.3)
     with pytest.MonkeyPatch.context() as patch:
         if small:
-            patch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 0)
+            patch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
         return run(op, module, case, **options)
 
 
@@ -178,11 +179,11 @@ def test_chunks_are_the_same_on_every_rank():
     chunks = []
     for start, count in ((0, 90), (90, 11)):
         shard = VocabParallel(Group(), start, 101)
-        head = _chunked_head.Head(
+        head = chunked_head.HeadRows(
             torch.zeros(900, 4), torch.zeros(count, 4), torch.zeros(900), None, None, None, -100, None, shard,
             torch.float32,
         )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_chunked_head, "CPU_WORKSPACE_BYTES", 2**14)
-            chunks.append(_chunked_head.chunking(head).split(0, 900))
+            patch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 2**14)
+            chunks.append(chunked_head.chunking(head).split(0, 900))
     assert chunks[0] == chunks[1] and len(chunks[0]) > 1

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import reference, row_kernels
+from srft_kernels import reference
+from srft_kernels.rows import gpu as row_kernels
 from tests.kernels.cases import Case, assert_matches_reference, case_id, grpo, make_case, run, srft
 
 INF, NAN = float("inf"), float("nan")

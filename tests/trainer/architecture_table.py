@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from srft.model import prepare_policy
-from srft.proof import prove
+from srft.policy.model import prepare_policy
+from srft.policy.proof import prove
 from tests.trainer.architectures import ARCHITECTURES, build
 from tests.trainer.tiny import CPU, tiny_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from srft.log import RunLog
+from srft.record.log import RunLog
 
 
 def open_log(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srft.batch import Sequence, Totals, count, pack
+from srft.batch import Response, Totals, count, pack
 from tests.trainer.tiny import CPU, random_groups, sequence
 
 TOKENS = st.lists(st.integers(0, 99), min_size=1, max_size=9)
@@ -18,16 +18,16 @@ SEQUENCES = st.lists(
 )
 
 
-def ones(_sequence: Sequence) -> float:
+def ones(_sequence: Response) -> float:
     return 1.0
 
 
-def weigh(s: Sequence) -> float:
+def weigh(s: Response) -> float:
     return 0.125 if s.is_demo else 1 / len(s.response_ids)
 
 
 @given(SEQUENCES, st.integers(1, 60))
-def test_every_sequence_once_within_the_budget(sequences: list[Sequence], budget: int) -> None:
+def test_every_sequence_once_within_the_budget(sequences: list[Response], budget: int) -> None:
     """Nothing is lost, doubled or split; a batch passes the budget only when it is one long sequence."""
     batches = pack(sequences, budget, ones, CPU)
     assert sorted(id(s) for b in batches for s in b.sequences) == sorted(map(id, sequences))
@@ -38,7 +38,7 @@ def test_every_sequence_once_within_the_budget(sequences: list[Sequence], budget
 
 
 @given(SEQUENCES, st.integers(1, 60))
-def test_tensors_equal_a_naive_construction(sequences: list[Sequence], budget: int) -> None:
+def test_tensors_equal_a_naive_construction(sequences: list[Response], budget: int) -> None:
     """Token by token: what stands where, what predicts it, and what it carries."""
     for i, s in enumerate(sequences):
         s.advantage = 0.25 * i - 1

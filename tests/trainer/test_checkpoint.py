@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from srft.checkpoint import damage, export_model, latest_checkpoint, load_optimizer, read_state, save_checkpoint
-from srft.model import byte_tokenizer, load_model
+from srft.policy.checkpoint import damage, export_model, latest_checkpoint, load_optimizer, read_state, save_checkpoint
+from srft.policy.model import byte_tokenizer, load_model
 from srft.prepare import make_optimizer
 from tests.trainer.tiny import plain_model, policy, tiny_config
 

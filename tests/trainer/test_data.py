@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from srft.data import Example, drop_shared, load_examples
-from srft.schemas import detect_schema
+from srft.data.examples import Example, drop_shared, load_examples
+from srft.data.schemas import detect_schema
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the data files at ../shared/data")

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from srft.data import load_examples
-from srft.data_files import has_split, is_local, read_files
+from srft.data.examples import load_examples
+from srft.data.files import has_split, is_local, read_files
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"{a}+1=", "answer": str(a + 1), "demo": f"#{a + 1} é√"} for a in range(6)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

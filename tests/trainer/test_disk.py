@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from srft import train as train_module
-from srft.checkpoint import damage, newest_checkpoint
-from srft.files import WriteError, writing
-from srft.model import byte_tokenizer
+from srft.disk import WriteError, writing
+from srft.policy.checkpoint import damage, newest_checkpoint
+from srft.policy.model import byte_tokenizer
 from tests.trainer.runs import arguments, assert_same_run, during_call, train
 
 RUN = {
@@ -45,19 +45,19 @@ def refusing_in(patch: pytest.MonkeyPatch, where: str, call: int, limit: int = 6
 # sessions of one run: in the how-manieth call of what the disk is full, the path that is named, the step that is safe
 SESSIONS = [
     ("srft.prepare.export_model", 1, "{folder}/cache/tiny-", 0),
-    ("srft.log.RunLog.__enter__", 1, "{run}/config.toml", 0),
-    ("srft.log.RunLog.say", 1, "{run}/run.json", 0),
-    ("srft.log.RunLog.metrics", 1, "{run}/metrics.jsonl", 0),
-    ("srft.log.RunLog.samples", 1, "{run}/samples.jsonl", 0),
-    ("srft.log.RunLog.metrics", 1, "{run}/metrics.jsonl", 0),
+    ("srft.record.log.RunLog.__enter__", 1, "{run}/config.toml", 0),
+    ("srft.record.log.RunLog.say", 1, "{run}/run.json", 0),
+    ("srft.record.log.RunLog.metrics", 1, "{run}/metrics.jsonl", 0),
+    ("srft.record.log.RunLog.samples", 1, "{run}/samples.jsonl", 0),
+    ("srft.record.log.RunLog.metrics", 1, "{run}/metrics.jsonl", 0),
     ("transformers.PreTrainedModel.save_pretrained", 1, "{run}/checkpoints/step_000001", 0),
-    ("srft.checkpoint.save_file", 2, "{run}/checkpoints/step_000002", 1),
+    ("srft.policy.checkpoint.save_file", 2, "{run}/checkpoints/step_000002", 1),
     ("transformers.PreTrainedTokenizerBase.save_pretrained", 1, "{run}/checkpoints/step_000002", 1),
     ("pathlib.Path.write_text", 1, "{run}/checkpoints/step_000002", 1),
     ("pathlib.Path.write_text", 2, "{run}/checkpoints/step_000002", 1),
     ("srft.train.export_model", 1, "{run}/model", 3),
-    ("srft.report.draw_plots", 1, "{run}/plots", 3),
-    ("srft.report.write_atomically", 1, "{run}/report.html", 3),
+    ("srft.report.build.draw_plots", 1, "{run}/plots", 3),
+    ("srft.report.build.write_atomically", 1, "{run}/report.html", 3),
 ]
 
 

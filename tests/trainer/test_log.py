@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from srft.log import RunLog, read_json_lines, set_aside_after, write_json_line
+from srft.record.log import RunLog, read_json_lines, set_aside_after, write_json_line
 from tests.trainer.synthetic_run import open_log, sample, srft_row
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_setting_aside_twice_changes_nothing(tmp_path: Path) -> None:
 def test_killed_writer_tears_at_most_its_last_line(tmp_path: Path) -> None:
     """A process killed while it writes leaves all that it reported as written, and at most one half line."""
     program = (
-        "import sys; from pathlib import Path; from srft.log import open_json_lines, write_json_line\n"
+        "import sys; from pathlib import Path; from srft.record.log import open_json_lines, write_json_line\n"
         "file = open_json_lines(Path(sys.argv[1]))\n"
         "for step in range(10**9):\n"
         "    write_json_line(file, {'step': step, 'text': 'x' * 5000}); print(step, flush=True)\n"

@@ -11,10 +11,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from srft.batch import Group, Sequence, Totals
+from srft.batch import Group, Response, Totals
 from srft.config import Config
 from srft.methods import assign_advantages, group_advantages, token_weight
-from srft.metrics import combined
+from srft.record.metrics import combined
 from srft.train import remember_old_logprobs, update
 from tests.numerics import assert_sum
 from tests.trainer.tiny import (
@@ -38,7 +38,7 @@ METHODS = {
 TERMS = ("demo_sft", "demo_rl", "rollout_positive", "rollout_negative")
 
 
-def expected_members(config: Config, groups: list[Group]) -> list[tuple[Sequence, float]]:
+def expected_members(config: Config, groups: list[Group]) -> list[tuple[Response, float]]:
     """The sequences a method learns from, with their advantages, from the definition."""
     method = config.method
     divide = {"srft": method.preset == "paper", "grpo": True, "sft": False}[method.name]
@@ -53,7 +53,7 @@ def expected_members(config: Config, groups: list[Group]) -> list[tuple[Sequence
 
 
 def statistics_of(
-    plain: transformers.PreTrainedModel, s: Sequence, temperature: float
+    plain: transformers.PreTrainedModel, s: Response, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of a response from the logits of its sequence alone."""
     ids = torch.tensor([s.prompt_ids + s.response_ids])
@@ -64,7 +64,7 @@ def statistics_of(
 
 def token_losses(
     config: Config,
-    s: Sequence,
+    s: Response,
     advantage: float,
     logp: Tensor,
     old: Tensor | None,

@@ -10,8 +10,8 @@ import pytest
 
 from srft import train as train_module
 from srft.batch import Group
-from srft.data import Prompt
-from srft.metrics import Clock, Figure, combined, group_metrics, sample_rows
+from srft.data.examples import Prompt
+from srft.record.metrics import Clock, Figure, combined, group_metrics, sample_rows
 from tests.trainer.runs import read_lines, train
 from tests.trainer.tiny import example, random_groups, sequence
 

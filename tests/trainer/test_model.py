@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srft.batch import Batch, pack
-from srft.model import build_tiny, byte_tokenizer, final_hidden_states, head_arguments, load_tokenizer
 from srft.options import load_config
+from srft.policy.model import build_tiny, byte_tokenizer, final_hidden_states, head_arguments, load_tokenizer
 from tests.trainer.architectures import build
 from tests.trainer.tiny import (
     CPU,

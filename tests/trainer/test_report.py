@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from srft.log import RunLog, open_json_lines, write_json_line
-from srft.plots import OVERVIEW, _smooth, _spread, points, seconds_by_part
-from srft.report import build_report, load_record, main
+from srft.record.log import RunLog, open_json_lines, write_json_line
+from srft.report.build import build_report, load_record, main
+from srft.report.plots import OVERVIEW, _smooth, _spread, points, seconds_by_part
 from tests.trainer.synthetic_run import open_log, sample, scored, srft_row
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from srft import train
 from srft.batch import Group
-from srft.data import Example, Prompt, check_answers, check_demos
-from srft.rewards import RewardPool, RewardResult
+from srft.data.examples import Example, Prompt, check_answers, check_demos
+from srft.rewards.pool import RewardPool, RewardResult
 from srft.train import judge
 from tests.trainer.runs import arguments, read_lines
 from tests.trainer.runs import train as run_small

@@ -20,9 +20,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srft.data import check_demos, load_examples
-from srft.rewards import RewardPool, RewardResult, default_reward
-from srft.verifiers import BadGold, countdown, evaluate_expression, exact, last_boxed, math, numeric
+from srft.data.examples import check_demos, load_examples
+from srft.rewards.pool import RewardPool, RewardResult, default_reward
+from srft.rewards.verifiers import BadGold, countdown, evaluate_expression, exact, last_boxed, math, numeric
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -552,7 +552,8 @@ def test_workers_do_not_import_the_heavy_packages(custom: str) -> None:
 
 def test_pool_module_imports_light() -> None:
     """Importing data and rewards costs no torch either."""
-    code = "import sys, srft.data, srft.rewards; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    modules = "srft.data.examples, srft.rewards.pool"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -594,7 +595,7 @@ def test_workers_end_with_their_parent(custom: str, tmp_path: Path, how: str) ->
     script.write_text(
         textwrap.dedent(f"""
         import os, sys, threading, time
-        from srft.rewards import RewardPool
+        from srft.rewards.pool import RewardPool
         pool = RewardPool({f"{custom}:trouble"!r}, 2, 500.0)
         pool.prewarm()
         threading.Thread(target=pool.score, args=([("endless", "", {{}})],), daemon=True).start()

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from srft import train as trainer
-from srft.data import Example, Prompt, build_prompts
+from srft.data.examples import Example, Prompt, build_prompts
+from srft.data.prompts import PromptFormat, describe_ends, make_sampling
 from srft.engine.base import Completion, Sampling
 from srft.evaluate import evaluate
-from srft.prompts import PromptFormat, describe_ends, make_sampling
-from srft.rewards import RewardPool
+from srft.rewards.pool import RewardPool
 from tests.trainer.chat import CHATML, R1, char_tokenizer
 from tests.trainer.runs import small_config
 from tests.trainer.tiny import FakeEngine, plain_model

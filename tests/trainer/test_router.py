@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from srft.config import Config
 from srft.methods import assign_advantages
-from srft.metrics import combined
-from srft.model import run_body
-from srft.router import Router, router_of
+from srft.policy.model import run_body
+from srft.policy.router import Router, router_of
+from srft.record.metrics import combined
 from srft.train import update
 from tests.trainer.architectures import build
 from tests.trainer.test_model import packed_batch

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from srft.options import load_config
-from srft.run_folder import run_folder
+from srft.record.folder import run_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +40,7 @@ def test_finished_run_is_left_alone_and_an_empty_folder_is_taken(tmp_path: Path)
 def test_resume_waits_for_the_writer_to_die(tmp_path: Path) -> None:
     """Resuming a run that another process writes to is refused, and allowed once that process is killed."""
     code = (
-        "import time; from srft.options import load_config; from srft.run_folder import run_folder\n"
+        "import time; from srft.options import load_config; from srft.record.folder import run_folder\n"
         f"with run_folder(load_config(['runs_dir={tmp_path}', 'name=x'])):\n"
         "    print('taken', flush=True); time.sleep(60)"
     )

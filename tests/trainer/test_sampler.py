@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from srft.sampler import PromptSampler, sample_seed
+from srft.data.sampler import PromptSampler, sample_seed
 
 
 def test_sampler_visits_every_prompt_once_an_epoch() -> None:

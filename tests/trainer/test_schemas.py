@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from srft.data import Example, hold_out, load_examples
-from srft.schemas import asked_reward
+from srft.data.examples import Example, hold_out, load_examples
+from srft.data.schemas import asked_reward
 from tests.trainer.runs import small_config
 
 USER = {"role": "user", "content": "0+1="}

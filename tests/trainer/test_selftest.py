@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from srft import attention, selftest
-from srft.attention import PACKED_ATTENTION
 from srft.batch import pack, unweighted
 from srft.config import Config
-from srft.forwards import packed_logprobs, probe_sequences
-from srft.model import byte_tokenizer, prepare_policy
-from srft.proof import prove
+from srft.policy.attention import PACKED_ATTENTION
+from srft.policy.forwards import packed_logprobs, probe_sequences
+from srft.policy.model import byte_tokenizer, prepare_policy
+from srft.policy.proof import prove
 from tests.trainer.architectures import ARCHITECTURES, REFUSED, build
 from tests.trainer.runs import train
 from tests.trainer.tiny import CPU, plain_model, tiny_config

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from srft.checkpoint import damage, latest_checkpoint
-from srft.rewards import RewardPool, RewardResult
+from srft.policy.checkpoint import damage, latest_checkpoint
+from srft.rewards.pool import RewardPool, RewardResult
 from srft.stop import Stopped, StopSignals
 from tests.trainer.processes import catches, marked_processes, state_and_parent
 from tests.trainer.runs import (
@@ -43,7 +43,7 @@ SESSIONS = [
     ("srft.train.start_engine", 1, 0),
     ("srft.sync.WeightSync.push", 1, 0),
     ("srft.train.evaluate", 1, 0),
-    ("srft.log.RunLog.metrics", 1, 0),
+    ("srft.record.log.RunLog.metrics", 1, 0),
     ("srft.train.roll_out", 1, 0),
     ("srft.train.judge", 1, 0),
     # the gradient of the first update is there, and abandoned; at that of the second the weights have moved
@@ -52,10 +52,10 @@ SESSIONS = [
     # before the evaluation of step 2, then in it
     ("srft.sync.WeightSync.push", 2, 2),
     ("srft.train.evaluate", 1, 2),
-    ("srft.progress.save_checkpoint", 1, 3),
+    ("srft.record.progress.save_checkpoint", 1, 3),
     ("srft.train.evaluate", 1, 4),
     ("srft.train.export_model", 1, 4),
-    ("srft.log.RunLog.finish", 1, 4),
+    ("srft.record.log.RunLog.finish", 1, 4),
 ]
 
 
@@ -96,7 +96,7 @@ def test_run_stopped_at_every_kind_of_moment_ends_in_the_same_bytes(uninterrupte
 # a run in small: what it prints says how far it came
 MINIATURE = """
 import sys, time
-from srft.rewards import RewardPool, RewardResult
+from srft.rewards.pool import RewardPool, RewardResult
 from srft.stop import Stopped, StopSignals, leave_at_once
 
 leave_at_once()

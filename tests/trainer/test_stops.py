@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from srft.engine.base import Completion, Sampling
 from srft.engine.hf import HfEngine
 from srft.engine.stops import StopTexts
-from srft.model import byte_tokenizer
+from srft.policy.model import byte_tokenizer
 from tests.trainer.chat import char_tokenizer
 from tests.trainer.tiny import plain_model
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srft.engine.hf import HfEngine
-from srft.spread import Spread
+from srft.policy.spread import Spread
 from srft.sync import CanaryError, WeightSync
 from tests.trainer.tiny import plain_model, policy, tiny_config
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from srft.data import load_examples
-from srft.tasks import CHAIN_ALPHABET, chain_rows, in_eval_split, reasoning_gym_rows
-from srft.verifiers import exact
+from srft.data.examples import load_examples
+from srft.data.tasks import CHAIN_ALPHABET, chain_rows, in_eval_split, reasoning_gym_rows
+from srft.rewards.verifiers import exact
 
 
 def left_to_right(prompt: str) -> int:

@@ -16,14 +16,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from srft import train as trainer
-from srft.batch import Group, Sequence
-from srft.data import Example, Prompt
+from srft.batch import Group, Response
+from srft.data.examples import Example, Prompt
 from srft.engine.hf import HfEngine
-from srft.metrics import group_metrics
-from srft.model import byte_tokenizer
+from srft.policy.model import byte_tokenizer
 from srft.prepare import read_problems
-from srft.rewards import RewardPool
-from srft_kernels import _chunked_head
+from srft.record.metrics import group_metrics
+from srft.rewards.pool import RewardPool
+from srft_kernels.head import chunks as chunked_head
 from tests.trainer.runs import DATA, read_lines, small_config, train
 
 POISON = r"so it is \boxed{9^{9^{9^{9}}}}"
@@ -165,8 +165,8 @@ def test_large_vocabulary_without_logits_of_all_tokens(
     assert [row["reward/demo"] for row in rows[1:]] == [1.0, 1.0, 1.0]
     # one micro-batch a step, of so many tokens that its logits would fill the workspace more than twice
     assert len(counted) == 3
-    assert min(counted) * vocab * 4 > 2 * _chunked_head.CPU_WORKSPACE_BYTES
-    assert 0 < updating.elements * 4 <= _chunked_head.CPU_WORKSPACE_BYTES
+    assert min(counted) * vocab * 4 > 2 * chunked_head.CPU_WORKSPACE_BYTES
+    assert 0 < updating.elements * 4 <= chunked_head.CPU_WORKSPACE_BYTES
     # sampling takes one position of each sequence, and there are more prompt tokens than the model is wide
     sequences = 4 * 2
     assert 0 < sampling.elements <= max(sequences, 32) * vocab < min(prompt_tokens) * vocab
@@ -323,7 +323,7 @@ def test_poisoned_rollouts_are_timeouts(tmp_path: Path) -> None:
     """Rollouts are judged the same way, and a good one after the poison still gets its reward."""
     example = Example("poison:0", "What is 1+1?", "2", [], {})
     texts = [POISON, r"\boxed{2}", POISON, r"\boxed{3}"]
-    rollouts = [Sequence([1], [2], False, False, [0.0], text) for text in texts]
+    rollouts = [Response([1], [2], False, False, [0.0], text) for text in texts]
     group = Group(Prompt(example, [1], []), rollouts=rollouts)
     with RewardPool(hanging_reward(tmp_path), 1, 1.0) as pool:
         trainer.judge([group], pool)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from srft.checkpoint import latest_checkpoint
+from srft.policy.checkpoint import latest_checkpoint
 from tests.trainer.processes import descendants, marked_processes, state_and_parent
 from tests.trainer.runs import ROOT, arguments, command, environment, read_lines, train
 

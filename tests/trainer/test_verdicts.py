@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srft.answers import BadGold, after_thinking, final_box, gold_text, printed
-from srft.quantities import read_quantity
-from srft.verifiers import exact, math, numeric
+from srft.rewards.answers import BadGold, after_thinking, final_box, gold_text, printed
+from srft.rewards.quantities import read_quantity
+from srft.rewards.verifiers import exact, math, numeric
 from tests.trainer import verdicts
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "eval"

@@ -10,13 +10,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from srft.batch import Group, Sequence, pack
+from srft.batch import Group, Response, pack
 from srft.config import Config
-from srft.data import Example, Prompt
+from srft.data.examples import Example, Prompt
 from srft.engine.base import Completion, Sampling
-from srft.model import prepare_policy
 from srft.options import load_config
-from srft.rewards import RewardResult
+from srft.policy.model import prepare_policy
+from srft.rewards.pool import RewardResult
 
 VOCAB = 37
 CPU = torch.device("cpu")
@@ -65,10 +65,10 @@ def policy(
 
 def sequence(
     prompt: list[int], response: list[int], *, is_demo: bool = False, reward: float = 0.0
-) -> Sequence:
+) -> Response:
     """A sequence with a text that names its tokens."""
     logprobs = [] if is_demo else [-0.1 * (i + 1) for i in range(len(response))]
-    return Sequence(prompt, response, is_demo, False, logprobs, text=str(response), reward=reward)
+    return Response(prompt, response, is_demo, False, logprobs, text=str(response), reward=reward)
 
 
 def example(number: int, answer: str = "7") -> Example:
@@ -97,12 +97,12 @@ def random_groups(
     return groups
 
 
-def members(groups: list[Group]) -> list[Sequence]:
+def members(groups: list[Group]) -> list[Response]:
     """Every sequence of the groups, in order."""
     return [s for g in groups for s in (*g.rollouts, *g.demos)]
 
 
-def budget_for(count: int, sequences: list[Sequence]) -> int:
+def budget_for(count: int, sequences: list[Response]) -> int:
     """A token budget under which the sequences fill exactly ``count`` micro-batches."""
     for budget in range(20, 20 * len(sequences) + 1):
         if len(pack(sequences, budget, lambda _: 1.0, CPU)) == count:

@@ -1,0 +1,1 @@
+"""Prompts and demonstrations: from the rows of a source to tokens, in an order."""

@@ -1,0 +1,297 @@
+"""The policy: load or build a Hugging Face causal LM whose forward takes packed sequences and stops before the head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from srft.batch import Batch
+from srft.config import ModelConfig
+from srft.policy.attention import PACKED_ATTENTION, register_packed_attention
+from srft_kernels.lm_head import logit_options
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a run; a model built from scratch without one gets its bytes as tokens.
+
+    Args:
+        config: The model section of the configuration.
+
+    Raises:
+        ValueError: When the folder or hub id cannot be read, or the tokenizer has no end-of-sequence token.
+    """
+    source = config.tokenizer or config.name
+    if source == "tiny":
+        return byte_tokenizer()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # a damaged file fails in the libraries below with whatever they happen to raise
+        raise ValueError(f"cannot load a tokenizer from {source!r}: {in_short(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer {source!r} names no end-of-sequence token; set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer whose tokens are the 256 bytes, a padding and an end token: it reads any text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def build_tiny(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int
+) -> PreTrainedModel:
+    """Build a small Qwen2 model with random weights.
+
+    Args:
+        config: The model section of the configuration.
+        tokenizer: Gives the vocabulary size and the special tokens.
+        max_tokens: Longest sequence, prompt and completion.
+        seed: Seed of the weights.
+    """
+    tiny = config.tiny
+    shape = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=tiny.hidden_size,
+        num_hidden_layers=tiny.num_layers,
+        num_attention_heads=tiny.num_heads,
+        num_key_value_heads=tiny.num_heads,
+        intermediate_size=tiny.intermediate_size,
+        tie_word_embeddings=tiny.tie_embeddings,
+        max_position_embeddings=max(max_tokens, 64),
+        # the usual base of 10,000 barely turns within such short sequences; this one tells neighbours apart at once
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        # so narrow a model learns several times faster from activations of size 1 than from the usual 0.02
+        initializer_range=tiny.hidden_size**-0.5,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+
+
+def load_model(source: str | Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a Hugging Face causal LM with fp32 weights from safetensors.
+
+    Args:
+        source: Folder or hub id.
+        trust_remote_code: Run Python code shipped with the checkpoint.
+
+    Raises:
+        ValueError: When it cannot be read.
+    """
+    try:
+        shape = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            config=shape,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:  # as for the tokenizer
+        raise ValueError(f"cannot load a causal LM from {str(source)!r}: {in_short(error)}") from error
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a model was before ``prepare_policy``, kept on the model as ``srft_traits``.
+
+    Args:
+        attention: The attention it was loaded with, which samplers and the proof use.
+        dropout: Rates above 0 in its configuration, by name; training has them off.
+    """
+
+    attention: str
+    dropout: dict[str, float]
+
+
+def prepare_policy(
+    model: PreTrainedModel, config: ModelConfig, max_tokens: int, device: torch.device
+) -> PreTrainedModel:
+    """Put a model into the state the trainer needs: packed attention, no dropout, on its device.
+
+    What it computes then is proved by ``srft.policy.proof``; only what a proof cannot see is refused here.
+
+    Args:
+        model: A causal LM with fp32 weights.
+        config: The model section of the configuration.
+        max_tokens: Most tokens in one forward pass.
+        device: Where it computes.
+
+    Raises:
+        ValueError: For an architecture whose attention cannot be told where packed sequences end.
+    """
+    text = model.config.get_text_config()
+    if getattr(text, "attn_temperature_tuning", False) and max_tokens > (text.floor_scale or max_tokens):
+        # the scale counts from the start of the packed row, and no affordable proof is that long
+        raise ValueError(
+            f"{text.model_type} scales its attention by positions from {text.floor_scale} on and counts them through "
+            f"packed sequences; set train.tokens_per_microbatch={text.floor_scale} or less, got {max_tokens}"
+        )
+    model.to(device).eval()
+    model.srft_traits = Traits(model.config._attn_implementation, _dropout_rates(text))
+    register_packed_attention()
+    model.set_attn_implementation(PACKED_ATTENTION)
+    if model.config._attn_implementation != PACKED_ATTENTION:
+        raise ValueError(
+            f"{text.model_type} computes attention outside transformers' AttentionInterface, where packed sequences "
+            "would see each other; train a model whose attention goes through that interface"
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute_in_evaluation_mode(model)
+    return model
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Give a policy the attention it was loaded with for the length of a ``with`` statement.
+
+    Args:
+        model: From ``prepare_policy``.
+    """
+    model.set_attn_implementation(model.srft_traits.attention)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def final_hidden_states(model: PreTrainedModel, batch: Batch, compute_dtype: torch.dtype) -> Tensor:
+    """Run the body of the model over a packed batch and keep the rows that predict a counted token.
+
+    Args:
+        model: From ``prepare_policy``.
+        batch: Packed sequences of T tokens, N of them counted.
+        compute_dtype: Precision of the forward pass; bf16 runs under autocast.
+
+    Returns:
+        [N, D] final normed hidden states in ``compute_dtype``.
+    """
+    return run_body(model, batch, compute_dtype, router_logits=False)[0]
+
+
+def run_body(
+    model: PreTrainedModel, batch: Batch, compute_dtype: torch.dtype, *, router_logits: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As ``final_hidden_states``, with what the routers of a mixture of experts said about every token.
+
+    Args:
+        model: From ``prepare_policy``.
+        batch: Packed sequences of T tokens, N of them counted.
+        compute_dtype: Precision of the forward pass; bf16 runs under autocast.
+        router_logits: Ask for them; only for models that have routers.
+
+    Returns:
+        [N, D] hidden states in ``compute_dtype``, and one [T, experts] tensor a routed layer.
+    """
+    with torch.autocast(
+        batch.input_ids.device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32
+    ):
+        output = body_of(model)(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+            **({"output_router_logits": True} if router_logits else {}),
+        )
+    hidden_states = output.last_hidden_state[0][batch.loss_rows].to(compute_dtype)
+    return hidden_states, tuple(output.router_logits or ()) if router_logits else ()
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a causal LM that ends before its head.
+
+    Args:
+        model: A causal LM.
+    """
+    body = model.get_decoder()
+    if body is not model:
+        return body
+    # a class that transformers' lookup does not know: the child that holds the embedding
+    embedding = model.get_input_embeddings()
+    return next(child for child in model.children() if any(m is embedding for m in child.modules()))
+
+
+class Head(TypedDict):
+    """The fused ops' head: ``lm_head_weight`` [V, D], ``bias`` [V], ``logit_softcap`` and ``logit_scale``."""
+
+    lm_head_weight: Tensor
+    bias: Tensor | None
+    logit_softcap: float | None
+    logit_scale: float
+
+
+def head_arguments(model: PreTrainedModel, compute_dtype: torch.dtype) -> Head:
+    """Return what the fused ops need of the head: weight [V, D], bias [V] or None, the final softcap and the scale.
+
+    Args:
+        model: From ``prepare_policy``.
+        compute_dtype: Precision in which the ops read the head.
+    """
+    head: nn.Linear = model.get_output_embeddings()
+    return {
+        "lm_head_weight": head.weight.to(compute_dtype),
+        "bias": None if head.bias is None else head.bias.to(compute_dtype),
+        **logit_options(model.config),
+    }
+
+
+_RANDOM = re.compile("drop|jitter")
+
+
+def _dropout_rates(config: PretrainedConfig) -> dict[str, float]:
+    return {
+        name: rate
+        for name, rate in config.to_dict().items()
+        if _RANDOM.search(name) and isinstance(rate, float) and rate > 0
+    }
+
+
+def _recompute_in_evaluation_mode(model: PreTrainedModel) -> None:
+    """Let layers recompute, which transformers allows in training mode alone, without the dropout of that mode."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # of this module alone: train() would reach the dropout inside
+            for name, rate in list(vars(module).items()):
+                if "drop" in name and isinstance(rate, float):
+                    setattr(module, name, 0.0)
+
+
+def in_short(error: Exception) -> str:
+    """Return an error's message on one line, or the name of its class where it has none.
+
+    Args:
+        error: Of any library.
+    """
+    return " ".join(str(error).split())[:300] or type(error).__name__

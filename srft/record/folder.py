@@ -1,0 +1,117 @@
+"""Which folder a run writes to, and which checkpoint it goes on from."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from srft.config import Config
+from srft.disk import writing
+from srft.options import changed_keys, load_config_text
+from srft.policy.checkpoint import latest_checkpoint, newest_checkpoint, read_state
+
+_LOCK = ".lock"
+# options that may change when a run is resumed without making it another run
+_FREE_ON_RESUME = (
+    "train.steps", "train.resume", "train.eval_every", "train.save_every", "train.keep_checkpoints",
+    "train.tokens_per_microbatch", "train.canary_tolerance", "train.device", "engine.", "reward.workers",
+    "name", "runs_dir", "cache_dir", "data.eval_limit", "model.gradient_checkpointing", "model.trust_remote_code",
+)  # fmt: skip
+# where the data lies is free too once a checkpoint remembers its rows
+_JUDGED_BY_ROWS = ("data.train", "data.eval")
+
+
+@contextmanager
+def run_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
+    """Take the run's folder for as long as the body runs, and find the checkpoint to go on from.
+
+    The folder is locked, so that no other process writes to it; the lock goes with the process, however it ends.
+    Without resume a folder that holds a run is left alone and a numbered one beside it is taken. A folder in which
+    nothing was written is removed again. What ends the body after training has begun carries a note that says from
+    which checkpoint the run can go on.
+
+    Args:
+        config: The whole configuration.
+
+    Yields:
+        The folder, and the newest complete checkpoint when resuming, else None.
+
+    Raises:
+        ValueError: When another process has the folder, or its checkpoint is another run's or past train.steps, or
+            every checkpoint is damaged.
+    """
+    folder, number = config.run_dir, 2
+    lock = _lock(folder)
+    if config.train.resume and lock is None:
+        raise ValueError(f"another process is writing to {folder}; wait for it to end, or set another name")
+    while not config.train.resume and (lock is None or (folder / "metrics.jsonl").exists()):
+        if lock is not None:
+            lock.close()
+        folder = config.runs_dir / f"{config.name}-{number}"
+        lock = _lock(folder)
+        number += 1
+    assert lock is not None
+    try:
+        yield folder, _checkpoint(config, folder) if config.train.resume else None
+    except ValueError:  # a mistake in the options or the data, before anything was trained
+        raise
+    except BaseException as error:
+        error.add_note(_what_is_safe(folder))
+        raise
+    finally:
+        if [path.name for path in folder.iterdir()] == [_LOCK]:
+            (folder / _LOCK).unlink()
+            folder.rmdir()
+            with suppress(OSError):  # refused where other runs are
+                folder.parent.rmdir()
+        lock.close()
+
+
+def _lock(folder: Path) -> TextIO | None:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _checkpoint(config: Config, folder: Path) -> Path | None:
+    """Newest whole checkpoint, after checking that it and the options belong to one run."""
+    checkpoint, notes = latest_checkpoint(folder)
+    for note in notes:
+        print(note, file=sys.stderr)
+    if checkpoint is not None:
+        made_with = read_state(checkpoint)["config"]
+    elif (folder / "config.toml").exists():
+        made_with = (folder / "config.toml").read_text()
+    else:
+        return None
+    changed = {
+        key: values
+        for key, values in changed_keys(load_config_text(made_with), config).items()
+        if not key.startswith(_FREE_ON_RESUME) and not (checkpoint is not None and key in _JUDGED_BY_ROWS)
+    }
+    if changed:
+        listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+        raise ValueError(
+            f"{checkpoint or folder} belongs to a run with other options: {listed}. Restore them, or set another name"
+        )
+    if checkpoint is not None and (step := read_state(checkpoint)["step"]) > config.train.steps:
+        raise ValueError(f"{checkpoint} is at step {step}, past train.steps={config.train.steps}; raise train.steps")
+    return checkpoint
+
+
+def _what_is_safe(folder: Path) -> str:
+    """Say from where a run that ended early can go on."""
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        return "no checkpoint was written yet"
+    return f"{newest} is complete, and name={folder.name} train.resume=true goes on from it"

@@ -1,0 +1,109 @@
+"""How far a run is: the last step after which its state was whole, and the checkpoint of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from srft.config import Config
+from srft.data.sampler import PromptSampler
+from srft.disk import sync_to_disk, writing
+from srft.options import to_toml
+from srft.policy.checkpoint import load_optimizer, read_state, save_checkpoint
+from srft.stop import Stopped
+
+
+class Progress:
+    """What a checkpoint needs besides the weights: a step that was not finished leaves no trace in it.
+
+    Args:
+        run_dir: Folder of the run.
+        config: The whole configuration.
+        model: The policy.
+        tokenizer: The policy's.
+        optimizer: Holds the policy's parameters.
+        sampler: Draws the prompts; its state is noted after each step.
+        data: From ``problems.data_state``, by which a resume tells other rows.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        optimizer: torch.optim.Optimizer,
+        sampler: PromptSampler,
+        data: dict[str, Any],
+    ) -> None:
+        self._run_dir, self._config, self._sampler, self._data = run_dir, config, sampler, data
+        self._model, self._tokenizer, self._optimizer = model, tokenizer, optimizer
+        self.step = 0
+        """Steps done."""
+        self.unlogged: dict[str, float] | None = None
+        """The row of that step while it lacks its evaluation."""
+        self._saved_step = 0
+        self._sampler_state = sampler.state_dict()
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take the optimizer's, the sampler's and the loop's state from a checkpoint.
+
+        Args:
+            checkpoint: From ``latest_checkpoint``; the model was loaded from it.
+
+        Raises:
+            ValueError: When it belongs to another model or other data.
+        """
+        state = read_state(checkpoint)
+        self._sampler.load_state_dict(state["sampler"])
+        load_optimizer(checkpoint, self._model, self._optimizer)
+        self.reached(state["step"], state["unlogged"])
+        self._saved_step = self.step
+
+    def reached(self, step: int, unlogged: Mapping[str, float] | None) -> None:
+        """Note that a step is whole: weights and moments have moved, and the engine has them.
+
+        Args:
+            step: Its number.
+            unlogged: Its row as far as it is known, None once ``metrics.jsonl`` has it.
+        """
+        self.step, self._sampler_state = step, self._sampler.state_dict()
+        self.unlogged = None if unlogged is None else dict(unlogged)
+
+    def save(self) -> None:
+        """Write a checkpoint of the last whole step, unless there is one.
+
+        Raises:
+            WriteError: When the disk refuses; the checkpoints before are whole.
+        """
+        if self.step == self._saved_step:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            # on the disk before the checkpoint is, which promises the rows up to its step
+            with writing(path := self._run_dir / name):
+                sync_to_disk(path)
+        state = {
+            "sampler": self._sampler_state,
+            "config": to_toml(self._config.without_resume()),
+            "unlogged": self.unlogged,
+            "data": self._data,
+        }
+        save_checkpoint(
+            self._run_dir, self.step, self._model, self._tokenizer, self._optimizer, state,
+            self._config.train.keep_checkpoints,
+        )  # fmt: skip
+        self._saved_step = self.step
+
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Save the last whole step when a signal ends the body."""
+        try:
+            yield
+        except Stopped:
+            self.save()
+            raise

@@ -1,0 +1,1 @@
+"""What a person looks at afterwards: plots and page, made from the run folder."""

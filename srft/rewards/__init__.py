@@ -1,0 +1,1 @@
+"""What a completion earns: the pool of verifier processes, and the verifiers."""

@@ -1,0 +1,347 @@
+"""Verifiers: pure functions (completion, answer, row) -> reward, run by the workers of srft.rewards.pool."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import json
+import logging
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from srft.data.tasks import REASONING_GYM, reasoning_gym_dataset
+from srft.rewards.answers import (
+    BadGold,
+    after_thinking,
+    final_box,
+    gold_text,
+    last_boxed,
+    last_line,
+    marked_answer,
+    printed,
+)
+from srft.rewards.math_answers import MAX_CHARS, read
+from srft.rewards.math_nodes import Literal, Words, same, squeeze
+from srft.rewards.quantities import Quantity, last_quantity, read_quantity
+
+Verifier = Callable[[str, Any, dict[str, Any]], float]
+
+MAX_EXPRESSION_CHARS = 200  # three stack frames each at worst: nested parentheses stay within Python's limit
+
+
+# a chain ends in "#8"; GSM8K in "#### 8", where headings, "## Step 2" or "## 2. Add", are no answer
+_HASH = re.compile(r"#+([^#\n]*)")
+_NUMBER_AFTER_HASHES = re.compile(
+    r"(?<!#)#{2,}+(?![ \t]*[0-9]+[.)][ \t]+[^\s])"
+    r"([ \t]*(?:[-+−$€£¥\\.(\[{*0-9½⅓⅔¼¾⅛]|[A-Za-z][ \t]*=|[^#\n]*\b(?i:answer))[^#\n]*)"
+)
+
+
+def exact(completion: str, answer: Any, row: dict[str, Any]) -> float:
+    r"""1 if the text in the last \boxed, <answer> or after the last '#', or the last line, is the answer.
+
+    Args:
+        completion: Text of the model, or of a demonstration.
+        answer: Compared as text, without surrounding white space. What programs print of one number or boolean is
+            the same text: 18 and 18.0, 1e-05 and 0.00001, true and True; 07 and 7 are not.
+        row: Not used.
+
+    Raises:
+        BadGold: If there is no answer: null, NaN, or empty.
+    """
+    wanted = {printed(gold_text(answer))}
+    if not isinstance(answer, str | bytes) and callable(convert := getattr(answer, "tolist", None)):
+        answer = convert()
+    if isinstance(answer, list | tuple):
+        wanted |= {str(list(answer)), json.dumps(answer, ensure_ascii=False, default=str)}
+    text = after_thinking(completion)
+    marked = marked_answer(text, _HASH)
+    return float(printed(last_line(text) if marked is None else marked) in wanted)
+
+
+@lru_cache(maxsize=256)
+def _gold_quantity(answer: str) -> Quantity:
+    marked = marked_answer(answer, _NUMBER_AFTER_HASHES)
+    quantity = read_quantity(answer if marked is None else marked)
+    if quantity is None:
+        what = "no one number" if re.search(r"[0-9]", answer) else "no number"
+        raise BadGold(f"{what} in the answer {answer!r:.200}")
+    return quantity
+
+
+def numeric(completion: str, answer: Any, row: dict[str, Any]) -> float:
+    r"""1 if the final number equals the answer exactly, as a fraction.
+
+    The number is what the last \boxed, <answer> or line after "##" or longer states, else the last one in the text.
+    Thousands, currency signs and units, a/b, \frac{a}{b}, mixed and repeating numbers, exponents and % are read;
+    "50%" is 50 and 0.5. Several numbers, ranges, times and expressions are none.
+
+    Args:
+        completion: Text of the model, or of a demonstration.
+        answer: A number, or text that states one number.
+        row: Not used.
+
+    Raises:
+        BadGold: If the answer states no number, or several.
+    """
+    gold = _gold_quantity(gold_text(answer))
+    text = after_thinking(completion)
+    marked = marked_answer(text, _NUMBER_AFTER_HASHES)
+    found = last_quantity(text) if marked is None else read_quantity(marked)
+    return float(found is not None and gold.equals(found))
+
+
+def evaluate_expression(text: str) -> tuple[Fraction, list[Fraction]]:
+    """Exact value of an arithmetic expression, and the number literals in it.
+
+    Args:
+        text: Decimal literals, + - * / (also × · ÷ −), unary minus, parentheses; at most 200 characters.
+
+    Raises:
+        ValueError: On anything else, powers and implicit products included.
+        ZeroDivisionError: On a division by zero.
+    """
+    text = text.translate(str.maketrans("×·÷−", "**/-"))
+    if len(text) > MAX_EXPRESSION_CHARS:
+        raise ValueError(f"an expression of {len(text)} characters, at most {MAX_EXPRESSION_CHARS} are read")
+    tokens = re.findall(r"\d+(?:\.\d+)?|[-+*/()]|\S", text)[::-1]
+    numbers: list[Fraction] = []
+
+    def take() -> str:
+        return tokens.pop() if tokens else ""
+
+    def factor() -> Fraction:
+        token = take()
+        if token == "-":
+            return -factor()
+        if token == "(":
+            value = total()
+            if take() != ")":
+                raise ValueError("a parenthesis is not closed")
+            return value
+        if not token[:1].isdecimal() or not token.isascii():
+            raise ValueError(f"expected a number, got {token!r}")
+        numbers.append(Fraction(token))
+        return numbers[-1]
+
+    def product() -> Fraction:
+        value = factor()
+        while tokens and tokens[-1] in "*/":
+            value = value * factor() if take() == "*" else value / factor()
+        return value
+
+    def total() -> Fraction:
+        value = product()
+        while tokens and tokens[-1] in "+-":
+            value = value + product() if take() == "+" else value - product()
+        return value
+
+    value = total()
+    if tokens:
+        raise ValueError(f"unexpected {tokens[-1]!r}")
+    return value, numbers
+
+
+_EQUATION_LABEL = re.compile(r"(?:answer|equation|expression)\s*(?:is)?\s*:?\s*(?=[-\d(])", re.IGNORECASE)
+
+
+def countdown(completion: str, answer: Any, row: dict[str, Any]) -> float:
+    r"""1 if the final expression makes the target out of the given numbers, each used at most once.
+
+    The expression stands in the last <answer>, \boxed or after the last '#', else on the last line, where a
+    label such as "answer:" or "the final equation is" is cut off. An equation with the target on one side is
+    read too.
+
+    Args:
+        completion: Text of the model, or of a demonstration.
+        answer: The target, where the row has none.
+        row: Its ``nums`` are the numbers, its ``target`` the target.
+
+    Raises:
+        BadGold: If the numbers or the target cannot be read.
+    """
+    try:
+        available = Counter(Fraction(str(number)) for number in row["nums"])
+        target = Fraction(str(row.get("target", answer)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadGold(
+            f"a countdown row needs nums and target, got {row.get('nums')!r}, {answer!r}"
+        ) from error
+    text = after_thinking(completion)
+    marked = marked_answer(text, _HASH)
+    line = last_line(text) if marked is None else marked
+    labels = list(_EQUATION_LABEL.finditer(line))
+    sides = (line[labels[-1].end() :] if labels else line).strip().rstrip(".").strip("$ ").split("=")
+    try:
+        values = [evaluate_expression(side) for side in sides]
+    except (ValueError, ZeroDivisionError):
+        return 0.0
+    if any(value != target for value, _ in values) or len(values) > 2:
+        return 0.0
+    used = max((numbers for _, numbers in values), key=len)
+    # the other side may only state the target
+    if len(values) == 2 and min(len(numbers) for _, numbers in values) != 1:
+        return 0.0
+    return float(not Counter(used) - available)
+
+
+@lru_cache(maxsize=256)
+def _gold_answer(answer: str) -> Any:
+    boxed = last_boxed(answer)
+    found = read(boxed[1] if boxed else answer)
+    # a sentence can be copied but not judged
+    if found is None or (isinstance(found, Words | Literal) and len(found.text.split()) > 8):
+        raise BadGold(f"the answer cannot be read as mathematics or a few words: {answer!r:.200}")
+    return found
+
+
+def math(completion: str, answer: Any, row: dict[str, Any]) -> float:
+    r"""1 if the last \boxed{} is the same mathematics as the answer; 0 without a \boxed{}.
+
+    Numbers are compared exactly and expressions by proof, with math-verify's parser and sympy. Lists and sets have no
+    order, points and intervals have one; an interval is the same as its inequality; "x =" and a unit may be left out
+    but not changed; several answers are no answer where one is asked for.
+
+    Args:
+        completion: Text of the model, or of a demonstration.
+        answer: LaTeX or plain text, in a \boxed{} or not; a list of several is their set.
+        row: Not used.
+
+    Raises:
+        BadGold: If the answer cannot be read.
+    """
+    if isinstance(answer, list | tuple) and len(answer) > 1:
+        answer = ", ".join(map(gold_text, answer))
+    answer = gold_text(answer)
+    gold = _gold_answer(answer)
+    boxed = final_box(after_thinking(completion))
+    if boxed is None or len(boxed[1]) > MAX_CHARS:
+        return 0.0
+    inner = last_boxed(answer)
+    if squeeze(boxed[1]) == squeeze(inner[1] if inner else answer):
+        return 1.0
+    found = read(boxed[1])
+    return float(found is not None and same(gold, found))
+
+
+def _reasoning_gym(name: str) -> Verifier:
+    dataset = reasoning_gym_dataset(name, size=1, seed=0)
+
+    def verify(completion: str, answer: Any, row: dict[str, Any]) -> float:
+        text = after_thinking(completion)
+        tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+        return float(dataset.score_answer((tagged[-1] if tagged else text).strip(), row))
+
+    return verify
+
+
+def _custom(spec: str) -> Verifier:
+    path, _, function = spec.rpartition(":")
+    file = Path(path)
+    sys.path.insert(0, str(file.resolve().parent))
+    module_spec = importlib.util.spec_from_file_location(f"srft_custom_{file.stem}", file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    # dataclasses and pickle look the module up by name
+    sys.modules[module_spec.name] = module
+    module_spec.loader.exec_module(module)
+    verifier = getattr(module, function, None)
+    if not callable(verifier):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ValueError(f"{path} has no function {function!r}; it has: {', '.join(names) or 'none'}")
+    _check_signature(spec, verifier)
+    return verifier
+
+
+_SIGNATURE = "def judge(completion, answer, row) -> float"
+
+
+def _check_signature(spec: str, verifier: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with (completion, answer, row), knowing other trainers' rewards."""
+    try:
+        signature = inspect.signature(verifier)
+    except (TypeError, ValueError):
+        # something built in: only calling it can tell
+        return
+    name, names = spec.rpartition(":")[2], set(signature.parameters)
+    if names & {"solution_str", "data_source"}:
+        call = "row.get('data_source'), completion, answer, row.get('extra_info')"
+        raise ValueError(
+            f"{spec} has verl's signature {signature}; write {_SIGNATURE}: return {name}({call}), where a score in a "
+            "dict is returned as a number, and set reward.kind to it"
+        )
+    if names & {"completions", "prompts", "queries", "responses"}:
+        raise ValueError(
+            f"{spec} takes whole batches, as TRL's rewards do, {signature}; it is called once a completion here: write "
+            f"{_SIGNATURE}: return {name}(completions=[completion], answer=[answer])[0], with what else it needs, and "
+            "set reward.kind to it"
+        )
+    try:
+        signature.bind("completion", "answer", {})
+    except TypeError as error:
+        raise ValueError(f"{spec} has the signature {signature}, expected {_SIGNATURE} ({error})") from None
+    if inspect.iscoroutinefunction(verifier):
+        raise ValueError(f"{spec} is an async function; write {_SIGNATURE}, which may call asyncio.run inside")
+
+
+VERIFIERS: dict[str, Verifier] = {"exact": exact, "numeric": numeric, "countdown": countdown, "math": math}
+
+
+def check_kind(kind: str) -> None:
+    """Refuse a verifier name that cannot be right, without loading anything.
+
+    Args:
+        kind: "exact", "numeric", "countdown", "math", "reasoning_gym:<task>" or "path/to/file.py:function".
+
+    Raises:
+        ValueError: On an unknown name or a missing file.
+    """
+    if kind in VERIFIERS or (kind.startswith(REASONING_GYM) and len(kind) > len(REASONING_GYM)):
+        return
+    path, colon, function = kind.rpartition(":")
+    if colon and path.endswith(".py"):
+        if not Path(path).is_file():
+            raise ValueError(f"reward {kind!r}: no such file {path}")
+        if not function.isidentifier():
+            raise ValueError(
+                f"reward {kind!r}: {function!r} is not a function name; write path/to/file.py:function"
+            )
+        return
+    near = difflib.get_close_matches(kind, VERIFIERS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"unknown reward {kind!r}; {hint}choose from {', '.join(VERIFIERS)}, reasoning_gym:<task>, "
+        "path/to/file.py:function"
+    )
+
+
+def load_verifier(kind: str) -> Verifier:
+    """Return the verifier of that name, imported and warmed up so that its first item is as fast as the rest.
+
+    Args:
+        kind: As in :func:`check_kind`.
+
+    Raises:
+        ValueError: On an unknown name, a missing file, function, package or task.
+    """
+    check_kind(kind)
+    if kind.startswith(REASONING_GYM):
+        return _reasoning_gym(kind.removeprefix(REASONING_GYM))
+    if kind not in VERIFIERS:
+        return _custom(kind)
+    if kind == "math":
+        try:
+            import latex2sympy2_extended  # noqa: F401
+        except ImportError as error:
+            raise ValueError("the math reward needs math-verify: pip install 'srft[train]'") from error
+        # it logs every formula that it cannot read
+        logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
+        math(r"\boxed{\frac{\sqrt{2}}{2}}", r"1/\sqrt{2}", {})
+    return VERIFIERS[kind]

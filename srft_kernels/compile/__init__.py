@@ -1,0 +1,1 @@
+"""The ops as torch.compile sees them."""

@@ -1,0 +1,1 @@
+"""What touches the vocabulary: statistics and gradient of rows of scores, on CPU and GPU."""
