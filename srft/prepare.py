@@ -27,15 +27,16 @@ from srft.data.examples import (
 )
 from srft.data.files import has_split, is_local
 from srft.data.problems import Problems
-from srft.data.prompts import prompt_format
 from srft.data.schemas import asked_reward, detect_schema
-from srft.data.tasks import BUILTIN_TASKS, REASONING_GYM
+from srft.data.tasks import BUILTIN_TASKS
 from srft.engine.base import Engine
 from srft.engine.hf import HfEngine
+from srft.engine.sampling import prompt_format
 from srft.methods import needs_demos, needs_rollouts
 from srft.policy.checkpoint import export_model
 from srft.policy.model import build_tiny, load_model, prepare_policy
 from srft.policy.proof import Proof, prove
+from srft.rewards.gym import REASONING_GYM
 from srft.rewards.pool import RewardPool, default_reward
 from srft.warm_start import warm_start
 

@@ -21,10 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srft.batch import Batch, Group, Response, count, pack, unweighted
 from srft.config import Config
 from srft.data.examples import Prompt
-from srft.data.problems import data_state, refuse_other_data
-from srft.data.prompts import completion_text, describe_ends, make_sampling
+from srft.data.problems import data_state
+from srft.data.prompts import completion_text
 from srft.data.sampler import PromptSampler, sample_seed
 from srft.engine.base import Engine, EngineError, Sampling
+from srft.engine.sampling import describe_ends, make_sampling
 from srft.evaluate import evaluate
 from srft.methods import assign_advantages, method_loss, needs_demos, needs_rollouts, token_weight
 from srft.options import exit_on_help, load_config, to_toml
@@ -40,7 +41,7 @@ from srft.prepare import (
     read_problems,
     start_engine,
 )
-from srft.record.folder import run_folder
+from srft.record.folder import refuse_other_data, run_folder
 from srft.record.log import RunLog
 from srft.record.metrics import Clock, Figure, combined, group_metrics, loss_metrics, sample_rows
 from srft.record.progress import Progress

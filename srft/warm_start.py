@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srft.batch import Response, pack, unweighted
 from srft.config import Config
 from srft.data.examples import Prompt
-from srft.data.prompts import make_sampling
 from srft.data.sampler import PromptSampler
 from srft.engine.hf import HfEngine
+from srft.engine.sampling import make_sampling
 from srft.evaluate import evaluate
 from srft.policy.model import final_hidden_states, head_arguments
 from srft.rewards.pool import RewardPool

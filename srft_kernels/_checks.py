@@ -12,7 +12,7 @@ from torch import Tensor
 from ._numbers import is_number
 
 if TYPE_CHECKING:
-    from .head.chunks import LoraDelta
+    from .types import LoraDelta
     from .vocab_parallel import VocabParallel
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

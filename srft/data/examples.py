@@ -16,7 +16,7 @@ from srft.data.messages import Message
 from srft.data.prompts import PromptFormat, continue_prompt, opening
 from srft.data.schemas import detect_schema, map_columns, merged, read_fields
 from srft.data.sources import read_source
-from srft.data.tasks import REASONING_GYM
+from srft.rewards.gym import REASONING_GYM
 from srft.rewards.verifiers import VERIFIERS
 
 if TYPE_CHECKING:

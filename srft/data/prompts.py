@@ -12,12 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2 import TemplateError
 
 from srft.data.messages import Message
-from srft.engine.base import Sampling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from srft.config import Config
+    from transformers import PreTrainedTokenizerBase
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _ENDS_OPEN = re.compile(rf"{_OPEN}(\s*)\Z")
@@ -272,40 +269,3 @@ def stop_token_ids(prompts: PromptFormat, eos: int | Sequence[int] | None, stop:
     found += [prompts.chat_turn.end] if prompts.chat_turn is not None else []
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     return tuple(sorted({*found, *(added[words] for words in stop if words in added)}))
-
-
-def prompt_format(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """Return how a run puts prompts to its policy.
-
-    Args:
-        config: The whole configuration.
-        tokenizer: The policy's.
-    """
-    data = config.data
-    return PromptFormat(tokenizer, data.system, data.chat, data.chat_template_kwargs)
-
-
-def make_sampling(config: Config, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Sampling:
-    """Return how a run draws completions.
-
-    Args:
-        config: The whole configuration.
-        tokenizer: The policy's.
-        model: The policy, whose generation_config may name end tokens that the tokenizer does not.
-    """
-    rollout = config.rollout
-    # code shipped with a checkpoint may build a model without a generation_config
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    ends = stop_token_ids(prompt_format(config, tokenizer), eos, rollout.stop)
-    return Sampling(rollout.temperature, rollout.max_new_tokens, ends, tuple(rollout.stop))
-
-
-def describe_ends(sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Say in one sentence what ends a completion.
-
-    Args:
-        sampling: From ``make_sampling``.
-        tokenizer: The policy's.
-    """
-    tokens = [str(tokenizer.convert_ids_to_tokens(i)) for i in sampling.stop_token_ids]
-    return f"A completion ends with {' or '.join([*tokens, *map(repr, sampling.stop)])}."

@@ -6,7 +6,8 @@ import difflib
 from typing import Any
 
 from srft.data.files import PlacedRow, is_local, read_files
-from srft.data.tasks import BUILTIN_TASKS, REASONING_GYM, chain_rows, reasoning_gym_rows
+from srft.data.tasks import BUILTIN_TASKS, chain_rows, reasoning_gym_rows
+from srft.rewards.gym import REASONING_GYM
 
 GENERATED_ROWS = {"train": 8192, "eval": 256}  # how many a generated task gives when no limit is set
 

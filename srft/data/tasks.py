@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import random
 from typing import Any
 
+from srft.rewards.gym import reasoning_gym_dataset
+
 BUILTIN_TASKS = ("chain",)
-REASONING_GYM = "reasoning_gym:"
 CHAIN_ALPHABET = "0123456789+-*=;#"
 EVAL_SHARE = 8  # one problem text in this many belongs to evaluation
 
@@ -81,29 +81,6 @@ def chain_rows(
     return rows
 
 
-def reasoning_gym_dataset(name: str, **config: Any) -> Any:
-    """Build a reasoning-gym data set by name.
-
-    Args:
-        name: Task name, e.g. "chain_sum".
-        **config: Fields of that task's own configuration, ``size`` and ``seed`` among them.
-
-    Raises:
-        ValueError: If reasoning-gym is not installed, the task is unknown, or an option does not exist.
-    """
-    try:
-        from reasoning_gym.factory import DATASETS, create_dataset
-    except ImportError as error:
-        raise ValueError("reasoning_gym tasks need the extra srft[gym]: pip install 'srft[gym]'") from error
-    if name not in DATASETS:
-        near = ", ".join(difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4)) or "none close"
-        raise ValueError(f"reasoning_gym has no task {name!r}; nearest: {near} ({len(DATASETS)} tasks)")
-    try:
-        return create_dataset(name, **config)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"reasoning_gym task {name!r} refuses the options {config}: {error}") from error
-
-
 def reasoning_gym_rows(
     name: str, count: int, *, split: str, seed: int, options: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
@@ -117,7 +94,7 @@ def reasoning_gym_rows(
         options: Fields of the task's own configuration.
 
     Raises:
-        ValueError: From :func:`reasoning_gym_dataset`, or when the task runs out of distinct questions.
+        ValueError: From ``reasoning_gym_dataset``, or when the task runs out of distinct questions.
     """
     wants_eval = split != "train"
     # an eighth of the texts is for evaluation; no more than that takes, since some tasks are slow to size up

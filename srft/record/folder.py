@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from srft.config import Config
 from srft.disk import writing
@@ -69,6 +69,34 @@ def run_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
             with suppress(OSError):  # refused where other runs are
                 folder.parent.rmdir()
         lock.close()
+
+
+def refuse_other_data(config: Config, now: dict[str, Any], checkpoint: Path | None) -> None:
+    """Check that a resumed run has the rows that its checkpoint was made on.
+
+    Args:
+        config: The whole configuration.
+        now: ``data_state`` of the problems as read.
+        checkpoint: Holds ``data_state`` when it was made; None for a run from the start.
+
+    Raises:
+        ValueError: Naming the source whose rows are other ones.
+    """
+    if checkpoint is None:
+        return
+    stored = read_state(checkpoint)["data"]
+    if (stored["rows"], stored["train"]) != (now["rows"], now["train"]):
+        counts = f"{stored['rows']} problems then, {now['rows']} now" if stored["rows"] != now["rows"] else "other ones"
+        raise ValueError(
+            f"data.train={config.data.train} does not hold the rows that {checkpoint} was made on ({counts}); restore "
+            "them, or set another name"
+        )
+    # data.eval_limit may change: the first problems must be the same
+    if any(old != new for old, new in zip(stored["held_out"], now["held_out"], strict=False)):
+        raise ValueError(
+            f"data.eval={config.data.eval or config.data.train} does not hold the held-out rows that {checkpoint} was "
+            "judged on; restore them, or set another name"
+        )
 
 
 def _lock(folder: Path) -> TextIO | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from srft.data.tasks import REASONING_GYM
+from srft.rewards.gym import REASONING_GYM
 from srft.rewards.verifiers import check_kind
 
 STARTUP_SECONDS = 120.0

@@ -16,7 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from srft.data.tasks import REASONING_GYM, reasoning_gym_dataset
 from srft.rewards.answers import (
     BadGold,
     after_thinking,
@@ -27,6 +26,7 @@ from srft.rewards.answers import (
     marked_answer,
     printed,
 )
+from srft.rewards.gym import REASONING_GYM, reasoning_gym_dataset
 from srft.rewards.math_answers import MAX_CHARS, read
 from srft.rewards.math_nodes import Literal, Words, same, squeeze
 from srft.rewards.quantities import Quantity, last_quantity, read_quantity

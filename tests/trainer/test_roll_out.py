@@ -8,8 +8,9 @@ import pytest
 
 from srft import train as trainer
 from srft.data.examples import Example, Prompt, build_prompts
-from srft.data.prompts import PromptFormat, describe_ends, make_sampling
+from srft.data.prompts import PromptFormat
 from srft.engine.base import Completion, Sampling
+from srft.engine.sampling import describe_ends, make_sampling
 from srft.evaluate import evaluate
 from srft.rewards.pool import RewardPool
 from tests.trainer.chat import CHATML, R1, char_tokenizer
