@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Inputs", "LoraDelta", "PolicyLoss", "Wanted"]
+__all__ = ["LoraDelta", "PolicyLoss"]
 
 
 class LoraDelta(NamedTuple):
