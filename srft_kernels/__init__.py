@@ -6,8 +6,7 @@ from .linear_logprobs import linear_logprobs
 from .lm_head import FusedLMHead
 from .logprobs_from_logits import logprobs_from_logits
 from .losses import linear_grpo_loss, linear_policy_loss, linear_srft_loss
-from .types import LoraDelta, PolicyLoss
-from .vocab_parallel import VocabParallel
+from .types import LoraDelta, PolicyLoss, VocabParallel
 
 __all__ = [
     "FusedLMHead",

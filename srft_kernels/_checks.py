@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._numbers import is_number
-
-if TYPE_CHECKING:
-    from .types import LoraDelta
-    from .vocab_parallel import VocabParallel
+from .types import HeadOptions, LoraDelta
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_head(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    logit_softcap: float | None,
-    logit_scale: float,
-    lora: LoraDelta | None,
-    ignore_index: int,
-) -> None:
-    """Raise ValueError unless the arguments that every op shares fit together."""
+def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, options: HeadOptions) -> None:
+    """Raise ValueError unless the arguments that every op shares fit together, but for where things are kept."""
+    bias, temperature, logit_softcap, logit_scale, ignore_index, lora, *_ = options
     for name, x in (
         ("hidden_states", hidden_states),
         ("lm_head_weight", lm_head_weight),
@@ -160,14 +147,9 @@ def _check_lora(lora: LoraDelta, lm_head_weight: Tensor) -> None:
         raise ValueError(f"lora.scale must be a finite number, got {scale!r}; it is alpha / r")
 
 
-def check_mechanism(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    vocab_parallel: VocabParallel | None,
-    weight_grad: Tensor | None,
-    logits_dtype: torch.dtype | None,
-) -> None:
+def check_mechanism(hidden_states: Tensor, lm_head_weight: Tensor, options: HeadOptions) -> None:
     """Raise ValueError unless the arguments fit that say where things are kept."""
+    vocab_parallel, weight_grad, logits_dtype = options.vocab_parallel, options.weight_grad, options.logits_dtype
     vocab, dtype = lm_head_weight.shape[0], hidden_states.dtype
     if vocab_parallel is not None:
         if not isinstance(vocab_parallel, tuple) or not hasattr(vocab_parallel, "_fields"):

@@ -14,8 +14,7 @@ from .head.sweep import loss_with_gradients
 from .linear_logprobs import differentiable_logprobs
 from .losses import count_of, reciprocal
 from .objectives import TokenObjective
-from .types import LoraDelta
-from .vocab_parallel import VocabParallel
+from .types import HeadOptions, LoraDelta, VocabParallel
 
 __all__ = ["linear_cross_entropy"]
 
@@ -45,10 +44,10 @@ def smoothed_logprobs(
     vocab_parallel, weight_grad, logits_dtype, label_smoothing, z_loss_coef: as in ``linear_cross_entropy``.
     entropy_grad: False.
     """
-    inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
-        vocab_parallel, weight_grad, logits_dtype, label_smoothing, z_loss_coef,
-    )  # fmt: skip
+    options = HeadOptions(
+        bias, temperature, logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, weight_grad, logits_dtype
+    )
+    inputs, head, tokens = make_head(hidden_states, lm_head_weight, labels, options, label_smoothing, z_loss_coef)
     return differentiable_logprobs(inputs, head, tokens, weight_grad, entropy_grad)
 
 
@@ -154,11 +153,11 @@ def linear_cross_entropy(
             ignore_index=ignore_index, lora=lora, vocab_parallel=vocab_parallel, weight_grad=weight_grad,
             logits_dtype=logits_dtype,
         )  # fmt: skip
-    inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, taking_part(labels, token_weights, ignore_index), bias, temperature,
-        logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, weight_grad, logits_dtype,
-        label_smoothing, z_loss_coef,
-    )  # fmt: skip
+    options = HeadOptions(
+        bias, temperature, logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, weight_grad, logits_dtype
+    )
+    kept = taking_part(labels, token_weights, ignore_index)
+    inputs, head, tokens = make_head(hidden_states, lm_head_weight, kept, options, label_smoothing, z_loss_coef)
     dtype = compute_dtype(hidden_states.dtype)
     weight = tokens.valid.to(dtype) if token_weights is None else tokens.take(token_weights.detach().to(dtype))
     if reduction == "mean":

@@ -11,8 +11,7 @@ from .head.chunks import HeadRows, Tokens
 from .head.last_gradient import last_gradient, links
 from .head.sweep import directions_sweep, gradient_sweep, stats_sweep
 from .rows.types import Stats
-from .types import Inputs, LoraDelta, Wanted
-from .vocab_parallel import VocabParallel
+from .types import HeadOptions, Inputs, LoraDelta, VocabParallel, Wanted
 
 __all__ = ["linear_logprobs"]
 
@@ -154,8 +153,8 @@ def linear_logprobs(
     with a frozen head N D in fp32 until backward.
     Eager twin: ``reference.linear_logprobs``.
     """
-    inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
-        vocab_parallel, weight_grad, logits_dtype,
-    )  # fmt: skip
+    options = HeadOptions(
+        bias, temperature, logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, weight_grad, logits_dtype
+    )
+    inputs, head, tokens = make_head(hidden_states, lm_head_weight, labels, options)
     return differentiable_logprobs(inputs, head, tokens, weight_grad, entropy_grad)

@@ -28,8 +28,7 @@ from .objectives import (
     TokenObjective,
 )
 from .presets import srft_switches
-from .types import LoraDelta, PolicyLoss
-from .vocab_parallel import VocabParallel
+from .types import HeadOptions, LoraDelta, PolicyLoss, VocabParallel
 
 __all__ = ["linear_grpo_loss", "linear_policy_loss", "linear_srft_loss"]
 
@@ -150,10 +149,10 @@ def linear_grpo_loss(
     ``reference.linear_grpo_loss``.
     """
     kept = taking_part(labels, token_weights, ignore_index)
-    inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, kept, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
-        vocab_parallel, weight_grad, logits_dtype,
-    )  # fmt: skip
+    options = HeadOptions(
+        bias, temperature, logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, weight_grad, logits_dtype
+    )
+    inputs, head, tokens = make_head(hidden_states, lm_head_weight, kept, options)
     check_grpo(
         labels, advantages, old_logprobs, loss_type, clip_low, clip_high, dual_clip, max_log_ratio, ref_logprobs,
         kl_coef, rollout_weights, entropy_coef, cu_seqlens, token_weights, num_tokens,
@@ -314,10 +313,10 @@ def linear_srft_loss(
     ``reference.linear_srft_loss``.
     """
     kept = taking_part(labels, token_weights, ignore_index)
-    inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, kept, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
-        vocab_parallel, weight_grad, logits_dtype,
-    )  # fmt: skip
+    options = HeadOptions(
+        bias, temperature, logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, weight_grad, logits_dtype
+    )
+    inputs, head, tokens = make_head(hidden_states, lm_head_weight, kept, options)
     switches = srft_switches(preset, self_rollout, sft_entropy_sign, entropy_scope, demo_gamma, entropy_coef)
     check_srft(
         labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs, sft_coef, rl_coef, max_log_ratio,
@@ -420,10 +419,10 @@ def linear_policy_loss(
 
     Eager twin: ``reference.linear_policy_loss``.
     """
-    inputs, head, tokens = make_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
-        vocab_parallel, weight_grad, logits_dtype,
-    )  # fmt: skip
+    options = HeadOptions(
+        bias, temperature, logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, weight_grad, logits_dtype
+    )
+    inputs, head, tokens = make_head(hidden_states, lm_head_weight, labels, options)
     if not callable(objective):
         raise ValueError(
             f"objective must be callable as objective(logprobs, entropy), got {type(objective).__name__}"

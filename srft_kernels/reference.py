@@ -21,7 +21,7 @@ from .head.chunks import taking_part
 from .logprobs_from_logits import check_logits
 from .objectives import GRPO_FORMULAS, SRFT_FORMULAS
 from .presets import srft_switches
-from .types import LoraDelta, PolicyLoss
+from .types import HeadOptions, LoraDelta, PolicyLoss
 
 
 @plain_numbers
@@ -44,29 +44,22 @@ def linear_logprobs(
     hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index,
     lora, logits_dtype, entropy_grad: as in ``srft_kernels.linear_logprobs``.
     """
-    logits = _projected(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
-        logits_dtype,
-    )  # fmt: skip
-    return _statistics(logits, labels, temperature, logit_softcap, ignore_index, entropy_grad)
+    options = HeadOptions(bias, temperature, logit_softcap, logit_scale, ignore_index, lora, logits_dtype=logits_dtype)
+    return _logprobs(hidden_states, lm_head_weight, labels, options, entropy_grad)
 
 
-def _projected(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    logit_softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    lora: LoraDelta | None,
-    logits_dtype: torch.dtype | None,
-) -> Tensor:
+def _logprobs(
+    hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, options: HeadOptions, entropy_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy."""
+    logits = _projected(hidden_states, lm_head_weight, labels, options)
+    return _statistics(logits, labels, options.temperature, options.logit_softcap, options.ignore_index, entropy_grad)
+
+
+def _projected(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, options: HeadOptions) -> Tensor:
     """[N, V] logits before softcap and temperature; raise ValueError unless the arguments of the head fit together."""
-    check_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, lora, ignore_index
-    )
+    bias, temperature, _, logit_scale, ignore_index, lora, *_, logits_dtype = options
+    check_head(hidden_states, lm_head_weight, labels, options)
     check_rows(labels, ignore_index, lm_head_weight.shape[0], temperature)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     hidden_states = torch.where((labels != ignore_index)[:, None], hidden_states, 0.0)
@@ -163,10 +156,8 @@ def linear_cross_entropy(
     check_cross_entropy(labels, token_weights, label_smoothing, z_loss_coef, reduction, num_tokens)
     labelled = labels != ignore_index
     labels = taking_part(labels, token_weights, ignore_index)
-    logits = _projected(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
-        logits_dtype,
-    )  # fmt: skip
+    options = HeadOptions(bias, temperature, logit_softcap, logit_scale, ignore_index, lora, logits_dtype=logits_dtype)
+    logits = _projected(hidden_states, lm_head_weight, labels, options)
     valid = labels != ignore_index
     logits = _transformed(logits, valid, temperature, logit_softcap)
     all_logprobs = logits.log_softmax(-1)
@@ -219,11 +210,8 @@ def linear_grpo_loss(
     logits_dtype: as in ``srft_kernels.linear_grpo_loss``.
     """
     kept = taking_part(labels, token_weights, ignore_index)
-    logp, entropy = linear_logprobs(
-        hidden_states, lm_head_weight, kept, bias=bias, temperature=temperature,
-        logit_softcap=logit_softcap, logit_scale=logit_scale,
-        ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype, entropy_grad=True,
-    )  # fmt: skip
+    options = HeadOptions(bias, temperature, logit_softcap, logit_scale, ignore_index, lora, logits_dtype=logits_dtype)
+    logp, entropy = _logprobs(hidden_states, lm_head_weight, kept, options, entropy_grad=True)
     check_grpo(
         labels, advantages, old_logprobs, loss_type, clip_low, clip_high, dual_clip, max_log_ratio, ref_logprobs,
         kl_coef, rollout_weights, entropy_coef, cu_seqlens, token_weights, num_tokens,
@@ -304,11 +292,8 @@ def linear_srft_loss(
     logit_scale, ignore_index, lora, logits_dtype: as in ``srft_kernels.linear_srft_loss``.
     """
     kept = taking_part(labels, token_weights, ignore_index)
-    logp, entropy = linear_logprobs(
-        hidden_states, lm_head_weight, kept, bias=bias, temperature=temperature,
-        logit_softcap=logit_softcap, logit_scale=logit_scale,
-        ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype, entropy_grad=True,
-    )  # fmt: skip
+    options = HeadOptions(bias, temperature, logit_softcap, logit_scale, ignore_index, lora, logits_dtype=logits_dtype)
+    logp, entropy = _logprobs(hidden_states, lm_head_weight, kept, options, entropy_grad=True)
     switches = srft_switches(preset, self_rollout, sft_entropy_sign, entropy_scope, demo_gamma, entropy_coef)
     check_srft(
         labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs, sft_coef, rl_coef, max_log_ratio,
@@ -391,11 +376,8 @@ def linear_policy_loss(
     hidden_states, lm_head_weight, labels, objective, bias, temperature, logit_softcap, logit_scale,
     ignore_index, lora, logits_dtype: as in ``srft_kernels.linear_policy_loss``.
     """
-    logp, entropy = linear_logprobs(
-        hidden_states, lm_head_weight, labels, bias=bias, temperature=temperature,
-        logit_softcap=logit_softcap, logit_scale=logit_scale,
-        ignore_index=ignore_index, lora=lora, logits_dtype=logits_dtype, entropy_grad=True,
-    )  # fmt: skip
+    options = HeadOptions(bias, temperature, logit_softcap, logit_scale, ignore_index, lora, logits_dtype=logits_dtype)
+    logp, entropy = _logprobs(hidden_states, lm_head_weight, labels, options, entropy_grad=True)
     ones = torch.ones_like(logp)
     return _result(objective(logp, entropy), logp, entropy, ones, ones == 0, {})
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["LoraDelta", "PolicyLoss"]
+__all__ = ["LoraDelta", "PolicyLoss", "VocabParallel"]
 
 
 class LoraDelta(NamedTuple):
@@ -19,6 +20,48 @@ class LoraDelta(NamedTuple):
     """[V, r] floating point, may need a gradient; with VocabParallel this rank's rows."""
     scale: float
     """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+
+
+class VocabParallel(NamedTuple):
+    """Says that ``lm_head_weight`` and ``bias`` are this rank's rows of a head that a group shares.
+
+    Every rank of the group passes the same hidden states, labels and per-token inputs, and gets the same
+    results; the gradient of the hidden states is that of the whole head on every rank, summed over the group
+    inside the op, and must not be summed again.
+    """
+
+    group: dist.ProcessGroup
+    """The ranks that hold the other rows."""
+    vocab_start: int
+    """Row of the whole weight at which this rank's rows begin."""
+    vocab_size: int
+    """V of the whole weight; labels are in [0, V). Ranks may hold different numbers of rows."""
+
+
+class HeadOptions(NamedTuple):
+    """What every op lets its caller choose about the head: its last arguments, with their names, order and defaults.
+
+    ``linear_logprobs`` says what each means.
+    """
+
+    bias: Tensor | None = None
+    """[V] floating point, may need a gradient; with VocabParallel this rank's rows, as everything that has V rows."""
+    temperature: float | Tensor = 1.0
+    """> 0, or a 0-d tensor, or [N] with one value per token."""
+    logit_softcap: float | None = None
+    """Cap of the logits, > 0 and finite, before the temperature."""
+    logit_scale: float = 1.0
+    """Factor of the logits, > 0 and finite, before the softcap."""
+    ignore_index: int = -100
+    """Label of rows to skip."""
+    lora: LoraDelta | None = None
+    """Low-rank change of the weight."""
+    vocab_parallel: VocabParallel | None = None
+    """Where this rank's rows of the weight are."""
+    weight_grad: Tensor | None = None
+    """[V, D] in fp32 (fp64 for fp64 inputs), to which the gradient of the weight is added; autograd then gets none."""
+    logits_dtype: torch.dtype | None = None
+    """That of the hidden states, to round the logits to it; None: fp32, or fp64 for fp64 inputs."""
 
 
 class PolicyLoss(NamedTuple):

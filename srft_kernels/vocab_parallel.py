@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .rows.cpu import Smoothing, Stats, smoothed
+from .types import VocabParallel
 
 __all__ = ["VocabParallel"]
-
-
-class VocabParallel(NamedTuple):
-    """Says that ``lm_head_weight`` and ``bias`` are this rank's rows of a head that a group shares.
-
-    Every rank of the group passes the same hidden states, labels and per-token inputs, and gets the same
-    results; the gradient of the hidden states is that of the whole head on every rank, summed over the group
-    inside the op, and must not be summed again.
-    """
-
-    group: dist.ProcessGroup
-    """The ranks that hold the other rows."""
-    vocab_start: int
-    """Row of the whole weight at which this rank's rows begin."""
-    vocab_size: int
-    """V of the whole weight; labels are in [0, V). Ranks may hold different numbers of rows."""
 
 
 # labels of a shard that are no column of it: those to skip, and those of other ranks

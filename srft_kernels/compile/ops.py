@@ -24,7 +24,7 @@ from ..head.chunks import compute_dtype
 from ..head.last_gradient import last_gradient, without_graph
 from ..head.sweep import directions_sweep, gradient_sweep, stats_sweep
 from ..rows.types import Stats
-from ..types import Wanted
+from ..types import HeadOptions, Wanted
 from .schema import NAMESPACE, Schema
 
 P = ParamSpec("P")
@@ -212,7 +212,8 @@ def logprobs_op(function: Callable[P, R]) -> Callable[P, R]:
 
         values = schema.join(schema.named(flat))
         del values["entropy_grad"]
-        return make_head(**values)
+        options = HeadOptions(*(values.pop(name) for name in HeadOptions._fields))
+        return make_head(**values, options=options)
 
     @torch.no_grad()
     def forward(frozen: bool, *flat: Any) -> list[Tensor]:

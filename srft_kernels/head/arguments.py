@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .._checks import check_head, check_mechanism, check_rows
 from ..rows.types import Smoothing
-from ..types import Inputs, LoraDelta
-from ..vocab_parallel import IGNORED, VocabParallel, local_labels
+from ..types import HeadOptions, Inputs, LoraDelta
+from ..vocab_parallel import IGNORED, local_labels
 from .chunks import HeadRows, Tokens, compute_dtype, scalar
 
 
@@ -16,15 +16,7 @@ def make_head(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
     labels: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    logit_softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    lora: LoraDelta | None,
-    vocab_parallel: VocabParallel | None,
-    weight_grad: Tensor | None,
-    logits_dtype: torch.dtype | None,
+    options: HeadOptions,
     label_smoothing: float = 0.0,
     z_loss_coef: float = 0.0,
 ) -> tuple[Inputs, HeadRows, Tokens]:
@@ -33,10 +25,9 @@ def make_head(
     if tensors and torch.is_autocast_enabled(hidden_states.device.type):
         # the body of a model leaves 16-bit states there, beside a weight in fp32
         lm_head_weight = lm_head_weight.to(hidden_states.dtype)
-    check_head(
-        hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, lora, ignore_index
-    )
-    check_mechanism(hidden_states, lm_head_weight, vocab_parallel, weight_grad, logits_dtype)
+    check_head(hidden_states, lm_head_weight, labels, options)
+    check_mechanism(hidden_states, lm_head_weight, options)
+    bias, temperature, logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, _, logits_dtype = options
     vocab = vocab_parallel.vocab_size if vocab_parallel else lm_head_weight.shape[0]
     check_rows(labels, ignore_index, vocab, temperature)
     tokens = Tokens(labels, ignore_index)

@@ -12,8 +12,8 @@ from .._checks import check_vectors
 from ..rows import cpu as row_cpu
 from ..rows import gpu as row_kernels
 from ..rows.types import RowArguments, Smoothing, Stats
-from ..types import LoraDelta
-from ..vocab_parallel import VocabParallel, merge, merge_smoothed
+from ..types import LoraDelta, VocabParallel
+from ..vocab_parallel import merge, merge_smoothed
 
 # Scores of one chunk and, on a GPU, gradients of scores that wait for their product. More rows make the weight
 # gradient, which is read and written once a product, cheaper.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from .chunks import LoraDelta
+from ..types import LoraDelta
 
 
 class _Follower(Protocol):

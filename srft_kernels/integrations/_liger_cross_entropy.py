@@ -9,7 +9,7 @@ from torch import Tensor
 from .._checks import check_choice
 from ..cross_entropy import linear_cross_entropy
 from ..linear_logprobs import linear_logprobs
-from ..vocab_parallel import VocabParallel
+from ..types import VocabParallel
 
 
 class CalledByName:

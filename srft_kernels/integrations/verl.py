@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._checks import check_choice
 from ..linear_logprobs import linear_logprobs
-from ..vocab_parallel import VocabParallel
+from ..types import VocabParallel
 
 __all__ = ["FusedLinearForPPO", "linear_cross_entropy"]
 

@@ -10,6 +10,7 @@ import pytest
 
 import srft_kernels
 from srft_kernels import reference
+from srft_kernels.types import HeadOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = [name for name in srft_kernels.__all__ if name.startswith("linear_")]
@@ -34,6 +35,18 @@ def test_reference_has_the_same_signature(name):
     op, twin = (inspect.signature(getattr(module, name)) for module in (srft_kernels, reference))
     kept = [p for p in op.parameters.values() if p.name not in ("vocab_parallel", "weight_grad")]
     assert op.replace(parameters=kept) == twin
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_ends_with_the_options_of_the_head(name):
+    """Names, order, defaults and types of HeadOptions, which is filled by position."""
+    signature = inspect.signature(getattr(srft_kernels, name))
+    own = [p for p in signature.parameters.values() if p.name != "entropy_grad"]
+    fields = HeadOptions._fields
+    given = {p.name: (p.default, p.annotation) for p in own[-len(fields) :]}
+    defaults, hints = HeadOptions._field_defaults, HeadOptions.__annotations__
+    expected = {field: (defaults[field], hints[field].__forward_arg__) for field in fields}
+    assert list(given) == list(fields) and given == expected
 
 
 @pytest.mark.parametrize("name", OPS)
