@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ from torch import Tensor
 
 from srft.batch import Batch, Group, Response, Totals
 from srft.config import Config, MethodConfig
-from srft.policy.model import Head
-from srft_kernels import PolicyLoss, linear_grpo_loss, linear_srft_loss
+from srft_kernels import FusedLMHead, PolicyLoss, linear_grpo_loss, linear_srft_loss
 
 # what the paper's text and the two public codes do where the paper's equations leave it open
 _SRFT_ADVANTAGE_STD = {"paper": True, "official": False, "upt": False}
@@ -109,7 +109,7 @@ def token_weight(config: Config, totals: Totals) -> Callable[[Response], float]:
 def method_loss(
     config: Config,
     hidden_states: Tensor,
-    head: Head,
+    head: FusedLMHead,
     batch: Batch,
     totals: Totals,
     batch_entropy: Tensor | None,
@@ -119,7 +119,7 @@ def method_loss(
     Args:
         config: The whole configuration.
         hidden_states: [N, D] from ``model.final_hidden_states``.
-        head: From ``model.head_arguments``.
+        head: The policy's.
         batch: The micro-batch.
         totals: Counts over the whole update, the divisors.
         batch_entropy: 0-d fp32 mean entropy of the whole update; needed by SRFT with the "batch" scope.
@@ -128,26 +128,26 @@ def method_loss(
         The loss with its gradient, and detached per-token and summed diagnostics.
     """
     method = config.method
-    common: dict[str, Any] = {**head, "temperature": config.rollout.temperature, "token_weights": batch.token_weights}
+    common: dict[str, Any] = {"temperature": config.rollout.temperature, "token_weights": batch.token_weights}
     if method.name == "grpo":
-        return linear_grpo_loss(
-            hidden_states, labels=batch.labels, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
+        return head(hidden_states, partial(
+            linear_grpo_loss, labels=batch.labels, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
             loss_type=method.loss_type, clip_low=method.clip_low, clip_high=method.clip_high,
             entropy_coef=method.entropy_coef or 0.0, cu_seqlens=batch.loss_cu_seqlens,
             num_tokens=totals.rollout_tokens, **common,
-        )  # fmt: skip
+        ))  # fmt: skip
     if method.name == "sft":
         # cross-entropy is REINFORCE with advantage 1; this form also returns log-probabilities and entropy
-        return linear_grpo_loss(
-            hidden_states, labels=batch.labels, advantages=torch.ones_like(batch.advantages),
+        return head(hidden_states, partial(
+            linear_grpo_loss, labels=batch.labels, advantages=torch.ones_like(batch.advantages),
             loss_type="reinforce", entropy_coef=method.entropy_coef or 0.0, num_tokens=totals.demo_tokens, **common,
-        )  # fmt: skip
-    return linear_srft_loss(
-        hidden_states, labels=batch.labels, advantages=batch.advantages, is_demo=batch.is_demo,
+        ))  # fmt: skip
+    return head(hidden_states, partial(
+        linear_srft_loss, labels=batch.labels, advantages=batch.advantages, is_demo=batch.is_demo,
         is_correct=batch.is_correct, cu_seqlens=batch.loss_cu_seqlens, old_logprobs=batch.old_logprobs,
         preset=method.preset, sft_coef=method.sft_coef, rl_coef=method.rl_coef,
         sft_entropy_sign=method.sft_entropy_sign, entropy_scope=method.entropy_scope, batch_entropy=batch_entropy,
         self_rollout=method.self_rollout, demo_gamma=None if method.demo_gamma == "none" else method.demo_gamma,
         entropy_coef=method.entropy_coef, num_rollout_tokens=totals.rollout_tokens,
         num_demo_tokens=totals.demo_tokens, **common,
-    )  # fmt: skip
+    ))  # fmt: skip

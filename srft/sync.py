@@ -9,10 +9,8 @@ from transformers import PreTrainedModel
 from srft.batch import Response, pack, unweighted
 from srft.config import Config
 from srft.engine.base import Engine
-from srft.policy.forwards import sampler_logprobs
-from srft.policy.model import final_hidden_states, head_arguments
+from srft.policy.forwards import packed_forward, sampler_logprobs
 from srft.policy.spread import Spread
-from srft_kernels import linear_logprobs
 
 # Of two computations in fp32 that are the same but for the order of sums, nats.
 FP32_TOLERANCE = 1e-4
@@ -97,11 +95,7 @@ class WeightSync:
     def _trainer_logprobs(self) -> Tensor:
         by_sequence: dict[int, Tensor] = {}
         for batch in self._batches:
-            logprobs, _ = linear_logprobs(
-                final_hidden_states(self._model, batch, self._dtype),
-                labels=batch.labels,
-                **head_arguments(self._model, self._dtype),
-            )
+            logprobs, _ = packed_forward(self._model, batch, self._dtype)
             for sequence, place in batch.responses():
                 by_sequence[id(sequence)] = logprobs[place].cpu()
         return torch.cat([by_sequence[id(s)] for s in self._sequences])

@@ -30,7 +30,8 @@ from srft.evaluate import evaluate
 from srft.methods import assign_advantages, method_loss, needs_demos, needs_rollouts, token_weight
 from srft.options import exit_on_help, load_config, to_toml
 from srft.policy.checkpoint import export_model
-from srft.policy.model import final_hidden_states, head_arguments, load_tokenizer, run_body
+from srft.policy.forwards import packed_forward
+from srft.policy.model import head_of, load_tokenizer, run_body
 from srft.policy.router import router_of, whole_load
 from srft.prepare import (
     choose_device,
@@ -47,7 +48,7 @@ from srft.record.metrics import Clock, Figure, combined, group_metrics, loss_met
 from srft.record.progress import Progress
 from srft.rewards.pool import RewardPool
 from srft.sync import CanaryError, WeightSync
-from srft_kernels import PolicyLoss, linear_logprobs
+from srft_kernels import PolicyLoss
 
 
 def fit(config: Config) -> None:
@@ -224,7 +225,7 @@ def update(
     balance = torch.zeros((), device=model.device)
     for batch in batches:
         hidden_states, gates = run_body(model, batch, dtype, router_logits=router is not None)
-        out = method_loss(config, hidden_states, head_arguments(model, dtype), batch, totals, entropy)
+        out = method_loss(config, hidden_states, head_of(model), batch, totals, entropy)
         aux = router.loss(gates, load or router.load(gates)) if router is not None else balance.new_zeros(())
         (out.loss + aux).backward()
         balance += aux.detach()
@@ -276,9 +277,7 @@ def mean_entropy(config: Config, model: PreTrainedModel, batches: list[Batch]) -
 
 
 def _score(config: Config, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden_states = final_hidden_states(model, batch, config.compute_dtype)
-    head = head_arguments(model, config.compute_dtype)
-    return linear_logprobs(hidden_states, labels=batch.labels, temperature=config.rollout.temperature, **head)
+    return packed_forward(model, batch, config.compute_dtype, config.rollout.temperature)
 
 
 def _parts(groups: list[Group], parts: int) -> list[list[Group]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from srft.data.sampler import PromptSampler
 from srft.engine.hf import HfEngine
 from srft.engine.sampling import make_sampling
 from srft.evaluate import evaluate
-from srft.policy.model import final_hidden_states, head_arguments
+from srft.policy.model import final_hidden_states, head_of
 from srft.rewards.pool import RewardPool
 from srft_kernels import linear_cross_entropy
 
@@ -73,8 +74,7 @@ def warm_start(
             sequences, config.train.tokens_per_microbatch, unweighted, model.device
         ):
             hidden_states = final_hidden_states(model, batch, config.compute_dtype)
-            head = head_arguments(model, config.compute_dtype)
-            loss = linear_cross_entropy(hidden_states, labels=batch.labels, num_tokens=tokens, **head)
+            loss = head_of(model)(hidden_states, partial(linear_cross_entropy, labels=batch.labels, num_tokens=tokens))
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)

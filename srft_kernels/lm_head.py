@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Self, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class FusedLMHead(nn.Module):
         logit_softcap: float | None = None,
         logit_scale: float = 1.0,
         grad_reduction: str = "mean",
-    ) -> FusedLMHead:
+    ) -> Self:
         """Make a head that shares the parameters of a linear layer, and follows it.
 
         What takes the layer's place in a module is followed in its stead; the head itself may take it, or an
@@ -140,7 +140,7 @@ class FusedLMHead(nn.Module):
         return head
 
     @classmethod
-    def from_model(cls, model: nn.Module, *, grad_reduction: str = "mean") -> FusedLMHead:
+    def from_model(cls, model: nn.Module, *, grad_reduction: str = "mean") -> Self:
         """Make a head for the lm_head of a model of transformers, with the scale and softcap of its config.
 
         Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from srft.batch import Batch, Response
 from srft.config import Config
-from srft.policy.model import final_hidden_states, head_arguments, own_attention
+from srft.policy.model import final_hidden_states, head_of, own_attention
 from srft_kernels import linear_logprobs
 
 # Response tokens compared of one sequence.
@@ -91,16 +92,19 @@ def packed_logprobs(model: PreTrainedModel, batches: list[Batch], dtype: torch.d
     return torch.cat([by_sequence[id(s)] for s in every], dim=1)
 
 
-def packed_forward(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def packed_forward(
+    model: PreTrainedModel, batch: Batch, dtype: torch.dtype, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [N] of a batch as training computes them, with their gradient.
 
     Args:
         model: From ``model.prepare_policy``.
         batch: Packed sequences.
         dtype: Precision of the forward pass.
+        temperature: Divides the logits, > 0.
     """
     hidden_states = final_hidden_states(model, batch, dtype)
-    return linear_logprobs(hidden_states, labels=batch.labels, **head_arguments(model, dtype))
+    return head_of(model)(hidden_states, partial(linear_logprobs, labels=batch.labels, temperature=temperature))
 
 
 def own_logprobs(

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -26,7 +25,7 @@ from transformers import (
 from srft.batch import Batch
 from srft.config import ModelConfig
 from srft.policy.attention import PACKED_ATTENTION, register_packed_attention
-from srft_kernels.lm_head import logit_options
+from srft.policy.head import PolicyHead, make_head
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -120,15 +119,17 @@ def load_model(source: str | Path, *, trust_remote_code: bool) -> PreTrainedMode
 
 @dataclass(frozen=True)
 class Traits:
-    """What a model was before ``prepare_policy``, kept on the model as ``srft_traits``.
+    """What ``prepare_policy`` keeps of a model, on the model as ``srft_traits``.
 
     Args:
         attention: The attention it was loaded with, which samplers and the proof use.
         dropout: Rates above 0 in its configuration, by name; training has them off.
+        head: Shares the parameters of its lm_head.
     """
 
     attention: str
     dropout: dict[str, float]
+    head: PolicyHead
 
 
 def prepare_policy(
@@ -145,7 +146,8 @@ def prepare_policy(
         device: Where it computes.
 
     Raises:
-        ValueError: For an architecture whose attention cannot be told where packed sequences end.
+        ValueError: For an architecture whose attention cannot be told where packed sequences end, or whose head is
+            not a linear layer.
     """
     text = model.config.get_text_config()
     if getattr(text, "attn_temperature_tuning", False) and max_tokens > (text.floor_scale or max_tokens):
@@ -155,7 +157,7 @@ def prepare_policy(
             f"packed sequences; set train.tokens_per_microbatch={text.floor_scale} or less, got {max_tokens}"
         )
     model.to(device).eval()
-    model.srft_traits = Traits(model.config._attn_implementation, _dropout_rates(text))
+    model.srft_traits = Traits(model.config._attn_implementation, _dropout_rates(text), make_head(model))
     register_packed_attention()
     model.set_attn_implementation(PACKED_ATTENTION)
     if model.config._attn_implementation != PACKED_ATTENTION:
@@ -167,6 +169,15 @@ def prepare_policy(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         _recompute_in_evaluation_mode(model)
     return model
+
+
+def head_of(model: PreTrainedModel) -> PolicyHead:
+    """Return the head through which every loss and every score of a policy goes.
+
+    Args:
+        model: From ``prepare_policy``.
+    """
+    return model.srft_traits.head
 
 
 @contextmanager
@@ -241,30 +252,6 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     # a class that transformers' lookup does not know: the child that holds the embedding
     embedding = model.get_input_embeddings()
     return next(child for child in model.children() if any(m is embedding for m in child.modules()))
-
-
-class Head(TypedDict):
-    """The fused ops' head: ``lm_head_weight`` [V, D], ``bias`` [V], ``logit_softcap`` and ``logit_scale``."""
-
-    lm_head_weight: Tensor
-    bias: Tensor | None
-    logit_softcap: float | None
-    logit_scale: float
-
-
-def head_arguments(model: PreTrainedModel, compute_dtype: torch.dtype) -> Head:
-    """Return what the fused ops need of the head: weight [V, D], bias [V] or None, the final softcap and the scale.
-
-    Args:
-        model: From ``prepare_policy``.
-        compute_dtype: Precision in which the ops read the head.
-    """
-    head: nn.Linear = model.get_output_embeddings()
-    return {
-        "lm_head_weight": head.weight.to(compute_dtype),
-        "bias": None if head.bias is None else head.bias.to(compute_dtype),
-        **logit_options(model.config),
-    }
 
 
 _RANDOM = re.compile("drop|jitter")

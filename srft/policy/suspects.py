@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from srft.batch import Response, pack, unweighted
 from srft.policy.forwards import limits_of, own_logprobs, packed_logprobs
-from srft.policy.model import body_of, head_arguments, own_attention
+from srft.policy.model import body_of, head_of, own_attention
 from srft_kernels import linear_logprobs
 
 _STATEFUL = re.compile("mamba|conv|recurr|rwkv|wkv|delta|lightning|linearattention|lstm|ssm|rglru", re.IGNORECASE)
@@ -82,8 +83,8 @@ def _through_fused_head(model: PreTrainedModel, sequence: Response) -> Tensor:
     with own_attention(model):
         hidden_states = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     n = len(sequence.response_ids)
-    head = head_arguments(model, torch.float32)
-    return torch.stack(linear_logprobs(hidden_states[0, -n - 1 : -1], labels=ids[0, -n:], **head)).cpu()
+    both = head_of(model)(hidden_states[0, -n - 1 : -1], partial(linear_logprobs, labels=ids[0, -n:]))
+    return torch.stack(both).cpu()
 
 
 def _modules(model: PreTrainedModel) -> str:

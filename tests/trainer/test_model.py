@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srft.batch import Batch, pack
 from srft.options import load_config
-from srft.policy.model import build_tiny, byte_tokenizer, final_hidden_states, head_arguments, load_tokenizer
+from srft.policy.model import build_tiny, byte_tokenizer, final_hidden_states, head_of, load_tokenizer, prepare_policy
 from tests.trainer.architectures import build
 from tests.trainer.tiny import (
     CPU,
@@ -73,18 +73,45 @@ def test_neighbours_do_not_leak() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_head_arguments(tied: bool) -> None:
+def test_head_gives_the_logits(tied: bool) -> None:
     """Hidden states times the head's weight are the model's logits."""
     plain, batch = plain_model(tied=tied), packed_batch()
     packed = policy(plain)
-    head = head_arguments(packed, torch.float32)
-    logits = final_hidden_states(packed, batch, torch.float32) @ head["lm_head_weight"].T
+    logits = head_of(packed)(final_hidden_states(packed, batch, torch.float32), lambda x, weight: x @ weight.T)
     first = batch.sequences[0]
     expected = plain(torch.tensor([first.prompt_ids + first.response_ids])).logits[
         0, len(first.prompt_ids) - 1 : -1
     ]
     torch.testing.assert_close(logits[: len(expected)], expected, rtol=0, atol=1e-5)
-    assert head["bias"] is None and head["logit_softcap"] is None
+    assert head_of(packed).weight is packed.lm_head.weight
+    assert (packed.lm_head.weight is packed.model.embed_tokens.weight) is tied
+    assert list(packed.state_dict()) == list(plain.state_dict()), "the head is no part of what is saved"
+
+
+def test_head_rounds_its_bias_as_autocast_does() -> None:
+    """In bf16 weight and bias are rounded, and gradients reach the fp32 parameters rounded once, as in the model."""
+    model = build("phi")
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+    packed = policy(model)
+    x = torch.randn(5, packed.lm_head.in_features, dtype=torch.bfloat16)
+    actual = head_of(packed)(x, lambda x, weight, bias: torch.nn.functional.linear(x, weight, bias))
+    actual.sum().backward()
+    gradients = [p.grad.clone() for p in packed.lm_head.parameters()]
+    packed.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = packed.lm_head(x)
+    expected.sum().backward()
+    assert torch.equal(actual, expected) and actual.dtype == torch.bfloat16
+    assert all(torch.equal(g, p.grad) for g, p in zip(gradients, packed.lm_head.parameters(), strict=True))
+
+
+def test_head_that_is_no_linear_layer_is_refused() -> None:
+    """Before any forward pass, naming the model and the class."""
+    model = plain_model()
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match=r"qwen2 has a head that the fused losses do not compute: .*Sequential"):
+        prepare_policy(model, tiny_config().model, 64, CPU)
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights() -> None:
@@ -92,7 +119,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights() -> None:
     packed, batch = policy(plain_model()), packed_batch()
     low = final_hidden_states(packed, batch, torch.bfloat16)
     assert low.dtype == torch.bfloat16
-    assert head_arguments(packed, torch.bfloat16)["lm_head_weight"].dtype == torch.bfloat16
+    assert head_of(packed)(low, lambda _x, weight: weight).dtype == torch.bfloat16
     assert {p.dtype for p in packed.parameters()} == {torch.float32}
     assert relative_error(low.float(), final_hidden_states(packed, batch, torch.float32)) < 0.05
 
@@ -150,7 +177,7 @@ def test_sliding_window(window: int) -> None:
 @pytest.mark.parametrize(("name", "scale"), [("cohere", 0.0625), ("granite", 0.125), ("hyperclovax", 8.0)])
 def test_logit_scale_is_what_the_model_does(name: str, scale: float) -> None:
     """Some models multiply by their setting, others divide by it."""
-    assert head_arguments(policy(build(name)), torch.float32)["logit_scale"] == scale
+    assert head_of(policy(build(name))).logit_scale == scale
 
 
 def test_missing_tokenizer_is_one_line() -> None:
