@@ -26,9 +26,8 @@ from srft.data.examples import (
     load_examples,
 )
 from srft.data.files import has_split, is_local
+from srft.data.judging import fitting_reward
 from srft.data.problems import Problems
-from srft.data.schemas import asked_reward, detect_schema
-from srft.data.tasks import BUILTIN_TASKS
 from srft.engine.base import Engine
 from srft.engine.hf import HfEngine
 from srft.engine.sampling import prompt_format
@@ -36,8 +35,7 @@ from srft.methods import needs_demos, needs_rollouts
 from srft.policy.checkpoint import export_model
 from srft.policy.model import build_tiny, load_model, prepare_policy
 from srft.policy.proof import Proof, prove
-from srft.rewards.gym import REASONING_GYM
-from srft.rewards.pool import RewardPool, default_reward
+from srft.rewards.pool import RewardPool
 from srft.warm_start import warm_start
 
 
@@ -95,19 +93,7 @@ def read_problems(config: Config) -> Problems:
         )
     if config.reward.kind != "auto":
         return Problems(examples, distinct, config.reward.kind)
-    generated = data.train in BUILTIN_TASKS or data.train.startswith(REASONING_GYM)
-    schema = data.train if generated else detect_schema(examples[0].row)
-    if schema is None:
-        raise ValueError(
-            f"no known verifier fits the columns of {data.train}; set reward.kind to exact, numeric, countdown, "
-            "math or "
-            "path/to/file.py:function"
-        )
-    reward = default_reward(schema)
-    if schema == "openr1":
-        # one layout for data sets that ask for answers in different forms
-        reward = asked_reward(data.system, ((e.id, e.prompt, e.answer) for e in examples)) or reward
-    return Problems(examples, distinct, reward)
+    return Problems(examples, distinct, fitting_reward(data.train, data.system, examples))
 
 
 def make_prompts(

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from srft.data.columns import merged
+from srft.data.fields import map_columns, read_fields
 from srft.data.files import is_local
 from srft.data.messages import Message
 from srft.data.prompts import PromptFormat, continue_prompt, opening
-from srft.data.schemas import detect_schema, map_columns, merged, read_fields
+from srft.data.schemas import detect_schema, find_schema
 from srft.data.sources import read_source
-from srft.rewards.gym import REASONING_GYM
 from srft.rewards.verifiers import VERIFIERS
 
 if TYPE_CHECKING:
@@ -105,11 +106,8 @@ def load_examples(
     if not placed:
         raise ValueError(f"{source} holds no rows")
     whole = merged(row for _, row in placed[:_ROWS_LOOKED_AT])
-    generated = source.startswith(REASONING_GYM)
-    schema = None if generated else detect_schema(whole)
-    paths = map_columns(
-        source, whole, schema, columns or {}, generated=generated, use_demo=use_demo, require_demo=require_demo
-    )
+    schema = find_schema(source, whole)
+    paths = map_columns(source, whole, schema, columns or {}, use_demo=use_demo, require_demo=require_demo)
     # files go by their name alone, so that seeds made from ids do not depend on where they lie
     name = Path(source).expanduser().absolute().name if is_local(source) else source
     examples: list[Example] = []
@@ -166,10 +164,9 @@ def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]
 
 
 def _problem_key(example: Example) -> str:
-    """What makes two problems the same; the order of Countdown numbers does not."""
-    if detect_schema(example.row) == "countdown":
-        return json.dumps([sorted(example.row["nums"]), example.row["target"]])
-    return json.dumps(example.prompt)
+    """What makes two problems the same: what the layout says of it, else the prompt."""
+    identity = detect_schema(example.row).identity
+    return json.dumps(example.prompt if identity is None else identity(example.row))
 
 
 def digests(examples: Iterable[Example], *, with_rows: bool) -> list[str]:

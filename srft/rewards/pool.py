@@ -18,44 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from srft.rewards.gym import REASONING_GYM
 from srft.rewards.verifiers import check_kind
 
 STARTUP_SECONDS = 120.0
 _DIED = "the worker died twice on this item"
 _DEATHS = 8  # a verifier that has ended its process on so many items and graded none ends the run
 Item = tuple[str, Any, dict[str, Any]]
-
-_DEFAULT_REWARDS = {
-    "chain": "exact",
-    "gsm8k": "numeric",
-    "countdown": "countdown",
-    "math": "math",
-    "openr1": "math",
-    "prompt_answer": "exact",
-    "question_answer": "exact",
-    "messages": "exact",
-    "conversations": "exact",
-}
-
-
-def default_reward(name: str) -> str:
-    """Return the verifier that fits a built-in task or a schema named by ``data.detect_schema``.
-
-    Args:
-        name: "chain", "reasoning_gym:<task>", "gsm8k", "countdown", "math", "openr1", "prompt_answer",
-            "question_answer", "messages" or "conversations".
-
-    Raises:
-        ValueError: If no verifier is known to fit.
-    """
-    if name.startswith(REASONING_GYM):
-        return name
-    if name not in _DEFAULT_REWARDS:
-        raise ValueError(
-            f"no default reward for {name!r}; set one of exact, numeric, countdown, math or file.py:function"
-        )
-    return _DEFAULT_REWARDS[name]
 
 
 @dataclass(frozen=True)

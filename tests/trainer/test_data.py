@@ -87,7 +87,7 @@ def test_known_schemas_need_no_map(tmp_path: Path, row: dict, schema: str, expec
     """Prompt, answer and demonstration are found by the columns alone."""
     (loaded,) = load_examples(write_jsonl(tmp_path / "rows.jsonl", [row]))
     prompt, answer, demo = expected
-    assert detect_schema(row) == schema
+    assert detect_schema(row).name == schema
     assert (loaded.answer, (loaded.demos or [None])[0], loaded.row) == (answer, demo, row)
     assert prompt is None or loaded.prompt == prompt
     assert loaded.id == "rows.jsonl:0"

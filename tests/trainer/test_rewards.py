@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srft.data.examples import check_demos, load_examples
-from srft.rewards.pool import RewardPool, RewardResult, default_reward
+from srft.rewards.pool import RewardPool, RewardResult
 from srft.rewards.verifiers import BadGold, countdown, evaluate_expression, exact, last_boxed, math, numeric
 
 ROOT = Path(__file__).parents[2]
@@ -402,25 +402,6 @@ def test_reasoning_gym_scores_with_the_tasks_own_scorer() -> None:
             [(f"so <answer>{e.answer}</answer>", e.answer, e.row), ("?", e.answer, e.row)]
         )
     assert right.value == 1 and wrong.value < 0.5
-
-
-@pytest.mark.parametrize(
-    ("source", "kind"),
-    [
-        ("chain", "exact"), ("gsm8k", "numeric"), ("countdown", "countdown"), ("math", "math"),
-        ("openr1", "math"),
-        ("reasoning_gym:gcd", "reasoning_gym:gcd"), ("prompt_answer", "exact"), ("question_answer", "exact"),
-    ],
-)  # fmt: skip
-def test_default_reward(source: str, kind: str) -> None:
-    """Every task and schema has the verifier that fits it."""
-    assert default_reward(source) == kind
-
-
-def test_default_reward_of_something_unknown() -> None:
-    """Nothing is guessed."""
-    with pytest.raises(ValueError, match="no default reward for 'other'"):
-        default_reward("other")
 
 
 # ---- the pool: what a completion can do to it ----

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
-from srft.data.examples import Example, hold_out, load_examples
-from srft.data.schemas import asked_reward
+from srft.data import schemas
+from srft.data.examples import Example, drop_shared, hold_out, load_examples
+from srft.data.judging import asked_reward, fitting_reward
+from srft.data.schemas import Column, Schema, detect_schema
+from srft.rewards.verifiers import check_kind
 from tests.trainer.runs import small_config
 
 USER = {"role": "user", "content": "0+1="}
@@ -193,6 +196,93 @@ def test_verls_layout_is_judged_by_what_its_prompts_ask_for(
     problems = read_problems(small_config(tmp_path, data__train=path))
     assert problems.reward == kind
     assert problems.train[0].demos == ["9*2=18\n#### 18"]
+
+
+ROWS = {
+    "openr1": {"prompt": "What?", "reward_model": {"ground_truth": "1"}},
+    "countdown": {"nums": [1, 2], "target": 3},
+    "gsm8k": {"question": "What?", "answer": "It is.\n#### 1"},
+    "math": {"problem": "What?", "answer": "1"},
+    "prompt_answer": {"prompt": "What?", "answer": "1"},
+    "question_answer": {"question": "What?", "answer": "1"},
+    "messages": {"messages": [USER], "answer": "1"},
+    "conversations": {"conversations": [HUMAN], "answer": "1"},
+    "other": {"instruction": "What?", "output": "1"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("openr1", "math"), ("countdown", "countdown"), ("gsm8k", "numeric"), ("math", "math"),
+        ("prompt_answer", "exact"), ("question_answer", "exact"), ("messages", "exact"), ("conversations", "exact"),
+    ],
+)  # fmt: skip
+def test_layout_names_the_verifier_that_fits(name: str, kind: str) -> None:
+    """Each layout is known by its columns and judged by its own verifier, which is there."""
+    example = Example("f:0", "What?", "1", [], ROWS[name])
+    assert detect_schema(ROWS[name]).name == name
+    assert fitting_reward("f.jsonl", None, [example]) == kind
+    check_kind(kind)
+
+
+def test_every_layout_has_a_row_here() -> None:
+    """A record without one in ``ROWS`` is not tested."""
+    assert [schema.name for schema in schemas.SCHEMAS] == list(ROWS)
+
+
+@pytest.mark.parametrize(("source", "kind"), [("chain", "exact"), ("reasoning_gym:gcd", "reasoning_gym:gcd")])
+def test_generated_tasks_are_judged_by_their_own(source: str, kind: str) -> None:
+    """Chains by exact match, reasoning-gym's entries by the task itself, whatever their columns look like."""
+    if source != "chain":
+        pytest.importorskip("reasoning_gym")
+    examples = load_examples(source, limit=2)
+    assert fitting_reward(source, None, examples) == kind
+
+
+def test_columns_of_no_known_layout_need_a_verifier(tmp_path: Path) -> None:
+    """A map makes such rows readable, but what judges them is the user's to say."""
+    from srft.prepare import read_problems
+
+    columns = {"data__columns.prompt": "instruction", "data__columns.answer": "output"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"instruction": f"{i}", "output": "1"}) + "\n" for i in range(12)))
+    grpo = {"method__name": "grpo", "data__train": path} | columns
+    with pytest.raises(ValueError, match=r"no known verifier fits the columns of .*rows\.jsonl; set reward\.kind"):
+        read_problems(small_config(tmp_path, **grpo))
+    assert read_problems(small_config(tmp_path, reward__kind="exact", **grpo)).reward == "exact"
+
+
+def test_another_layout_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns, reading, identity and verifier of a new record are followed; a map of the user's goes first."""
+
+    def blank(value: str, row: dict[str, Any]) -> str:
+        if "after" not in row:
+            raise ValueError("nothing after the blank")
+        return f"{value}_{row['after']}"
+
+    record = Schema(
+        "cloze",
+        signs=("before", "after", "word"),
+        fits=lambda row: row["word"] != "?",
+        prompt=Column("before", blank),
+        answer=Column("word", lambda value, row: value.upper()),
+        demos=(Column("why.text", lambda text, row: f"{text}:{row['word']}"),),
+        reward="countdown",
+        identity=lambda row: row["word"],
+    )
+    monkeypatch.setattr(schemas, "SCHEMAS", (record, *schemas.SCHEMAS))
+    row = {"before": "a", "after": "c", "word": "b", "why": {"text": "abc"}}
+    (example,) = load(tmp_path, row, require_demo=True)
+    assert (example.prompt, example.answer, example.demos) == ("a_c", "B", ["abc:b"])
+    assert fitting_reward("rows.jsonl", None, [example]) == "countdown"
+    other = load(tmp_path, {**row, "before": "x"}, {**row, "word": "d"})
+    assert [e.id for e in drop_shared(other, [example])] == ["rows.jsonl:1"]
+    (mapped,) = load(tmp_path, row, columns={"prompt": "after", "answer": "before", "demo": "word"})
+    assert (mapped.prompt, mapped.answer, mapped.demos) == ("c", "a", ["b"])
+    with pytest.raises(ValueError, match="line 2: nothing after the blank"):
+        load(tmp_path, row, {"before": "a", "word": "b"})
+    assert detect_schema({**row, "word": "?"}).name == "other"
 
 
 def test_system_prompt_counts_as_asking() -> None:

@@ -1,0 +1,69 @@
+"""Which verifier judges the rows of a source: that of their layout, or the one that reads what the prompts ask for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from srft.data.examples import Example
+from srft.data.messages import Message
+from srft.data.schemas import find_schema
+
+_NUMBER = re.compile(r"[-+$]*[\d,]*\.?\d+%?")
+
+
+def fitting_reward(source: str, system: str | None, examples: Sequence[Example]) -> str:
+    """Name the verifier that fits the rows of a source.
+
+    Args:
+        source: Where they come from; a task of reasoning-gym judges its own.
+        system: System turn put before every prompt.
+        examples: At least one; the columns of the first give the layout away.
+
+    Raises:
+        ValueError: When no verifier is known to fit, or when prompts ask for answers in different forms.
+    """
+    schema = find_schema(source, examples[0].row)
+    asked = asked_reward(system, ((e.id, e.prompt, e.answer) for e in examples)) if schema.forms_differ else None
+    reward = asked or schema.reward
+    if reward is None:
+        raise ValueError(
+            f"no known verifier fits the columns of {source}; set reward.kind to exact, numeric, countdown, math or "
+            "path/to/file.py:function"
+        )
+    return reward
+
+
+def asked_reward(system: str | None, rows: Iterable[tuple[str, str | list[Message], Any]]) -> str | None:
+    r"""Name the verifier that reads what the prompts ask for, or None where they ask for no form.
+
+    An answer in a \boxed{} is for "math"; one after "####" or "Answer:" for "numeric" where every such row's answer is
+    a number, else one after "####" for "exact".
+
+    Args:
+        system: System turn put before every prompt.
+        rows: Id, prompt and ground truth of each example.
+
+    Raises:
+        ValueError: When some prompts ask for a box and others for a mark, with an example of each.
+    """
+    boxed = hashes = marked = None
+    numbers = True
+    for name, prompt, answer in rows:
+        text = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+        text = f"{system or ''}\n{text}"
+        if "\\boxed" in text:
+            boxed = boxed or name
+        elif "####" in text or re.search(r"\bAnswer:", text):
+            hashes = hashes or (name if "####" in text else None)
+            marked = marked or name
+            numbers = numbers and _NUMBER.fullmatch(str(answer).strip()) is not None
+    if boxed and marked:
+        raise ValueError(
+            f"{boxed} asks for the answer in a box and {marked} after a mark, which one verifier does not judge alike; "
+            "set reward.kind"
+        )
+    if boxed:
+        return "math"
+    return None if not marked else "numeric" if numbers else "exact" if hashes else None
