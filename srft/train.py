@@ -46,6 +46,7 @@ from srft.record.folder import refuse_other_data, run_folder
 from srft.record.log import RunLog
 from srft.record.metrics import Clock, Figure, combined, group_metrics, loss_metrics, sample_rows
 from srft.record.progress import Progress
+from srft.report.build import build_report
 from srft.rewards.pool import RewardPool
 from srft.sync import CanaryError, WeightSync
 from srft_kernels import PolicyLoss
@@ -88,7 +89,7 @@ def fit(config: Config) -> None:
             closing(start_engine(config, model, tokenizer, run_dir, device)) as engine,
             RunLog(run_dir, total_steps=train.steps, config_text=to_toml(config.without_resume()),
                    title=f"{config.method.name} · {config.data.train}",
-                   resume_step=done if train.resume else None) as log,
+                   resume_step=done if train.resume else None, report=build_report) as log,
             progress.saved_when_stopped(),
         ):  # fmt: skip
             log.say(f"{describe_step(config, model, data_note)} {describe_ends(sampling, tokenizer)}")

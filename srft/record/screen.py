@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -21,54 +20,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from srft.report.build import RunRecord
+from srft.record.history import RunRecord, tokens_per_second
+from srft.record.text import UNPRINTABLE, format_count, format_seconds
 
-# control characters but tab and line feed, halves of surrogate pairs, and the two that are no characters
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _LINES_PER_RUN = 20
 _MAX_SECONDS_BETWEEN_LINES = 60.0
 _STEPS_FOR_ETA = 20
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration in two units at most: ``42s``, ``3m 05s``, ``7h 12m``.
-
-    Args:
-        seconds: >= 0.
-    """
-    if seconds < 10:
-        return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-
-
-def format_count(value: float) -> str:
-    """Return a count in three figures: ``840``, ``1.9k``, ``23k``, ``1.2M``.
-
-    Args:
-        value: >= 0.
-    """
-    for limit, unit in ((999.5, ""), (999.5e3, "k"), (float("inf"), "M")):
-        if value < limit:
-            scaled = value / {"": 1, "k": 1e3, "M": 1e6}[unit]
-            return f"{scaled:.1f}{unit}" if unit and scaled < 9.95 else f"{scaled:.0f}{unit}"
-    raise AssertionError("unreachable: the last limit is infinite")
-
-
-def tokens_per_second(row: Mapping[str, Any]) -> float | None:
-    """Return the tokens a step trained on by its seconds without evaluation; None where either is unknown.
-
-    Args:
-        row: One row of ``metrics.jsonl``.
-    """
-    tokens = row.get("tokens/step")
-    seconds = (row.get("time/step") or 0.0) - (row.get("time/eval") or 0.0)
-    return tokens / seconds if tokens and seconds > 0 else None
 
 
 class Screen:

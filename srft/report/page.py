@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from srft.record.screen import UNPRINTABLE
+from srft.record.text import UNPRINTABLE
 
 _MAX_CHARACTERS = 4000
 _MAX_SAMPLES_PER_STEP = 24

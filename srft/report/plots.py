@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-Rows = Sequence[Mapping[str, Any]]
+from srft.record.history import PARTS, Rows, points, seconds_by_part
 
 INK, MUTED, GRID = "#1f2328", "#68717c", "#dfe3e8"
 BLUE, GREEN, VERMILLION, PURPLE, AMBER, GREY = (
@@ -111,22 +111,9 @@ MISMATCH = (
     Line("mismatch/mean", "mean", BLUE),
     Line("canary/max_abs_diff", "after sync", GREEN, (0, (4, 1.5))),
 )
-TIMES = (
-    ("rollout", BLUE), ("reward", GREEN), ("train", VERMILLION), ("sync", PURPLE), ("eval", AMBER),
-    ("other", GREY),
-)  # fmt: skip
-
-
-def points(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps and the values, [n] each, at which a metric was recorded with a finite value.
-
-    Args:
-        rows: Metric rows in order of step.
-        key: Name of the metric.
-    """
-    found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-    steps, values = zip(*found, strict=True) if found else ((), ())
-    return np.array(steps, dtype=float), np.array(values, dtype=float)
+PART_COLORS = {
+    "rollout": BLUE, "reward": GREEN, "train": VERMILLION, "sync": PURPLE, "eval": AMBER, "other": GREY,
+}  # fmt: skip
 
 
 def _smooth(steps: np.ndarray, values: np.ndarray, width: float) -> np.ndarray:
@@ -146,20 +133,6 @@ def smoothing_width(rows: Rows) -> float:
         rows: Metric rows in order of step.
     """
     return max(1.0, (rows[-1]["step"] - rows[0]["step"]) / 40) if rows else 1.0
-
-
-def seconds_by_part(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of one step by part; what the parts do not explain is "other".
-
-    Args:
-        row: One metric row; whether ``time/step`` includes the evaluation is inferred from its size.
-    """
-    parts = {name: float(row.get(f"time/{name}") or 0.0) for name, _ in TIMES if name != "other"}
-    step = float(row.get("time/step") or 0.0)
-    explained = sum(parts.values())
-    if step < explained:
-        explained -= parts["eval"]
-    return {**parts, "other": max(0.0, step - explained)}
 
 
 def _draw_accuracy(ax: Axes, rows: Rows) -> None:
@@ -206,14 +179,14 @@ def _draw_curves(ax: Axes, rows: Rows, *, lines: Sequence[Line], ylabel: str, sc
 
 def _draw_times(ax: Axes, rows: Rows) -> None:
     """Draw the seconds of a step by part, stacked; long runs are averaged into bars of several steps."""
-    timed = [row for row in rows if any(f"time/{name}" in row for name in ("step", *(n for n, _ in TIMES)))]
+    timed = [row for row in rows if any(f"time/{name}" in row for name in ("step", *(n for n in PARTS)))]
     per_bar = math.ceil(len(timed) / _MAX_BARS)
     bars = [timed[start : start + per_bar] for start in range(0, len(timed), per_bar)] if timed else []
     edges = np.array([edge for bar in bars for edge in (bar[0]["step"] - 0.5, bar[-1]["step"] + 0.5)])
     split = [[seconds_by_part(row) for row in bar] for bar in bars]
     bottom = np.zeros(len(bars))
     total = sum(sum(parts.values()) for bar in split for parts in bar)
-    for name, color in TIMES:
+    for name, color in PART_COLORS.items():
         heights = np.array([np.mean([parts[name] for parts in bar]) for bar in split])
         if not heights.any():
             continue
@@ -271,7 +244,7 @@ PANELS = (
     _curves("loss_components_unweighted", "Loss components, unweighted", "The terms before their weights.",
             UNWEIGHTED, "before its weight", scale="signed"),
     Panel("time", "Where the time goes", "Seconds of a step by part; the shares are of the whole run.",
-          _draw_times, ("time/step", *(f"time/{name}" for name, _ in TIMES))),
+          _draw_times, ("time/step", *(f"time/{name}" for name in PARTS))),
     _curves("lengths", "Completion length", "Mean over the sampled completions.",
             (Line("length/mean", "", BLUE),), "completion length (tokens)"),
     _curves("shares", "Groups without contrast",

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from srft.record.log import RunLog
+from srft.report.build import build_report
 
 
 def open_log(
@@ -13,7 +14,7 @@ def open_log(
 ) -> RunLog:
     return RunLog(
         run_dir, total_steps=total_steps, config_text='[method]\nname = "srft"\n', title="a run",
-        resume_step=resume_step, quiet=quiet,
+        resume_step=resume_step, report=build_report, quiet=quiet,
     )  # fmt: skip
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from srft.record.log import RunLog, read_json_lines, set_aside_after, write_json_line
+from srft.record.files import read_json_lines, set_aside_after, write_json_line
+from srft.record.history import load_record
+from srft.record.log import RunLog
 from tests.trainer.synthetic_run import open_log, sample, srft_row
 
 ROOT = Path(__file__).parents[2]
@@ -105,9 +107,12 @@ def test_resume_keeps_the_configuration_it_leaves(tmp_path: Path) -> None:
     with open_log(tmp_path):
         pass
     first = (tmp_path / "config.toml").read_text()
-    with RunLog(tmp_path, total_steps=9, config_text="x = 1\n", title="a run", resume_step=3, quiet=True):
+    changed = "x = 1\n"
+    with RunLog(
+        tmp_path, total_steps=9, config_text=changed, title="a run", resume_step=3, report=load_record, quiet=True
+    ):
         pass
-    assert (tmp_path / "config.toml").read_text() == "x = 1\n"
+    assert (tmp_path / "config.toml").read_text() == changed
     assert (tmp_path / "config.until-step-3.toml").read_text() == first
 
 
@@ -135,7 +140,7 @@ def test_setting_aside_twice_changes_nothing(tmp_path: Path) -> None:
 def test_killed_writer_tears_at_most_its_last_line(tmp_path: Path) -> None:
     """A process killed while it writes leaves all that it reported as written, and at most one half line."""
     program = (
-        "import sys; from pathlib import Path; from srft.record.log import open_json_lines, write_json_line\n"
+        "import sys; from pathlib import Path; from srft.record.files import open_json_lines, write_json_line\n"
         "file = open_json_lines(Path(sys.argv[1]))\n"
         "for step in range(10**9):\n"
         "    write_json_line(file, {'step': step, 'text': 'x' * 5000}); print(step, flush=True)\n"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from srft.record.log import RunLog, open_json_lines, write_json_line
-from srft.report.build import build_report, load_record, main
-from srft.report.plots import OVERVIEW, _smooth, _spread, points, seconds_by_part
+from srft.record.files import open_json_lines, write_json_line
+from srft.record.history import load_record, points, seconds_by_part
+from srft.record.log import RunLog
+from srft.report.build import build_report, main
+from srft.report.plots import OVERVIEW, _smooth, _spread
 from tests.trainer.synthetic_run import open_log, sample, scored, srft_row
 
 
@@ -40,11 +44,18 @@ HOSTILE = (
 )
 
 
+def test_a_run_pays_for_matplotlib_only_when_it_ends() -> None:
+    """What fit() imports of the report draws nothing yet."""
+    code = "import sys, srft.report.build; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 def test_page_escapes_everything_a_run_brings(tmp_path: Path) -> None:
     """Hostile text in any field shows up as text: no tag, attribute or control character of it survives."""
     turns = [{"role": "user", "content": HOSTILE}]
     with RunLog(
-        tmp_path, total_steps=1, config_text=f"# {HOSTILE}", title=HOSTILE, resume_step=None, quiet=True
+        tmp_path, total_steps=1, config_text=f"# {HOSTILE}", title=HOSTILE, resume_step=None,
+        report=build_report, quiet=True,
     ) as log:
         log.say(HOSTILE)
         log.metrics(scored(srft_row(1)) | {f"loss/{HOSTILE}": float("nan")})
