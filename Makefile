@@ -29,7 +29,8 @@ bench: $(TRAIN)
 lint: $(TRAIN)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -q -o addopts= tests/test_docstrings.py
+	$(VENV)/bin/lint-imports --no-cache --no-logo
+	$(RUN) -m pytest -q -o addopts= tests/test_docstrings.py tests/test_house.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

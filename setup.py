@@ -39,6 +39,7 @@ setup(
         "gym": ["reasoning-gym>=0.1.25"],
         "dev": [
             "hypothesis",
+            "import-linter>=2.8",
             "mypy",
             "psutil",
             "pytest>=9",
