@@ -166,7 +166,7 @@ def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]
 def _problem_key(example: Example) -> str:
     """What makes two problems the same: what the layout says of it, else the prompt."""
     identity = detect_schema(example.row).identity
-    return json.dumps(example.prompt if identity is None else identity(example.row))
+    return json.dumps(example.prompt if identity is None else identity(example.row), default=str)
 
 
 def digests(examples: Iterable[Example], *, with_rows: bool) -> list[str]:

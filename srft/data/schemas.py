@@ -70,6 +70,8 @@ def _countdown_prompt(nums: Any, row: Row) -> str:
     """Instruction for one row, asking for the form that the countdown verifier reads."""
     if "target" not in row:
         raise ValueError("no column 'target' in this row")
+    if not isinstance(nums, list | tuple):
+        raise ValueError(f"nums must be a list of numbers, got {type(nums).__name__} {nums!r:.80}")
     return (
         f"Using the numbers [{', '.join(map(str, nums))}], write an expression that equals {row['target']}. "
         "Use + - * / and parentheses, and each number at most once. Work step by step, then give the "
@@ -84,7 +86,9 @@ def _countdown_demo(solution: str, row: Row) -> str:
 
 def _countdown_problem(row: Row) -> Any:
     """The order of the numbers makes no other problem."""
-    return [sorted(row["nums"]), row["target"]]
+    nums = row["nums"]
+    # a map of the user's may leave them aside, whatever they are
+    return [sorted(map(str, nums)) if isinstance(nums, list | tuple) else nums, row["target"]]
 
 
 # ---- the layouts, of which the first that fits counts ----

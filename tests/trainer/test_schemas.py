@@ -285,6 +285,30 @@ def test_another_layout_is_one_record(tmp_path: Path, monkeypatch: pytest.Monkey
     assert detect_schema({**row, "word": "?"}).name == "other"
 
 
+@pytest.mark.parametrize("nums", [7, True, "[3, 4]", None, {"a": 1}], ids=str)
+def test_numbers_of_countdown_that_are_no_list_name_the_row(tmp_path: Path, nums: Any) -> None:
+    """Such as the text that they are in a CSV file."""
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: nums must be a list of numbers, got \w+"):
+        load(tmp_path, {"nums": [3, 4], "target": 7}, {"nums": nums, "target": 7})
+
+
+def test_numbers_of_countdown_of_several_types_have_no_order() -> None:
+    """A number given as text does not stop the run, and still is the same number; nor do numbers that are none."""
+    a, b, c, d = (Example("", "", "7", [], {"nums": nums, "target": 7}) for nums in ([3, "4"], ["4", 3], [3, 5], b"7"))
+    assert drop_shared([b, c, d], [a]) == [c, d]
+
+
+def test_worked_answer_as_bytes(tmp_path: Path) -> None:
+    """What parquet holds as binary is read as the text that it is, before the answer is cut out of it."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"question": b"What?", "answer": b"<<1=1>>\n#### 1"}]), path)
+    (example,) = load_examples(str(path), require_demo=True)
+    assert (example.prompt, example.answer, example.demos) == ("What?\n", "1", ["\n#### 1"])
+
+
 def test_system_prompt_counts_as_asking() -> None:
     """What data.system asks for is asked; rows that ask for different forms are refused with one of each."""
     rows = [("a:0", "What?", "1"), ("a:1", [USER], "2")]
