@@ -14,9 +14,10 @@ import transformers
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from srft import attention, selftest
+from srft import selftest
 from srft.batch import pack, unweighted
 from srft.config import Config
+from srft.policy import attention
 from srft.policy.attention import PACKED_ATTENTION
 from srft.policy.forwards import packed_logprobs, probe_sequences
 from srft.policy.model import byte_tokenizer, prepare_policy
