@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from srft.data.examples import Prompt
+from srft.data.prompts import Prompt
 
 IGNORE_INDEX = -100
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from srft.data.examples import Prompt
-from srft.data.prompts import completion_text
+from srft.data.prompts import Prompt
+from srft.data.templates import completion_text
 from srft.engine.base import Engine, Sampling
 from srft.rewards.pool import RewardPool
 

@@ -15,19 +15,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.config import Config
-from srft.data.examples import (
-    Example,
-    Prompt,
-    build_prompts,
-    check_answers,
-    check_demos,
-    drop_shared,
-    hold_out,
-    load_examples,
-)
+from srft.data.examples import Example, load_examples
 from srft.data.files import has_split, is_local
-from srft.data.judging import fitting_reward
-from srft.data.problems import Problems
+from srft.data.judging import check_answers, check_demos, fitting_reward
+from srft.data.problems import Problems, drop_shared, hold_out
+from srft.data.prompts import Prompt, build_prompts
 from srft.engine.base import Engine
 from srft.engine.hf import HfEngine
 from srft.engine.sampling import prompt_format

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.batch import Batch, Group, Response, count, pack, unweighted
 from srft.config import Config
-from srft.data.examples import Prompt
 from srft.data.problems import data_state
-from srft.data.prompts import completion_text
+from srft.data.prompts import Prompt
 from srft.data.sampler import PromptSampler, sample_seed
+from srft.data.templates import completion_text
 from srft.engine.base import Engine, EngineError, Sampling
 from srft.engine.sampling import describe_ends, make_sampling
 from srft.evaluate import evaluate

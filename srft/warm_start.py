@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.batch import Response, pack, unweighted
 from srft.config import Config
-from srft.data.examples import Prompt
+from srft.data.prompts import Prompt
 from srft.data.sampler import PromptSampler
 from srft.engine.hf import HfEngine
 from srft.engine.sampling import make_sampling

@@ -35,7 +35,7 @@ def is_local(source: str) -> bool:
     """Whether a source is a file, a folder or a glob, there or not, and no task or hub data set.
 
     Args:
-        source: As in ``data.load_examples``.
+        source: As in ``data.examples.load_examples``.
     """
     path = Path(source).expanduser()
     named = _suffix(path) in _SUFFIXES or source.startswith((".", "/", "~")) or glob.has_magic(source)

@@ -1,4 +1,4 @@
-"""Which verifier judges the rows of a source: that of their layout, or the one that reads what the prompts ask for."""
+"""Which verifier judges the rows of a source, whose answers it cannot read, and which demonstrations it refuses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from srft.data.examples import Example
 from srft.data.messages import Message
 from srft.data.schemas import find_schema
+from srft.rewards.pool import RewardPool
+from srft.rewards.verifiers import VERIFIERS
 
 _NUMBER = re.compile(r"[-+$]*[\d,]*\.?\d+%?")
 
@@ -67,3 +69,36 @@ def asked_reward(system: str | None, rows: Iterable[tuple[str, str | list[Messag
     if boxed:
         return "math"
     return None if not marked else "numeric" if numbers else "exact" if hashes else None
+
+
+def check_demos(examples: Sequence[Example], pool: RewardPool) -> list[tuple[str, int]]:
+    """Return (example id, index) of every demonstration that the verifier does not accept.
+
+    Args:
+        examples: Those without a demonstration are passed over.
+        pool: Grades each demonstration as if it were a completion.
+    """
+    shown = [(example, index) for example in examples for index in range(len(example.demos))]
+    results = pool.score([(example.demos[index], example.answer, example.row) for example, index in shown])
+    return [
+        (example.id, index)
+        for (example, index), result in zip(shown, results, strict=True)
+        if result.value < 0.5 and result.status != "unjudged"
+    ]
+
+
+def check_answers(examples: Sequence[Example], pool: RewardPool) -> dict[str, str]:
+    """Return, by id, why the verifier cannot read the answer of an example; only those that it cannot read.
+
+    Args:
+        examples: Their demonstrations are not looked at.
+        pool: A verifier of the user's own is not asked: what it makes of an empty completion is its own affair.
+    """
+    if pool.kind not in VERIFIERS:
+        return {}
+    results = pool.score([("", example.answer, example.row) for example in examples], may_fail=True)
+    return {
+        example.id: result.message
+        for example, result in zip(examples, results, strict=True)
+        if result.status == "bad_gold"
+    }

@@ -36,7 +36,7 @@ def _read_hub(source: str, split: str, limit: int | None) -> list[PlacedRow]:
 def read_source(
     source: str, split: str, limit: int | None, seed: int, task: dict[str, Any]
 ) -> list[PlacedRow]:
-    """Return the rows of any source; the arguments are those of ``data.load_examples``.
+    """Return the rows of any source; the arguments are those of ``data.examples.load_examples``.
 
     Args:
         source: Task, file or hub data set.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from srft.config import Config
-from srft.data.prompts import PromptFormat, stop_token_ids
+from srft.data.templates import PromptFormat, stop_token_ids
 from srft.engine.base import Sampling
 
 if TYPE_CHECKING:

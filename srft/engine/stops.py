@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from srft.data.prompts import decode, hidden_ids
+from srft.data.templates import decode, hidden_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

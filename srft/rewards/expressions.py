@@ -74,7 +74,7 @@ def parse(text: str) -> Any:
     """Return the sympy expression of a tidy text, unevaluated; None where it is none, or too large to work on.
 
     Args:
-        text: From ``quantities.tidy``, without a unit.
+        text: From :func:`srft.rewards.answers.tidy`, without a unit.
     """
     from latex2sympy2_extended.latex2sympy2 import latex2sympy
     from sympy import Basic, E, Float, I, Integer, MatrixBase, Rational, Symbol

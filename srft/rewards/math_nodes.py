@@ -140,8 +140,8 @@ def same(gold: Any, found: Any) -> bool:
     """Whether two answers say the same.
 
     Args:
-        gold: From :func:`read`.
-        found: From :func:`read`.
+        gold: From :func:`srft.rewards.math_answers.read`.
+        found: As ``gold``.
     """
     if isinstance(gold, Relation) and isinstance(found, Relation):
         return _same_relation(gold, found)

@@ -292,6 +292,7 @@ def _check_signature(spec: str, verifier: Callable[..., Any]) -> None:
 
 
 VERIFIERS: dict[str, Verifier] = {"exact": exact, "numeric": numeric, "countdown": countdown, "math": math}
+ANSWER_ALONE = ("exact", "numeric", "math")  # those that never look at the rest of the row
 
 
 def check_kind(kind: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from srft.data.examples import Example, drop_shared, load_examples
+from srft.data.examples import load_examples
 from srft.data.schemas import detect_schema
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -20,11 +20,6 @@ def write_jsonl(path: Path, rows: list[Any]) -> str:
     """Write rows, one object a line, and return the path as text."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def example(prompt: Any = "2+3=", demo: str | None = "#5") -> Example:
-    """A small example."""
-    return Example("t:0", prompt, "5", [] if demo is None else [demo], {})
 
 
 # ---- schemas ----
@@ -304,19 +299,3 @@ def test_math_train_names_its_two_rows_without_an_answer() -> None:
     with pytest.raises(ValueError, match=r"math_train\.jsonl, line 5342: no answer"):
         load_examples(source)
     assert len(load_examples(source, bad_rows="skip")) == 7498
-
-
-@needs_data
-def test_drop_shared_finds_the_repeats_of_countdown() -> None:
-    """The five test rows that repeat a train row in another order of numbers are dropped, and no other."""
-    train = load_examples(str(DATA / "train/countdown_train.jsonl"))
-    test = load_examples(str(DATA / "eval/countdown_test.jsonl"))
-    kept = {e.id for e in drop_shared(test, train)}
-    assert sorted(int(e.id.split(":")[1]) for e in test if e.id not in kept) == [257, 263, 370, 494, 922]
-
-
-def test_drop_shared_compares_prompts() -> None:
-    """Equal text or messages are shared, whatever the ids."""
-    a, b, c = example("x"), example([{"role": "user", "content": "x"}]), example("y")
-    assert drop_shared([a, b, c], [example("x")]) == [b, c]
-    assert drop_shared([a, b, c], [b, c]) == [a]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from srft.data.examples import Prompt
+from srft.data.prompts import Prompt
 from srft.engine.base import Completion, Sampling
 from srft.evaluate import evaluate, wilson_interval
 from tests.trainer.tiny import FakeEngine, FakePool, example

@@ -10,7 +10,7 @@ import pytest
 
 from srft import train as train_module
 from srft.batch import Group
-from srft.data.examples import Prompt
+from srft.data.prompts import Prompt
 from srft.record.metrics import Clock, Figure, combined, group_metrics, sample_rows
 from tests.trainer.runs import read_lines, train
 from tests.trainer.tiny import example, random_groups, sequence

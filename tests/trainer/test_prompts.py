@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from srft.data.examples import Example, Prompt, build_prompts
-from srft.data.prompts import PromptFormat, completion_text, continue_prompt, opening, stop_token_ids
+from srft.data.examples import Example
+from srft.data.prompts import Prompt, build_prompts
+from srft.data.templates import PromptFormat, completion_text, continue_prompt, opening, stop_token_ids
 from tests.trainer.chat import CHATML, GEMMA, LLAMA3, MISTRAL, PLAIN, QWEN3, R1, char_tokenizer, text_of
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

@@ -10,7 +10,9 @@ import pytest
 
 from srft import train
 from srft.batch import Group
-from srft.data.examples import Example, Prompt, check_answers, check_demos
+from srft.data.examples import Example
+from srft.data.judging import check_answers, check_demos
+from srft.data.prompts import Prompt
 from srft.rewards.pool import RewardPool, RewardResult
 from srft.train import judge
 from tests.trainer.runs import arguments, read_lines

@@ -20,7 +20,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srft.data.examples import check_demos, load_examples
+from srft.data.examples import load_examples
+from srft.data.judging import check_demos
 from srft.rewards.pool import RewardPool, RewardResult
 from srft.rewards.verifiers import BadGold, countdown, evaluate_expression, exact, last_boxed, math, numeric
 
@@ -533,7 +534,7 @@ def test_workers_do_not_import_the_heavy_packages(custom: str) -> None:
 
 def test_pool_module_imports_light() -> None:
     """Importing data and rewards costs no torch either."""
-    modules = "srft.data.examples, srft.rewards.pool"
+    modules = "srft.data.judging, srft.data.problems, srft.data.prompts, srft.rewards.pool"
     code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

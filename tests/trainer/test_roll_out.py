@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from srft import train as trainer
-from srft.data.examples import Example, Prompt, build_prompts
-from srft.data.prompts import PromptFormat
+from srft.data.examples import Example
+from srft.data.prompts import Prompt, build_prompts
+from srft.data.templates import PromptFormat
 from srft.engine.base import Completion, Sampling
 from srft.engine.sampling import describe_ends, make_sampling
 from srft.evaluate import evaluate

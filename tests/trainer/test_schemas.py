@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from srft.data import schemas
-from srft.data.examples import Example, drop_shared, hold_out, load_examples
+from srft.data.examples import Example, load_examples
 from srft.data.judging import asked_reward, fitting_reward
+from srft.data.problems import drop_shared
 from srft.data.schemas import Column, Schema, detect_schema
 from srft.rewards.verifiers import check_kind
 from tests.trainer.runs import small_config
@@ -292,12 +293,6 @@ def test_numbers_of_countdown_that_are_no_list_name_the_row(tmp_path: Path, nums
         load(tmp_path, {"nums": [3, 4], "target": 7}, {"nums": nums, "target": 7})
 
 
-def test_numbers_of_countdown_of_several_types_have_no_order() -> None:
-    """A number given as text does not stop the run, and still is the same number; nor do numbers that are none."""
-    a, b, c, d = (Example("", "", "7", [], {"nums": nums, "target": 7}) for nums in ([3, "4"], ["4", 3], [3, 5], b"7"))
-    assert drop_shared([b, c, d], [a]) == [c, d]
-
-
 def test_worked_answer_as_bytes(tmp_path: Path) -> None:
     """What parquet holds as binary is read as the text that it is, before the answer is cut out of it."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -318,14 +313,3 @@ def test_system_prompt_counts_as_asking() -> None:
     mixed = [("a:0", r"In \boxed{}.", "1"), ("a:1", "After ####.", "2")]
     with pytest.raises(ValueError, match=r"a:0 asks for the answer in a box and a:1 after a mark.*reward\.kind"):
         asked_reward(None, mixed)
-
-
-def test_held_out_problems_are_not_trained_on(tmp_path: Path) -> None:
-    """The last tenth of the problems goes with every row of theirs, however often a problem stands in the file."""
-    plain = [Example(f"f:{i}", f"{i}", "1", [], {}) for i in range(25)]
-    assert hold_out(plain) == (plain[:-2], plain[-2:])
-    twice = [Example(f"f:{i}", f"{i % 9}", "1", [], {}) for i in range(18)]
-    training, held_out = hold_out(twice)
-    assert [e.prompt for e in held_out] == ["8"] and len(training) == 16
-    with pytest.raises(ValueError, match="f has one problem, and needs one more to hold out"):
-        hold_out([twice[0], twice[9]])

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from srft import train as trainer
 from srft.batch import Group, Response
-from srft.data.examples import Example, Prompt
+from srft.data.examples import Example
+from srft.data.prompts import Prompt
 from srft.engine.hf import HfEngine
 from srft.policy.model import byte_tokenizer
 from srft.prepare import read_problems

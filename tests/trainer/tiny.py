@@ -12,7 +12,8 @@ from torch import Tensor
 
 from srft.batch import Group, Response, pack
 from srft.config import Config
-from srft.data.examples import Example, Prompt
+from srft.data.examples import Example
+from srft.data.prompts import Prompt
 from srft.engine.base import Completion, Sampling
 from srft.options import load_config
 from srft.policy.model import prepare_policy
