@@ -5,40 +5,29 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from transformers import PreTrainedTokenizerBase
-
 from srft.data.prompts import Prompt
 from srft.data.templates import completion_text
-from srft.engine.base import Engine, Sampling
-from srft.rewards.pool import RewardPool
+from srft.rollout import Actor
 
 
-def evaluate(
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    pool: RewardPool,
-    sampling: Sampling,
-) -> dict[str, float]:
+def evaluate(actor: Actor, prompts: list[Prompt]) -> dict[str, float]:
     """Answer every held-out problem greedily, once, and judge the answers.
 
     Args:
-        engine: Holds the policy to evaluate.
-        tokenizer: Turns completions back to text.
+        actor: Holds the policy to evaluate; the temperature of its sampling is replaced by 0.
         prompts: The problems.
-        pool: The verifiers.
-        sampling: The training run's; its temperature is replaced by 0.
 
     Returns:
         ``eval/accuracy`` and the ends of its 95 % interval, over the answers that were judged and absent where none
         was; ``eval/truncated`` and ``eval/timeouts``; all in [0, 1].
     """
-    greedy = replace(sampling, temperature=0.0)
-    drawn = [c[0] for c in engine.generate([p.prompt_ids for p in prompts], greedy, [[0]] * len(prompts))]
+    greedy = replace(actor.sampling, temperature=0.0)
+    drawn = [c[0] for c in actor.engine.generate([p.prompt_ids for p in prompts], greedy, [[0]] * len(prompts))]
     texts = [
-        completion_text(tokenizer, c.token_ids, p.opened, sampling.stop) for c, p in zip(drawn, prompts, strict=True)
+        completion_text(actor.tokenizer, c.token_ids, p.opened, greedy.stop)
+        for c, p in zip(drawn, prompts, strict=True)
     ]
-    results = pool.score([(t, p.example.answer, p.example.row) for t, p in zip(texts, prompts, strict=True)])
+    results = actor.pool.score([(t, p.example.answer, p.example.row) for t, p in zip(texts, prompts, strict=True)])
     correct = sum(r.value >= 0.5 for r in results)
     judged = sum(r.status != "unjudged" for r in results)
     accuracy: dict[str, float] = {}

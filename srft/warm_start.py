@@ -2,90 +2,128 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
 import sys
-from functools import partial
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srft.batch import Response, pack, unweighted
-from srft.config import Config
-from srft.data.prompts import Prompt
+from srft.config import Config, MethodConfig
 from srft.data.sampler import PromptSampler
-from srft.engine.hf import HfEngine
+from srft.dataset import Prompts
 from srft.engine.sampling import make_sampling
+from srft.engine.start import start_in_process
 from srft.evaluate import evaluate
-from srft.policy.model import final_hidden_states, head_of
+from srft.learning import update
+from srft.policy.checkpoint import export_model
+from srft.policy.learner import Learner
+from srft.policy.optimizer import make_optimizer
 from srft.rewards.pool import RewardPool
-from srft_kernels import linear_cross_entropy
+from srft.rollout import Actor, demonstration
 
 _EVAL_EVERY = 10
 _EVAL_PROBLEMS = 256
+# raised whenever the same options and data come to give another model
+_VERSION = 2
 
 
-def warm_start(
-    config: Config,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    held_out: list[Prompt],
-    pool: RewardPool,
-) -> None:
+def warm_start(learner: Learner, prompts: Prompts, pool: RewardPool) -> None:
     """Train on demonstrations until held-out accuracy reaches its target or the steps run out.
 
     Args:
-        config: The whole configuration; ``model.warm_start`` says how long.
-        model: Trained in place.
-        tokenizer: The policy's.
-        prompts: Those with demonstrations are learned from.
-        held_out: Its first problems tell when to stop.
+        learner: That of the run: its policy is trained, by an optimizer of the start's own; ``model.warm_start`` of
+            its configuration says how long.
+        prompts: Those with demonstrations are learned from; the first held-out ones tell when to stop.
         pool: The verifiers.
 
     Raises:
         ValueError: When no prompt has a demonstration.
     """
-    options = config.model.warm_start
-    shown = [p for p in prompts if p.demo_ids]
+    model, tokenizer, options = learner.model, learner.tokenizer, learner.config.model.warm_start
+    shown = [p for p in prompts.train if p.demo_ids]
     if not shown:
         raise ValueError(
             "model.warm_start needs demonstrations; set model.warm_start.max_steps=0 or give data.columns.demo"
         )
-    if len(shown) < len(prompts):
-        print(f"warm start: {len(shown)} of {len(prompts)} prompts have a demonstration", file=sys.stderr)
-    sampling = make_sampling(config, tokenizer, model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    engine = HfEngine(
-        model, dtype=torch.float32, pad_token_id=pad, max_batch=config.engine.max_batch, tokenizer=tokenizer
-    )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.lr, betas=config.train.betas, weight_decay=0.0
-    )
+    if len(shown) < len(prompts.train):
+        print(f"warm start: {len(shown)} of {len(prompts.train)} prompts have a demonstration", file=sys.stderr)
+    config = _supervised(learner.config)
+    learner = replace(learner, config=config, optimizer=make_optimizer(model, config))
+    engine = start_in_process(learner, torch.float32)
+    actor = Actor(engine, make_sampling(config, tokenizer, model), tokenizer, pool)
     sampler = PromptSampler(len(shown), config.train.seed + 1)
     for step in range(1, options.max_steps + 1):
         chosen = [shown[i] for i in sampler.next(min(options.batch_size, len(shown)))]
-        sequences = [
-            Response(p.prompt_ids, p.demo_ids[0], is_demo=True, truncated=False, rollout_logprobs=[], text="")
-            for p in chosen
-        ]
-        tokens = sum(len(s.response_ids) for s in sequences)
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for batch in pack(
-            sequences, config.train.tokens_per_microbatch, unweighted, model.device
-        ):
-            hidden_states = final_hidden_states(model, batch, config.compute_dtype)
-            loss = head_of(model)(hidden_states, partial(linear_cross_entropy, labels=batch.labels, num_tokens=tokens))
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
-        optimizer.step()
+        figures = update(learner, [demonstration(prompt, 0) for prompt in chosen], step)
         if step % _EVAL_EVERY == 0 or step == options.max_steps:
             engine.update_weights(model.state_dict().items(), step)
-            found = evaluate(engine, tokenizer, held_out[:_EVAL_PROBLEMS], pool, sampling)
-            accuracy = found.get("eval/accuracy", 0.0)
+            accuracy = evaluate(actor, prompts.held_out[:_EVAL_PROBLEMS]).get("eval/accuracy", 0.0)
             print(
-                f"warm start: step {step}, loss {total:.3f} nats, held-out accuracy {accuracy:.3f}",
+                f"warm start: step {step}, loss {figures['loss/total'].value:.3f} nats, "
+                f"held-out accuracy {accuracy:.3f}",
                 file=sys.stderr,
             )
             if accuracy >= options.until_accuracy:
                 return
+
+
+def _supervised(config: Config) -> Config:
+    """The same run by the sft method, at the rate of the warm start and with the model's own distribution."""
+    train = {"lr": config.model.warm_start.lr, "lr_warmup_steps": 0, "weight_decay": 0.0}
+    return config.model_copy(
+        update={
+            "method": MethodConfig(name="sft"),
+            "train": config.train.model_copy(update=train),
+            "rollout": config.rollout.model_copy(update={"temperature": 1.0}),
+        }
+    )
+
+
+def cached_start(config: Config, prompts: Prompts, reward: str) -> Path:
+    """Return the folder of a warm-started model, whose name is a digest of everything that the model depends on.
+
+    Args:
+        config: The whole configuration.
+        prompts: From ``make_prompts``.
+        reward: The verifier's kind.
+    """
+    train, rollout = config.train, config.rollout
+    facts = [
+        _VERSION, config.model.model_dump(mode="json"), train.seed, train.betas, train.grad_clip,
+        train.tokens_per_microbatch, train.device, config.longest_sequence, rollout.max_new_tokens, rollout.stop,
+        torch.__version__, reward, _digest_of_file(reward),
+        [(p.prompt_ids, p.demo_ids) for p in prompts.train],
+        [(p.prompt_ids, str(p.example.answer)) for p in prompts.held_out],
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return config.cache_dir.expanduser() / f"tiny-{digest}"
+
+
+def _digest_of_file(reward: str) -> str | None:
+    """Of a verifier of the user's, whose verdicts change with the file; None for the others."""
+    file = Path(reward.rpartition(":")[0])
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def keep_start(folder: Path, learner: Learner) -> None:
+    """Store a warm-started model for later runs.
+
+    Args:
+        folder: From ``cached_start``.
+        learner: After ``warm_start``.
+
+    Raises:
+        WriteError: When the disk refuses.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # another run may store the same model meanwhile: whoever is first stays
+    own = folder.with_name(f"{folder.name}.{os.getpid()}")
+    export_model(own, learner.model, learner.tokenizer)
+    try:
+        own.rename(folder)
+    except OSError:
+        shutil.rmtree(own)

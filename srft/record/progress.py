@@ -7,14 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from srft.config import Config
 from srft.data.sampler import PromptSampler
 from srft.disk import sync_to_disk, writing
 from srft.options import to_toml
 from srft.policy.checkpoint import load_optimizer, read_state, save_checkpoint
+from srft.policy.learner import Learner
 from srft.stop import Stopped
 
 
@@ -23,26 +20,15 @@ class Progress:
 
     Args:
         run_dir: Folder of the run.
-        config: The whole configuration.
-        model: The policy.
-        tokenizer: The policy's.
-        optimizer: Holds the policy's parameters.
+        learner: Holds the policy and its optimizer.
         sampler: Draws the prompts; its state is noted after each step.
         data: From ``problems.data_state``, by which a resume tells other rows.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: Config,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        optimizer: torch.optim.Optimizer,
-        sampler: PromptSampler,
-        data: dict[str, Any],
-    ) -> None:
-        self._run_dir, self._config, self._sampler, self._data = run_dir, config, sampler, data
-        self._model, self._tokenizer, self._optimizer = model, tokenizer, optimizer
+    def __init__(self, run_dir: Path, learner: Learner, sampler: PromptSampler, data: dict[str, Any]) -> None:
+        self.run_dir = run_dir
+        """Folder of the run."""
+        self._learner, self._sampler, self._data = learner, sampler, data
         self.step = 0
         """Steps done."""
         self.unlogged: dict[str, float] | None = None
@@ -50,18 +36,20 @@ class Progress:
         self._saved_step = 0
         self._sampler_state = sampler.state_dict()
 
-    def restore(self, checkpoint: Path) -> None:
+    def restore(self, checkpoint: Path | None) -> None:
         """Take the optimizer's, the sampler's and the loop's state from a checkpoint.
 
         Args:
-            checkpoint: From ``latest_checkpoint``; the model was loaded from it.
+            checkpoint: From ``latest_checkpoint``; the model was loaded from it. None: the run is at its start.
 
         Raises:
             ValueError: When it belongs to another model or other data.
         """
+        if checkpoint is None:
+            return
         state = read_state(checkpoint)
         self._sampler.load_state_dict(state["sampler"])
-        load_optimizer(checkpoint, self._model, self._optimizer)
+        load_optimizer(checkpoint, self._learner.model, self._learner.optimizer)
         self.reached(state["step"], state["unlogged"])
         self._saved_step = self.step
 
@@ -85,17 +73,18 @@ class Progress:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             # on the disk before the checkpoint is, which promises the rows up to its step
-            with writing(path := self._run_dir / name):
+            with writing(path := self.run_dir / name):
                 sync_to_disk(path)
+        learner, config = self._learner, self._learner.config
         state = {
             "sampler": self._sampler_state,
-            "config": to_toml(self._config.without_resume()),
+            "config": to_toml(config.without_resume()),
             "unlogged": self.unlogged,
             "data": self._data,
         }
         save_checkpoint(
-            self._run_dir, self.step, self._model, self._tokenizer, self._optimizer, state,
-            self._config.train.keep_checkpoints,
+            self.run_dir, self.step, learner.model, learner.tokenizer, learner.optimizer, state,
+            config.train.keep_checkpoints,
         )  # fmt: skip
         self._saved_step = self.step
 

@@ -13,7 +13,7 @@ import transformers
 
 from srft.policy.checkpoint import damage, export_model, latest_checkpoint, load_optimizer, read_state, save_checkpoint
 from srft.policy.model import byte_tokenizer, load_model
-from srft.prepare import make_optimizer
+from srft.policy.optimizer import make_optimizer
 from tests.trainer.tiny import plain_model, policy, tiny_config
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

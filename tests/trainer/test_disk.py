@@ -44,7 +44,7 @@ def refusing_in(patch: pytest.MonkeyPatch, where: str, call: int, limit: int = 6
 
 # sessions of one run: in the how-manieth call of what the disk is full, the path that is named, the step that is safe
 SESSIONS = [
-    ("srft.prepare.export_model", 1, "{folder}/cache/tiny-", 0),
+    ("srft.warm_start.export_model", 1, "{folder}/cache/tiny-", 0),
     ("srft.record.log.RunLog.__enter__", 1, "{run}/config.toml", 0),
     ("srft.record.log.RunLog.say", 1, "{run}/run.json", 0),
     ("srft.record.log.RunLog.metrics", 1, "{run}/metrics.jsonl", 0),

@@ -7,6 +7,7 @@ import pytest
 from srft.data.prompts import Prompt
 from srft.engine.base import Completion, Sampling
 from srft.evaluate import evaluate, wilson_interval
+from srft.rollout import Actor
 from tests.trainer.tiny import FakeEngine, FakePool, example
 
 
@@ -60,7 +61,7 @@ def test_evaluate_counts() -> None:
     }
     engine = FakeEngine(answers)
     prompts = [Prompt(example(i), [i], []) for i in range(1, 6)]
-    found = evaluate(engine, Words(), prompts, FakePool(), Sampling(0.9, 2, (0,)))
+    found = evaluate(Actor(engine, Sampling(0.9, 2, (0,)), Words(), FakePool()), prompts)
     low, high = wilson_interval(2, 5)
     assert found == {
         "eval/accuracy": 0.4,

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from srft.batch import Group, Response, Totals
 from srft.config import Config
+from srft.learning import remember_old_logprobs, update
 from srft.methods import assign_advantages, group_advantages, token_weight
 from srft.record.metrics import combined
-from srft.train import remember_old_logprobs, update
 from tests.numerics import assert_sum
 from tests.trainer.tiny import (
     budget_for,
     flat_gradient,
+    learner_of,
     members,
     plain_model,
     policy,
@@ -166,7 +167,7 @@ def step(
     """The trainer's own update on a fresh copy of ``model``: metrics and gradient."""
     trained = policy(model)
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
-    metrics = combined([update(config, trained, optimizer, assign_advantages(groups, config.method), 1)])
+    metrics = combined([update(learner_of(config, trained, optimizer), assign_advantages(groups, config.method), 1)])
     return metrics, flat_gradient(trained)
 
 
@@ -347,12 +348,12 @@ def test_second_update_uses_the_sampling_policy(loss_type: str) -> None:
     optimizer = torch.optim.SGD(trained.parameters(), lr=1.0)
     config = tiny_config(*overrides, "train.lr=0.05", "train.tokens_per_microbatch=60")
     parts = [assign_advantages(part, config.method) for part in (groups[:5], groups[5:])]
-    remember_old_logprobs(config, trained, parts[0] + parts[1])
+    remember_old_logprobs(learner_of(config, trained, optimizer), parts[0] + parts[1])
     for part in (groups[:5], groups[5:]):
         now = copy.deepcopy(model).double()
         now.load_state_dict({k: v.double() for k, v in trained.state_dict().items()})
         expected = expected_step(config, now, part, old)
-        metrics = combined([update(config, trained, optimizer, assign_advantages(part, config.method), 1)])
+        metrics = combined([update(learner_of(config, trained, optimizer), assign_advantages(part, config.method), 1)])
         assert_as_expected(metrics, flat_gradient(trained), expected)
     if loss_type != "official":
         # the steps are large enough that the clip matters
@@ -365,7 +366,8 @@ def test_a_step_moves_the_weights_and_warms_the_rate_up() -> None:
     trained = policy(plain_model())
     before = torch.cat([p.detach().flatten().clone() for p in trained.parameters()])
     optimizer = torch.optim.SGD(trained.parameters(), lr=1.0)
-    metrics = combined([update(config, trained, optimizer, assign_advantages(random_groups(), config.method), 1)])
+    sequences = assign_advantages(random_groups(), config.method)
+    metrics = combined([update(learner_of(config, trained, optimizer), sequences, 1)])
     after = torch.cat([p.detach().flatten() for p in trained.parameters()])
     assert metrics["lr"] == 0.05
     assert metrics["grad_norm"] > 0.5
@@ -381,7 +383,7 @@ def test_a_gradient_that_is_not_finite_stops_the_step() -> None:
     optimizer = torch.optim.SGD(trained.parameters(), lr=1.0)
     sequences = assign_advantages(random_groups(), tiny_config().method)
     with pytest.raises(FloatingPointError, match="step 5"):
-        update(tiny_config(), trained, optimizer, sequences, 5)
+        update(learner_of(tiny_config(), trained, optimizer), sequences, 5)
     for name, value in trained.state_dict().items():
         assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0))
 

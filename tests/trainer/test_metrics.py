@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from srft import train as train_module
+from srft import learning
 from srft.batch import Group
 from srft.data.prompts import Prompt
 from srft.record.metrics import Clock, Figure, combined, group_metrics, sample_rows
@@ -139,8 +139,8 @@ def test_a_run_combines_its_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         made.append(update(*args))
         return made[-1]
 
-    update = train_module.update
-    monkeypatch.setattr(train_module, "update", noting)
+    update = learning.update
+    monkeypatch.setattr(learning, "update", noting)
     run = train(tmp_path, train__steps=1, train__updates_per_step=4)
     row = read_lines(run / "metrics.jsonl")[1]
     gaps = [figures["mismatch/max"].value for figures in made]

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from srft import train
+from srft import prepare, train
 from srft.batch import Group
 from srft.data.examples import Example
 from srft.data.judging import check_answers, check_demos
 from srft.data.prompts import Prompt
 from srft.rewards.pool import RewardPool, RewardResult
-from srft.train import judge
+from srft.rollout import judge
 from tests.trainer.runs import arguments, read_lines
 from tests.trainer.runs import train as run_small
 from tests.trainer.tiny import example, sequence
@@ -224,7 +224,7 @@ def test_a_run_names_the_row_whose_answer_cannot_be_read(
     def no_model(*_args: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(train, "load_policy", no_model)
+    monkeypatch.setattr(prepare, "load_policy", no_model)
     words = arguments(tmp_path, data__train=rows_file(tmp_path, answers), method__name="grpo", reward__kind="numeric")
     monkeypatch.setattr(sys, "argv", ["srft.train", *words])
     with pytest.raises(SystemExit) as caught:

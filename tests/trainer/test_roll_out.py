@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from srft import train as trainer
 from srft.data.examples import Example
 from srft.data.prompts import Prompt, build_prompts
 from srft.data.templates import PromptFormat
@@ -14,9 +13,10 @@ from srft.engine.base import Completion, Sampling
 from srft.engine.sampling import describe_ends, make_sampling
 from srft.evaluate import evaluate
 from srft.rewards.pool import RewardPool
+from srft.rollout import Actor, judge, roll_out
 from tests.trainer.chat import CHATML, R1, char_tokenizer
 from tests.trainer.runs import small_config
-from tests.trainer.tiny import FakeEngine, plain_model
+from tests.trainer.tiny import FakeEngine, FakePool, plain_model
 
 QUESTION = [{"role": "user", "content": "2+3?"}]
 
@@ -28,8 +28,8 @@ def test_other_demonstrations_at_every_visit(tmp_path: Path) -> None:
 
     def chosen(step: int, demos: int) -> list[str]:
         config = small_config(tmp_path, method__name="sft", train__demos_per_prompt=demos)
-        engine, sampling = FakeEngine({}), Sampling(1.0, 4, (1,))
-        (group,) = trainer.roll_out(config, engine, sampling, char_tokenizer(), [prompt], step)
+        actor = Actor(FakeEngine({}), Sampling(1.0, 4, (1,)), char_tokenizer(), FakePool())
+        (group,) = roll_out(config, actor, [prompt], step)
         for demo in group.demos:
             assert demo.response_ids == prompt.demo_ids[example.demos.index(demo.text)]
         return [demo.text for demo in group.demos]
@@ -63,12 +63,13 @@ def test_thought_that_the_prompt_opened_is_judged_as_opened(
     ids = tokenizer.encode(said, add_special_tokens=False)
     engine = FakeEngine({tuple(prompt.prompt_ids): Completion(ids, [0.0] * len(ids), "stop", 0)})
     sampling = Sampling(1.0, 40, (1,), (";",))
-    (group,) = trainer.roll_out(config, engine, sampling, tokenizer, [prompt], 1)
-    assert [s.text for s in group.rollouts] == [text] * 2
     with RewardPool("exact", 1, 5.0) as pool:
-        trainer.judge([group], pool)
+        actor = Actor(engine, sampling, tokenizer, pool)
+        (group,) = roll_out(config, actor, [prompt], 1)
+        assert [s.text for s in group.rollouts] == [text] * 2
+        judge([group], pool)
         assert [s.reward for s in group.rollouts] == [reward] * 2
-        assert evaluate(engine, tokenizer, [prompt], pool, sampling)["eval/accuracy"] == reward
+        assert evaluate(actor, [prompt])["eval/accuracy"] == reward
 
 
 def test_sampling_takes_end_tokens_from_tokenizer_model_and_template(tmp_path: Path) -> None:

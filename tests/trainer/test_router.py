@@ -8,14 +8,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from srft.config import Config
+from srft.learning import update
 from srft.methods import assign_advantages
 from srft.policy.model import run_body
 from srft.policy.router import Router, router_of
 from srft.record.metrics import combined
-from srft.train import update
 from tests.trainer.architectures import build
 from tests.trainer.test_model import packed_batch
-from tests.trainer.tiny import budget_for, flat_gradient, members, policy, random_groups, relative_error, tiny_config
+from tests.trainer.tiny import (
+    budget_for,
+    flat_gradient,
+    learner_of,
+    members,
+    policy,
+    random_groups,
+    relative_error,
+    tiny_config,
+)
 
 MIXTURES = (
     "mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "phimoe", "granitemoe", "jetmoe", "dbrx", "ernie4.5-moe", "flex-olmo",
@@ -28,7 +37,7 @@ def step(model: PreTrainedModel, config: Config) -> tuple[dict[str, float], Tens
     trained = policy(model, f"model.gradient_checkpointing={str(config.model.gradient_checkpointing).lower()}")
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
     sequences = assign_advantages(random_groups(), config.method)
-    return combined([update(config, trained, optimizer, sequences, 1)]), flat_gradient(trained)
+    return combined([update(learner_of(config, trained, optimizer), sequences, 1)]), flat_gradient(trained)
 
 
 def own_auxiliary_loss(model: PreTrainedModel) -> tuple[float, Tensor]:

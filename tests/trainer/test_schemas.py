@@ -187,7 +187,7 @@ def test_verls_layout_is_judged_by_what_its_prompts_ask_for(
     tmp_path: Path, instruction: str, gold: str, kind: str
 ) -> None:
     """The verifier reads the form that the prompt names; the worked answer in extra_info is the demonstration."""
-    from srft.prepare import read_problems
+    from srft.dataset import read_problems
 
     path = tmp_path / "rows.jsonl"
     rows = [verl_row(instruction, gold) for _ in range(3)]

@@ -38,9 +38,9 @@ RUN = {
 }  # fmt: skip
 # sessions of one run: at the how-manieth call of what the signal comes, and the step that is saved then
 SESSIONS = [
-    ("srft.train.make_prompts", 1, 0),
-    ("srft.warm_start.linear_cross_entropy", 2, 0),
-    ("srft.train.start_engine", 1, 0),
+    ("srft.prepare.make_prompts", 1, 0),
+    ("srft.warm_start.update", 2, 0),
+    ("srft.prepare.start_engine", 1, 0),
     ("srft.sync.WeightSync.push", 1, 0),
     ("srft.train.evaluate", 1, 0),
     ("srft.record.log.RunLog.metrics", 1, 0),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from srft import train
+from srft import prepare, train
 from tests.trainer.runs import arguments, read_lines, train_process
 from tests.trainer.runs import train as run_small
 
@@ -103,7 +103,7 @@ def test_bad_input_is_one_line(
     def no_model(*_args: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(train, "load_policy", no_model)
+    monkeypatch.setattr(prepare, "load_policy", no_model)
     monkeypatch.setattr(sys, "argv", ["srft.train", *words_for(case, tmp_path)])
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:

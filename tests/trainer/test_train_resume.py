@@ -104,7 +104,7 @@ sys.argv[1:] = words
 train.main()
 """
 MOMENTS = {
-    "in-warm-start": ("srft.warm_start.linear_cross_entropy", 2),
+    "in-warm-start": ("srft.warm_start.update", 2),
     "warm-start-half-written": ("srft.policy.checkpoint._digest_of_list", 1),
     "before-first-checkpoint": ("srft.train.judge", 2),
     "between-samples-and-metrics": ("srft.record.log.write_json_line", 7),

@@ -15,15 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from srft import train as trainer
+from srft import learning
 from srft.batch import Group, Response
 from srft.data.examples import Example
 from srft.data.prompts import Prompt
+from srft.dataset import read_problems
 from srft.engine.hf import HfEngine
 from srft.policy.model import byte_tokenizer
-from srft.prepare import read_problems
 from srft.record.metrics import group_metrics
 from srft.rewards.pool import RewardPool
+from srft.rollout import judge
 from srft_kernels.head import chunks as chunked_head
 from tests.trainer.runs import DATA, read_lines, small_config, train
 
@@ -150,9 +151,9 @@ def test_large_vocabulary_without_logits_of_all_tokens(
         prompt_tokens.append(sum(map(len, prompts)))
         return watched(original_generate, sampling, self, prompts, *args)
 
-    original_pack, original_generate = trainer.pack, HfEngine.generate
-    monkeypatch.setattr(trainer, "pack", counting_pack)
-    monkeypatch.setattr(trainer, "update", partial(watched, trainer.update, updating))
+    original_pack, original_generate = learning.pack, HfEngine.generate
+    monkeypatch.setattr(learning, "pack", counting_pack)
+    monkeypatch.setattr(learning, "update", partial(watched, learning.update, updating))
     monkeypatch.setattr(HfEngine, "generate", counting_generate)
     run = train(
         tmp_path, data__train=data_file("train/gsm8k_train.jsonl"), data__eval=data_file("eval/gsm8k_test.jsonl"),
@@ -327,7 +328,7 @@ def test_poisoned_rollouts_are_timeouts(tmp_path: Path) -> None:
     rollouts = [Response([1], [2], False, False, [0.0], text) for text in texts]
     group = Group(Prompt(example, [1], []), rollouts=rollouts)
     with RewardPool(hanging_reward(tmp_path), 1, 1.0) as pool:
-        trainer.judge([group], pool)
+        judge([group], pool)
     assert [s.status for s in rollouts] == ["timeout", "ok", "timeout", "ok"]
     assert [s.reward for s in rollouts] == [0.0, 1.0, 0.0, 0.0]
     metrics = group_metrics([group])

@@ -16,7 +16,8 @@ from srft.data.examples import Example
 from srft.data.prompts import Prompt
 from srft.engine.base import Completion, Sampling
 from srft.options import load_config
-from srft.policy.model import prepare_policy
+from srft.policy.learner import Learner
+from srft.policy.model import byte_tokenizer, prepare_policy
 from srft.rewards.pool import RewardResult
 
 VOCAB = 37
@@ -62,6 +63,13 @@ def policy(
 ) -> transformers.PreTrainedModel:
     """A copy of ``model``, prepared as the trainer does it."""
     return prepare_policy(copy.deepcopy(model), tiny_config(*overrides).model, max_tokens, CPU)
+
+
+def learner_of(
+    config: Config, model: transformers.PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> Learner:
+    """What an update takes; its tokenizer, which only a checkpoint needs, is one of bytes."""
+    return Learner(config, model, byte_tokenizer(), optimizer)
 
 
 def sequence(

@@ -1,0 +1,192 @@
+"""The data of a run: its problems, read, settled how they are judged, checked, and turned into prompts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from srft.config import Config
+from srft.data.examples import Example, load_examples
+from srft.data.files import has_split, is_local
+from srft.data.judging import check_answers, check_demos, fitting_reward
+from srft.data.problems import Problems, drop_shared, hold_out
+from srft.data.prompts import Prompt, build_prompts
+from srft.engine.sampling import prompt_format
+from srft.methods import needs_demos
+from srft.rewards.pool import RewardPool
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a run asks.
+
+    Args:
+        train: Those that are learned from.
+        held_out: Those of the evaluations.
+        note: What to tell the user about them.
+    """
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+    note: str
+
+
+def warm_starts(config: Config) -> bool:
+    """Whether a run gives its model a short supervised start.
+
+    Args:
+        config: The whole configuration.
+    """
+    return config.model.name == "tiny" and config.model.warm_start.max_steps > 0
+
+
+def read_problems(config: Config) -> Problems:
+    """Read the training and held-out problems and settle how they are judged.
+
+    Args:
+        config: The whole configuration.
+
+    Raises:
+        ValueError: Naming the file, line and column of what is wrong with the data.
+    """
+    data = config.data
+    needs = needs_demos(config.method)
+    examples = load_examples(
+        data.train, split=data.split, columns=data.columns, limit=data.limit, seed=config.train.seed,
+        task=data.task, use_demo=needs or warm_starts(config), require_demo=needs, bad_rows=data.bad_rows,
+    )  # fmt: skip
+    if data.eval is None and is_local(data.train) and not has_split(data.train, data.eval_split):
+        # one split: its end is held out
+        examples, held_out = hold_out(examples)
+        held_out = held_out[: data.eval_limit]
+    else:
+        held_out = load_examples(
+            data.eval or data.train, split=data.eval_split, columns=data.columns, limit=data.eval_limit, seed=0,
+            task=data.task, use_demo=False, bad_rows=data.bad_rows,
+        )  # fmt: skip
+    distinct = drop_shared(held_out, examples)
+    if not distinct:
+        raise ValueError(
+            f"every held-out problem is also in {data.train}; set data.eval to problems that are not trained on"
+        )
+    if config.reward.kind != "auto":
+        return Problems(examples, distinct, config.reward.kind)
+    return Problems(examples, distinct, fitting_reward(data.train, data.system, examples))
+
+
+def make_prompts(
+    config: Config, problems: Problems, tokenizer: PreTrainedTokenizerBase, pool: RewardPool
+) -> Prompts:
+    """Check and tokenize the problems.
+
+    Args:
+        config: The whole configuration.
+        problems: From ``read_problems``.
+        tokenizer: The policy's.
+        pool: Checks that each demonstration ends in its own answer.
+
+    Raises:
+        ValueError: For demonstrations that fail their verifier, overlong rows, or too few prompts, by the settings.
+    """
+    data, train, examples = config.data, config.train, problems.train
+    notes = [f"{len(examples)} training and {len(problems.held_out)} held-out problems from {data.train}"]
+    with_demos = needs_demos(config.method) or warm_starts(config)
+    pool.prewarm()
+    checked = with_demos and data.bad_demos != "keep"
+    # a demonstration that is accepted shows that the answer can be read
+    unreadable = _unreadable(config, [e for e in examples if not (checked and e.demos)], pool)
+    unreadable_held_out = _unreadable(config, problems.held_out, pool)
+    examples = [e for e in examples if e.id not in unreadable]
+    held_out = [replace(e, demos=[]) for e in problems.held_out if e.id not in unreadable_held_out]
+    if left_out := len(unreadable) + len(unreadable_held_out):
+        notes.append(f"{left_out} rows skipped whose answer {pool.kind!r} cannot read")
+    if checked:
+        asked = examples
+        examples, dropped = _accepted(examples, pool, data.bad_demos)
+        if dropped:
+            rows = len(asked) - len(examples)
+            notes.append(f"{rows} rows skipped whose demonstration fails its verifier, of {dropped} demonstrations")
+    if not with_demos:
+        examples = [replace(e, demos=[]) for e in examples]
+    prompts, counts = _encode(config, examples, tokenizer)
+    held_out_prompts, held_out_counts = _encode(config, held_out, tokenizer)
+    notes += [
+        f"{number} {what}"
+        for number, what in (
+            (len(examples) - len(prompts), "training rows skipped as too long"),
+            (counts["overlong_demos"], "demonstrations skipped as too long"),
+            (held_out_counts["overlong_prompts"], "held-out rows skipped as too long"),
+            (counts["closed_thoughts"], "demonstrations without a thought, which the prompt opens: closed empty"),
+            (counts["dropped_thoughts"], "demonstrations without their thought, which the prompt closes"),
+            (counts["plain_messages"], "prompts of messages as plain text, since the tokenizer has no chat template"),
+            (_past_stop(prompts, config.rollout.stop), "demonstrations that go on after a text of rollout.stop"),
+        )
+        if number
+    ]
+    if needs_demos(config.method):
+        enough = [p for p in prompts if len(p.demo_ids) >= train.demos_per_prompt]
+        if len(enough) < len(prompts) and data.bad_rows == "error":
+            few = next(p for p in prompts if len(p.demo_ids) < train.demos_per_prompt)
+            raise ValueError(
+                f"train.demos_per_prompt={train.demos_per_prompt}, but {few.example.id} has only {len(few.demo_ids)} "
+                f"demonstrations, as {len(prompts) - len(enough)} of {len(prompts)} prompts do; lower it, or set "
+                "data.bad_rows=skip"
+            )
+        if len(enough) < len(prompts):
+            notes.append(f"{len(prompts) - len(enough)} prompts skipped that have too few demonstrations")
+        prompts = enough
+    if len(prompts) < train.prompts_per_step:
+        raise ValueError(
+            f"train.prompts_per_step={train.prompts_per_step}, but {data.train} gives only "
+            f"{len(prompts)} usable prompts; "
+            f"set train.prompts_per_step={len(prompts)} or fewer"
+        )
+    return Prompts(prompts, held_out_prompts, ", ".join(notes))
+
+
+def _unreadable(config: Config, examples: list[Example], pool: RewardPool) -> set[str]:
+    """Ids of the examples that cannot be judged, where they may be skipped."""
+    bad = check_answers(examples, pool)
+    if bad and (config.data.bad_rows == "error" or len(bad) == len(examples)):
+        first, reason = next(iter(bad.items()))
+        raise ValueError(
+            f"{len(bad)} of {len(examples)} answers cannot be read by {pool.kind!r}, the first is {first}: {reason}; "
+            "mend them, set data.columns.answer or reward.kind, or data.bad_rows=skip"
+        )
+    return set(bad)
+
+
+def _accepted(
+    examples: list[Example], pool: RewardPool, bad_demos: str
+) -> tuple[list[Example], int]:
+    """The examples with the demonstrations that their verifier accepts, and how many it does not."""
+    bad = set(check_demos(examples, pool))
+    if bad and bad_demos == "error":
+        first, at = next((e, i) for e in examples for i in range(len(e.demos)) if (e.id, i) in bad)
+        reason = pool.score([(first.demos[at], first.answer, first.row)])[0]
+        outcome = "judged wrong" if reason.status == "ok" else f"{reason.status} {reason.message}".strip()
+        raise ValueError(
+            f"{len(bad)} of {sum(len(e.demos) for e in examples)} demonstrations do not end in an answer that "
+            f"{pool.kind!r} accepts, the first is "
+            f"{first.id} (answer {first.answer!r}, {outcome}); "
+            "fix them, or set data.bad_demos=skip (or keep), or another reward.kind"
+        )
+    kept = [replace(e, demos=[d for i, d in enumerate(e.demos) if (e.id, i) not in bad]) for e in examples]
+    return [new for new, old in zip(kept, examples, strict=True) if new.demos or not old.demos], len(bad)
+
+
+def _past_stop(prompts: list[Prompt], stop: list[str]) -> int:
+    """How many demonstrations say something after the first text that would end a rollout."""
+    demos = [demo for p in prompts for demo in p.example.demos]
+    return sum(any(demo.partition(words)[2].strip() for words in stop) for demo in demos)
+
+
+def _encode(
+    config: Config, examples: list[Example], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], Counter[str]]:
+    return build_prompts(
+        examples, prompt_format(config, tokenizer), overlong=config.data.overlong,
+        max_prompt_tokens=config.data.max_prompt_tokens, max_demo_tokens=config.rollout.max_new_tokens,
+    )  # fmt: skip

@@ -1,0 +1,98 @@
+"""Prompts to judged groups: the engine samples, demonstrations join, verifiers give every response its reward."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from srft.batch import Group, Response
+from srft.config import Config
+from srft.data.prompts import Prompt
+from srft.data.sampler import sample_seed
+from srft.data.templates import completion_text
+from srft.engine.base import Completion, Engine, Sampling
+from srft.methods import needs_demos, needs_rollouts
+from srft.rewards.pool import RewardPool
+
+
+@dataclass(frozen=True)
+class Actor:
+    """The rollouts' side of a run: what answers prompts, and what judges the answers.
+
+    Args:
+        engine: Holds the current policy.
+        sampling: How it draws.
+        tokenizer: Turns completions back to text.
+        pool: The verifiers.
+    """
+
+    engine: Engine
+    sampling: Sampling
+    tokenizer: PreTrainedTokenizerBase
+    pool: RewardPool
+
+
+def roll_out(config: Config, actor: Actor, prompts: list[Prompt], step: int) -> list[Group]:
+    """Sample completions and join each prompt's demonstrations to them.
+
+    Args:
+        config: The whole configuration.
+        actor: Holds the current policy.
+        prompts: One group is made of each.
+        step: Part of every sample's seed.
+    """
+    groups = [Group(p) for p in prompts]
+    # the place in the batch tells two copies of a prompt apart where a batch crosses into the next epoch
+    uids = [f"{p.example.id}@{place}" for place, p in enumerate(prompts)]
+
+    def seed(uid: str, sample: int) -> int:
+        return sample_seed(config.train.seed, step, uid, sample)
+
+    if needs_rollouts(config.method):
+        seeds = [[seed(uid, k) for k in range(config.train.rollouts_per_prompt)] for uid in uids]
+        answers = actor.engine.generate([p.prompt_ids for p in prompts], actor.sampling, seeds)
+        for group, completions in zip(groups, answers, strict=True):
+            group.rollouts = [_rollout(actor, group.prompt, completion) for completion in completions]
+    if needs_demos(config.method):
+        for group, uid in zip(groups, uids, strict=True):
+            places, most = range(len(group.prompt.demo_ids)), config.train.demos_per_prompt
+            # of more demonstrations than are joined, others at every visit
+            chosen = sorted(random.Random(seed(uid, -1)).sample(places, most))
+            group.demos = [demonstration(group.prompt, place) for place in chosen]
+    return groups
+
+
+def _rollout(actor: Actor, prompt: Prompt, completion: Completion) -> Response:
+    text = completion_text(actor.tokenizer, completion.token_ids, prompt.opened, actor.sampling.stop)
+    return Response(
+        prompt.prompt_ids, completion.token_ids, is_demo=False, truncated=completion.finish == "length",
+        rollout_logprobs=completion.logprobs, text=text,
+    )  # fmt: skip
+
+
+def demonstration(prompt: Prompt, place: int) -> Response:
+    """Return a demonstration of a prompt as a response to it.
+
+    Args:
+        prompt: Has more than ``place`` demonstrations.
+        place: Which of them, from 0.
+    """
+    return Response(
+        prompt.prompt_ids, prompt.demo_ids[place], is_demo=True, truncated=False, rollout_logprobs=[],
+        text=prompt.example.demos[place],
+    )  # fmt: skip
+
+
+def judge(groups: list[Group], pool: RewardPool) -> None:
+    """Give every rollout and demonstration its reward.
+
+    Args:
+        groups: Modified in place.
+        pool: The verifiers; demonstrations are judged like rollouts, so a bad one earns nothing.
+    """
+    members = [(response, g.prompt.example) for g in groups for response in (*g.rollouts, *g.demos)]
+    results = pool.score([(response.text, example.answer, example.row) for response, example in members])
+    for (response, _), result in zip(members, results, strict=True):
+        response.reward, response.status, response.message = result.value, result.status, result.message
