@@ -142,12 +142,13 @@ def method_loss(
             linear_grpo_loss, labels=batch.labels, advantages=torch.ones_like(batch.advantages),
             loss_type="reinforce", entropy_coef=method.entropy_coef or 0.0, num_tokens=totals.demo_tokens, **common,
         ))  # fmt: skip
+    gamma = None if method.demo_gamma == "preset" else 0.0 if method.demo_gamma == "none" else method.demo_gamma
     return head(hidden_states, partial(
         linear_srft_loss, labels=batch.labels, advantages=batch.advantages, is_demo=batch.is_demo,
         is_correct=batch.is_correct, cu_seqlens=batch.loss_cu_seqlens, old_logprobs=batch.old_logprobs,
         preset=method.preset, sft_coef=method.sft_coef, rl_coef=method.rl_coef,
         sft_entropy_sign=method.sft_entropy_sign, entropy_scope=method.entropy_scope, batch_entropy=batch_entropy,
-        self_rollout=method.self_rollout, demo_gamma=None if method.demo_gamma == "none" else method.demo_gamma,
+        self_rollout=method.self_rollout, demo_gamma=gamma,
         entropy_coef=method.entropy_coef, num_rollout_tokens=totals.rollout_tokens,
         num_demo_tokens=totals.demo_tokens, **common,
     ))  # fmt: skip

@@ -6,6 +6,7 @@ from .linear_logprobs import linear_logprobs
 from .lm_head import FusedLMHead
 from .logprobs_from_logits import logprobs_from_logits
 from .losses import linear_grpo_loss, linear_policy_loss, linear_srft_loss
+from .token_loss import linear_token_loss
 from .types import LoraDelta, PolicyLoss, VocabParallel
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "linear_logprobs",
     "linear_policy_loss",
     "linear_srft_loss",
+    "linear_token_loss",
     "logprobs_from_logits",
     "reference",
 ]

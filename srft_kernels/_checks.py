@@ -210,6 +210,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number > 0, got {value!r}")
 
 
+def check_dual_clip(dual_clip: float | None) -> None:
+    """Raise ValueError unless ``dual_clip`` is None or a number above 1."""
+    if dual_clip is not None and not (is_number(dual_clip) and dual_clip > 1):
+        raise ValueError(f"dual_clip must be a number > 1, got {dual_clip!r}; None turns it off")
+
+
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     choices = list(choices)
@@ -283,8 +289,7 @@ def check_grpo(
     )
     check_positive("clip_low", clip_low)
     check_positive("clip_high", clip_high)
-    if dual_clip is not None and not (is_number(dual_clip) and dual_clip > 1):
-        raise ValueError(f"dual_clip must be a number > 1, got {dual_clip!r}; None turns it off")
+    check_dual_clip(dual_clip)
     check_positive("max_log_ratio", max_log_ratio)
     _check_coef(kl_coef=kl_coef)
     if not is_number(entropy_coef) or not math.isfinite(entropy_coef):
@@ -328,6 +333,7 @@ def check_srft(
     max_log_ratio: float,
     batch_entropy: float | Tensor | None,
     token_weights: Tensor | None,
+    sft_weights: Tensor | None,
     num_rollout_tokens: int | Tensor | None,
     num_demo_tokens: int | Tensor | None,
     switches: tuple,
@@ -337,8 +343,6 @@ def check_srft(
     check_choice("self_rollout", self_rollout, ("likelihood", "ratio"))
     check_choice("sft_entropy_sign", sft_entropy_sign, (-1, 0, 1))
     check_choice("entropy_scope", entropy_scope, ("token", "sequence", "batch"))
-    if demo_gamma is not None:
-        check_positive("demo_gamma", demo_gamma)
     if not is_number(entropy_coef) or not math.isfinite(entropy_coef):
         raise ValueError(f"entropy_coef must be a finite number, got {entropy_coef!r}")
     for name, x in (("advantages", advantages), ("is_demo", is_demo), ("is_correct", is_correct)):
@@ -350,9 +354,10 @@ def check_srft(
         is_correct=is_correct,
         old_logprobs=old_logprobs,
         token_weights=token_weights,
+        sft_weights=sft_weights,
     )
     check_bool(is_demo=is_demo, is_correct=is_correct)
-    _check_coef(sft_coef=sft_coef, rl_coef=rl_coef)
+    _check_coef(sft_coef=sft_coef, rl_coef=rl_coef, demo_gamma=demo_gamma)
     check_positive("max_log_ratio", max_log_ratio)
     if batch_entropy is not None:
         if entropy_scope != "batch":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._checks import check_cross_entropy
 from .compile.ops import logprobs_op, loss_op
-from .formulas import cross_entropy_token
+from .formulas import TokenFormula, cross_entropy_token
 from .head.arguments import make_head
 from .head.chunks import compute_dtype, taking_part
 from .head.sweep import loss_with_gradients
@@ -162,5 +162,5 @@ def linear_cross_entropy(
     weight = tokens.valid.to(dtype) if token_weights is None else tokens.take(token_weights.detach().to(dtype))
     if reduction == "mean":
         weight = weight * reciprocal(count_of(num_tokens, labels != ignore_index, dtype))
-    objective = TokenObjective(cross_entropy_token, weight[None], (), tokens.valid)
+    objective = TokenObjective(TokenFormula(cross_entropy_token), weight[None], (), tokens.valid)
     return loss_with_gradients(inputs, head, tokens, objective, None, weight_grad).loss

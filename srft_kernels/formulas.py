@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ except ImportError:
     triton = None
     tl = None
 
-__all__ = ["Formula"]
+__all__ = ["Formula", "TokenFormula"]
 
 
 def _where(condition: Tensor | bool, x: Tensor, y: Tensor | float) -> Tensor:
@@ -46,6 +46,25 @@ class Formula(Protocol):
 
     def __call__(self, *args: Any) -> Any:
         """Device form, inside a kernel; ``args`` are scalars of one token."""
+
+
+class TokenFormula(NamedTuple):
+    """The formula of a whole token and, where it has a term that several losses choose, that term."""
+
+    token: Formula
+    """Returns (loss, dloss/dlogp, dloss/dentropy, ratio, clipped)."""
+    term: Formula | None = None
+    """The last argument of ``token``, compiled in."""
+
+    @property
+    def chosen(self) -> Formula:
+        """``term``, where there is one."""
+        assert self.term is not None
+        return self.term
+
+    def eager(self, *args: Any) -> Any:
+        """Torch form; ``args`` are vectors [n] and numbers, all but the term."""
+        return self.token.eager(*args) if self.term is None else self.token.eager(*args, self.term.eager)
 
 
 def _formula(function: Callable[..., Any]) -> Formula:
@@ -145,16 +164,30 @@ def weighted(weight, x):
     return tl.where(weight != 0, weight * x, 0.0)
 
 
+@_formula
+def shaped(logp, advantage, gamma_p, gamma):
+    # -A f(p) with f(p) = p / (gamma_p p + gamma)
+    p = tl.exp(logp)
+    shape = gamma_p * p + gamma
+    return -advantage * p / shape, -advantage * p * gamma / (shape * shape)
+
+
+@_formula
+def fixed_factor(entropy_coef, weight_entropy, logp, by_p, by_rest):
+    # exp(u H), times p for by_p = 1, times 1 - p for by_rest = 1, too; no gradient goes through it
+    p = tl.exp(logp)
+    return tl.exp(weighted(entropy_coef, weight_entropy)) * (1.0 - by_p + by_p * p * (1.0 - by_rest * p))
+
+
 # --- SRFT terms ---
 
 
 @_formula
 def srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma):
-    # -s logp and -A f(p), with s = sft_coef exp(sign H) and f(p) = p / (gamma_p p + gamma)
+    # -s logp and -A f(p), with s = sft_coef exp(sign H)
     weight = sft_coef * tl.exp(sft_sign * weight_entropy)
-    p = tl.exp(logp)
-    shape = gamma_p * p + gamma
-    return weighted(weight, -logp), -weight, -advantage * p / shape, -advantage * p * gamma / (shape * shape)
+    rl, drl = shaped(logp, advantage, gamma_p, gamma)
+    return weighted(weight, -logp), -weight, rl, drl
 
 
 @_formula
@@ -185,7 +218,7 @@ def cross_entropy_token(logp, entropy, weight):
 
 
 @_formula
-def _grpo_log_ratio(logp, advantage, old_logp, rollout_weight, off_policy, max_log_ratio):
+def heard_log_ratio(logp, advantage, old_logp, rollout_weight, off_policy, max_log_ratio):
     log_ratio = log_ratio_if(off_policy, logp, old_logp)
     factor = policy_factor(advantage, rollout_weight)
     return tl.where(heard(factor, log_ratio, max_log_ratio), log_ratio, 0.0)
@@ -203,12 +236,13 @@ def _grpo_sum(
 
 
 @_formula
-def clip_token(
+def grpo_token(
     logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
     clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef, max_log_ratio,
+    POLICY: tl.constexpr,
 ):
-    log_ratio = _grpo_log_ratio(logp, advantage, old_logp, rollout_weight, off_policy, max_log_ratio)
-    policy, dpolicy, ratio, clipped = clip_policy(
+    log_ratio = heard_log_ratio(logp, advantage, old_logp, rollout_weight, off_policy, max_log_ratio)
+    policy, dpolicy, ratio, clipped = POLICY(
         logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio)
     loss, dlogp, dentropy = _grpo_sum(
         logp, entropy, policy, dpolicy, weight, advantage, ref_logp, rollout_weight,
@@ -217,59 +251,72 @@ def clip_token(
 
 
 @_formula
-def cispo_token(
-    logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
-    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef, max_log_ratio,
+def srft_terms(
+    logp, log_ratio, sft_share, advantage, correct, weight_entropy,
+    sft_coef, sft_sign, gamma_p, gamma, rl_coef, max_log_ratio,
+    ROLLOUT: tl.constexpr,
 ):
-    log_ratio = _grpo_log_ratio(logp, advantage, old_logp, rollout_weight, off_policy, max_log_ratio)
-    policy, dpolicy, ratio, clipped = cispo_policy(
-        logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio)
-    loss, dlogp, dentropy = _grpo_sum(
-        logp, entropy, policy, dpolicy, weight, advantage, ref_logp, rollout_weight,
-        kl_coef, with_ref, entropy_coef, max_log_ratio)
-    return loss, dlogp, dentropy, ratio, clipped
+    # each term of SRFT without its weight, and its derivative by logp; the ratio; whether the last term has c
+    sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
+    rollout, drollout, ratio, positive = ROLLOUT(
+        logp, log_ratio, advantage, correct, weight_entropy, rl_coef, max_log_ratio)
+    return weighted(sft_share, sft), weighted(sft_share, dsft), rl, drl, rollout, drollout, ratio, positive
 
 
 @_formula
-def reinforce_token(
-    logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
-    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef, max_log_ratio,
-):
-    log_ratio = _grpo_log_ratio(logp, advantage, old_logp, rollout_weight, off_policy, max_log_ratio)
-    policy, dpolicy, ratio, clipped = reinforce_policy(
-        logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio)
-    loss, dlogp, dentropy = _grpo_sum(
-        logp, entropy, policy, dpolicy, weight, advantage, ref_logp, rollout_weight,
-        kl_coef, with_ref, entropy_coef, max_log_ratio)
-    return loss, dlogp, dentropy, ratio, clipped
+def srft_sum(demo_weight, rollout_weight, sft, rl, rollout):
+    # of the terms or of their derivatives
+    return weighted(demo_weight, sft + rl) + weighted(rollout_weight, rollout)
 
 
 @_formula
-def srft_likelihood_token(
-    logp, entropy, demo_weight, rollout_weight, entropy_weight, advantage, correct, old_logp, scope_entropy,
+def srft_token(
+    logp, entropy, demo_weight, rollout_weight, entropy_weight, sft_share, advantage, correct, old_logp, scope_entropy,
     sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy, max_log_ratio,
+    ROLLOUT: tl.constexpr,
+):
+    sft, dsft, rl, drl, rollout, drollout, ratio, positive = srft_terms(
+        logp, log_ratio_if(off_policy, logp, old_logp), sft_share, advantage, correct,
+        scope_entropy + own_entropy * entropy, sft_coef, sft_sign, gamma_p, gamma, rl_coef, max_log_ratio, ROLLOUT)
+    loss = srft_sum(demo_weight, rollout_weight, sft, rl, rollout) - entropy_weight * entropy
+    return loss, srft_sum(demo_weight, rollout_weight, dsft, drl, drollout), -entropy_weight, ratio, ratio < 0
+
+
+@_formula
+def stream_terms(
+    logp, entropy, policy, dpolicy, policy_scale, sft_scale, shaped_weight, kl_weight, entropy_weight,
+    advantage, ref_logp, gamma_p, gamma, with_ref, max_log_ratio,
+):
+    # each term of the general loss and its derivative by logp; of the entropy bonus the term alone
+    shaped_factor = policy_factor(advantage, shaped_weight)
+    rl, drl = shaped(logp, advantage, gamma_p, gamma)
+    kl, dkl = k3(logp, log_ratio_if(with_ref, ref_logp, logp), max_log_ratio)
+    return (
+        weighted(policy_scale, policy), weighted(policy_scale, dpolicy), weighted(sft_scale, -logp), -sft_scale,
+        weighted(shaped_factor, rl), weighted(shaped_factor, drl), weighted(kl_weight, kl), weighted(kl_weight, dkl),
+        -weighted(entropy_weight, entropy),
+    )
+
+
+@_formula
+def stream_token(
+    logp, entropy, policy_weight, sft_weight, shaped_weight, kl_weight, entropy_weight, advantage, old_logp, ref_logp,
+    policy_entropy_coef, sft_entropy_coef, scope_entropy,
+    clip_low, clip_high, dual_clip, max_log_ratio, off_policy, with_ref, own_entropy,
+    policy_by_p, policy_by_rest, sft_by_p, sft_by_rest, gamma_p, gamma,
+    POLICY: tl.constexpr,
 ):
     weight_entropy = scope_entropy + own_entropy * entropy
-    sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
-    rollout, drollout, ratio, positive = srft_likelihood(
-        logp, log_ratio_if(off_policy, logp, old_logp), advantage, correct, weight_entropy, rl_coef, max_log_ratio)
-    loss = weighted(demo_weight, sft + rl) + weighted(rollout_weight, rollout) - entropy_weight * entropy
-    dlogp = weighted(demo_weight, dsft + drl) + weighted(rollout_weight, drollout)
-    return loss, dlogp, -entropy_weight, ratio, ratio < 0
-
-
-@_formula
-def srft_ratio_token(
-    logp, entropy, demo_weight, rollout_weight, entropy_weight, advantage, correct, old_logp, scope_entropy,
-    sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy, max_log_ratio,
-):
-    weight_entropy = scope_entropy + own_entropy * entropy
-    sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
-    rollout, drollout, ratio, positive = srft_ratio(
-        logp, log_ratio_if(off_policy, logp, old_logp), advantage, correct, weight_entropy, rl_coef, max_log_ratio)
-    loss = weighted(demo_weight, sft + rl) + weighted(rollout_weight, rollout) - entropy_weight * entropy
-    dlogp = weighted(demo_weight, dsft + drl) + weighted(rollout_weight, drollout)
-    return loss, dlogp, -entropy_weight, ratio, ratio < 0
+    log_ratio = heard_log_ratio(logp, advantage, old_logp, policy_weight, off_policy, max_log_ratio)
+    policy, dpolicy, ratio, clipped = POLICY(
+        logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio)
+    factor = policy_factor(advantage, policy_weight)
+    policy_fixed = fixed_factor(policy_entropy_coef, weight_entropy, logp, policy_by_p, policy_by_rest)
+    sft_fixed = fixed_factor(sft_entropy_coef, weight_entropy, logp, sft_by_p, sft_by_rest)
+    policy, dpolicy, sft, dsft, rl, drl, kl, dkl, bonus = stream_terms(
+        logp, entropy, policy, dpolicy, weighted(factor, policy_fixed), weighted(sft_weight, sft_fixed),
+        shaped_weight, kl_weight, entropy_weight, advantage, ref_logp, gamma_p, gamma, with_ref, max_log_ratio)
+    return policy + sft + rl + kl + bonus, dpolicy + dsft + drl + dkl, -entropy_weight, ratio, clipped
 
 
 # fmt: on

@@ -14,16 +14,22 @@ import torch
 from torch import Tensor
 
 from ._checks import check_grpo, check_srft
-from .compile.ops import GRPO_TERMS, SRFT_TERMS, loss_op, user_loss_op
+from .compile.ops import loss_op, user_loss_op
 from .head.arguments import make_head
 from .head.chunks import Tokens, compute_dtype, scalar, taking_part
 from .head.sweep import loss_with_gradients
 from .linear_logprobs import linear_logprobs
 from .objectives import (
     GRPO_FORMULAS,
+    GRPO_TERMS,
     SRFT_FORMULAS,
+    SRFT_TERMS,
     CallableObjective,
+    GrpoInputs,
+    GrpoNumbers,
     GrpoObjective,
+    SrftInputs,
+    SrftNumbers,
     SrftObjective,
     TokenObjective,
 )
@@ -43,10 +49,11 @@ def reciprocal(count: Tensor) -> Tensor:
     return torch.where(count > 0, count, 1.0).reciprocal()
 
 
-def _pack(tokens: Tokens, dtype: torch.dtype, *vectors: Tensor | None) -> Tensor:
-    """[K, n] inputs of a formula from [N] vectors, None being zeros."""
+def pack(tokens: Tokens, dtype: torch.dtype, fields: tuple[str, ...], **vectors: Tensor | None) -> Tensor:
+    """[K, n] inputs of a formula from [N] ``vectors``, None being zeros, named by ``fields`` in their order."""
+    assert tuple(vectors) == fields, f"expected {fields}, got {tuple(vectors)}"
     zeros = torch.zeros_like(tokens.valid, dtype=dtype)
-    return torch.stack([zeros if x is None else tokens.take(x.detach().to(dtype)) for x in vectors])
+    return torch.stack([zeros if x is None else tokens.take(x.detach().to(dtype)) for x in vectors.values()])
 
 
 @loss_op(*GRPO_TERMS)
@@ -159,35 +166,41 @@ def linear_grpo_loss(
     )  # fmt: skip
     dtype = compute_dtype(hidden_states.dtype)
     ones = torch.ones_like(labels, dtype=dtype)
-    vectors = _pack(
+    vectors = pack(
         tokens,
         dtype,
-        ones if token_weights is None else token_weights,
-        advantages,
-        old_logprobs,
-        ref_logprobs,
-        ones if rollout_weights is None else rollout_weights,
+        GrpoInputs._fields,
+        weight=ones if token_weights is None else token_weights,
+        advantage=advantages,
+        old_logp=old_logprobs,
+        ref_logp=ref_logprobs,
+        rollout_weight=ones if rollout_weights is None else rollout_weights,
     )
     vectors[0] *= reciprocal(count_of(num_tokens, labels != ignore_index, dtype))
-    off_policy, with_ref = float(old_logprobs is not None), float(ref_logprobs is not None and kl_coef != 0)
-    dual_clip = float("inf") if dual_clip is None else dual_clip
-    params = (clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef, max_log_ratio)
-    formula, policy = GRPO_FORMULAS[loss_type]
+    numbers = GrpoNumbers(
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=float("inf") if dual_clip is None else dual_clip,
+        off_policy=old_logprobs is not None,
+        kl_coef=kl_coef,
+        with_ref=ref_logprobs is not None and kl_coef != 0,
+        entropy_coef=entropy_coef,
+        max_log_ratio=max_log_ratio,
+    )
     objective = GrpoObjective(
-        formula,
+        GRPO_FORMULAS[loss_type],
         vectors,
-        tuple(map(float, params)),
+        GrpoNumbers(*map(float, numbers)),
         tokens.valid,
         scope="sequence" if loss_type == "gspo" else "token",
         offsets=tokens.offsets(cu_seqlens) if loss_type == "gspo" else None,
         entropy_grad=entropy_coef != 0,
-        policy=policy,
     )
-    bounds = _host_bounds(objective, cu_seqlens)
+    bounds = host_bounds(objective, cu_seqlens)
     return loss_with_gradients(inputs, head, tokens, objective, bounds, weight_grad)
 
 
-def _host_bounds(objective: TokenObjective, cu_seqlens: Tensor | None) -> list[int] | None:
+def host_bounds(objective: TokenObjective, cu_seqlens: Tensor | None) -> list[int] | None:
     """Sequence bounds in computed rows, where the host knows them."""
     if objective.offsets is None or cu_seqlens is None:
         return None
@@ -215,9 +228,10 @@ def linear_srft_loss(
     entropy_scope: str | None = None,
     batch_entropy: float | Tensor | None = None,
     self_rollout: str | None = None,
-    demo_gamma: float | str | None = "preset",
+    demo_gamma: float | None = None,
     entropy_coef: float | None = None,
     token_weights: Tensor | None = None,
+    sft_weights: Tensor | None = None,
     num_rollout_tokens: int | Tensor | None = None,
     num_demo_tokens: int | Tensor | None = None,
     bias: Tensor | None = None,
@@ -232,10 +246,10 @@ def linear_srft_loss(
 ) -> PolicyLoss:
     """SRFT loss on demonstrations and rollouts together, without materialising the [N, V] logits.
 
-    With s_n = sft_coef exp(sign sg H), c_n = rl_coef exp(+sg H), w = token_weights, and f(p) = p, or p / (p +
-    demo_gamma)::
+    With s_n = sft_coef exp(sign sg H), c_n = rl_coef exp(+sg H), w = token_weights, v = sft_weights or w, and f(p) = p,
+    or p / (p + demo_gamma)::
 
-        loss = (1 / num_demo_tokens)    sum_demo    w_n [ -s_n logp_n - A_n f(p_n) ]
+        loss = (1 / num_demo_tokens)    sum_demo    [ -v_n s_n logp_n - w_n A_n f(p_n) ]
              + (1 / num_rollout_tokens) sum_rollout w_n l_n
              - entropy_coef * mean of H over all valid tokens
 
@@ -246,8 +260,8 @@ def linear_srft_loss(
 
     A weight of exactly 0 takes out what it multiplies, whatever stands in the other vectors, NaN included. A token with
     ``token_weights`` 0 is ignored as if its label were ``ignore_index``, also in every mean of H, but counted where a
-    denominator is None. An advantage, ``sft_coef`` or ``rl_coef`` of 0 takes out the term it multiplies: the rest of
-    the token, its entropy too, stays. Likelihood rollouts read no advantage.
+    denominator is None. An advantage, ``sft_weights``, ``sft_coef`` or ``rl_coef`` of 0 takes out the term it
+    multiplies: the rest of the token, its entropy too, stays. Likelihood rollouts read no advantage.
 
     ============================  ============  ==========  ============
     switch                        "paper"       "official"  "upt"
@@ -255,7 +269,7 @@ def linear_srft_loss(
     ``self_rollout``              "likelihood"  "ratio"     "likelihood"
     ``sft_entropy_sign``          -1            +1          -1
     ``entropy_scope``             "sequence"    "token"     "sequence"
-    ``demo_gamma``                None          0.1         0.1
+    ``demo_gamma``                0             0.1         0.1
     ``entropy_coef``              0             0.001       0.001
     ============================  ============  ==========  ============
 
@@ -281,9 +295,11 @@ def linear_srft_loss(
         batch_entropy: Mean entropy of the whole batch in nats, >= 0, a number or 0-d tensor, for scope
             "batch".
         self_rollout: "likelihood" or "ratio". None: by preset.
-        demo_gamma: gamma > 0 of f, or None for f(p) = p. "preset": by preset.
+        demo_gamma: gamma >= 0 of f; 0: no shaping, f(p) = p. None: by preset.
         entropy_coef: Weight of the entropy bonus, which has a gradient. None: by preset.
         token_weights: [N] multiplies the terms of a token (1 / length gives a mean over sequences); 0 ignores it.
+        sft_weights: [N] multiplies the log-likelihood of demonstrations in place of ``token_weights``, so that it may
+            be aggregated otherwise; of any sign, not read on rollouts. None: ``token_weights``.
         num_rollout_tokens: Denominator of rollout terms, counted over micro-batches and ranks; int or 0-d
             tensor, 0 counts as 1. None: the rollout tokens of this call with a label, whatever their weight.
         num_demo_tokens: The same for demonstrations.
@@ -320,7 +336,7 @@ def linear_srft_loss(
     switches = srft_switches(preset, self_rollout, sft_entropy_sign, entropy_scope, demo_gamma, entropy_coef)
     check_srft(
         labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs, sft_coef, rl_coef, max_log_ratio,
-        batch_entropy, token_weights, num_rollout_tokens, num_demo_tokens, switches,
+        batch_entropy, token_weights, sft_weights, num_rollout_tokens, num_demo_tokens, switches,
     )  # fmt: skip
     dtype = compute_dtype(hidden_states.dtype)
     demo = tokens.select(is_demo)
@@ -331,41 +347,52 @@ def linear_srft_loss(
     given_entropy = switches.entropy_scope == "batch" and batch_entropy is not None
     scope_entropy = scalar(0.0 if batch_entropy is None else batch_entropy, dtype, labels.device).expand(labels.shape)
     demo_n = is_demo.to(dtype)
-    vectors = _pack(
-        tokens, dtype, demo_n, 1 - demo_n, None, advantages, is_correct, old_logprobs, scope_entropy
+    # a demonstration has no old_logprobs, a rollout no sft_weights: whatever stands there must not reach the sums
+    vectors = pack(
+        tokens,
+        dtype,
+        SrftInputs._fields,
+        demo_weight=demo_n,
+        rollout_weight=1 - demo_n,
+        entropy_weight=None,
+        sft_share=None if sft_weights is None else torch.where(is_demo, sft_weights, 0.0),
+        advantage=advantages,
+        correct=is_correct,
+        old_logp=None if old_logprobs is None else torch.where(is_demo, 0.0, old_logprobs),
+        scope_entropy=scope_entropy,
     )
-    vectors[0] *= weight * reciprocal(num_demo)
-    vectors[1] *= weight * reciprocal(num_rollout)
-    vectors[2] = switches.entropy_coef * tokens.valid.to(dtype) * reciprocal(num_demo + num_rollout)
-    # a demonstration has no old_logprobs: whatever stands there must not reach the sums
-    vectors[5] = torch.where(demo, 0.0, vectors[5])
-    formula, rollout = SRFT_FORMULAS[switches.self_rollout]
+    token = SrftInputs(*vectors)
+    token.demo_weight.mul_(weight * reciprocal(num_demo))
+    token.rollout_weight.mul_(weight * reciprocal(num_rollout))
+    token.entropy_weight.copy_(switches.entropy_coef * tokens.valid.to(dtype) * reciprocal(num_demo + num_rollout))
+    if sft_weights is None:
+        token.sft_share.fill_(1.0)
+    else:
+        token.sft_share.div_(torch.where(weight != 0, weight, 1.0))
     # f(p) = p / (gamma_p p + gamma)
-    gamma_p, gamma = (0.0, 1.0) if switches.demo_gamma is None else (1.0, switches.demo_gamma)
+    gamma_p, gamma = (0.0, 1.0) if switches.demo_gamma == 0 else (1.0, switches.demo_gamma)
     scope = "token" if given_entropy else switches.entropy_scope
-    own_entropy = switches.entropy_scope == "token"
-    params = (
-        sft_coef,
-        switches.sft_entropy_sign,
-        gamma_p,
-        gamma,
-        rl_coef,
-        old_logprobs is not None,
-        own_entropy,
-        max_log_ratio,
+    numbers = SrftNumbers(
+        sft_coef=sft_coef,
+        sft_sign=switches.sft_entropy_sign,
+        gamma_p=gamma_p,
+        gamma=gamma,
+        rl_coef=rl_coef,
+        off_policy=old_logprobs is not None,
+        own_entropy=switches.entropy_scope == "token",
+        max_log_ratio=max_log_ratio,
     )
     objective = SrftObjective(
-        formula,
+        SRFT_FORMULAS[switches.self_rollout],
         vectors,
-        tuple(map(float, params)),
+        SrftNumbers(*map(float, numbers)),
         tokens.valid,
         scope=scope,
         offsets=tokens.offsets(cu_seqlens) if scope == "sequence" else None,
         entropy_grad=switches.entropy_coef != 0,
-        rollout=rollout,
         is_demo=demo,
     )
-    bounds = _host_bounds(objective, cu_seqlens)
+    bounds = host_bounds(objective, cu_seqlens)
     return loss_with_gradients(inputs, head, tokens, objective, bounds, weight_grad)
 
 

@@ -33,25 +33,6 @@ R = TypeVar("R")
 # arguments of an op that may have a gradient, in the order of Inputs
 _DIFFERENTIABLE = ("hidden_states", "lm_head_weight", "bias", "lora_a", "lora_b")
 
-# keys of PolicyLoss.terms, in order: a graph must know them before there is a loss
-GRPO_TERMS = ("policy", "kl", "entropy_bonus", "clip_low_sum", "clip_high_sum", "sum_entropy")
-SRFT_TERMS = (
-    "demo_sft",
-    "demo_rl",
-    "rollout_positive",
-    "rollout_negative",
-    "demo_sft_unweighted",
-    "demo_rl_unweighted",
-    "rollout_positive_unweighted",
-    "rollout_negative_unweighted",
-    "entropy_bonus",
-    "sum_weight_sft",
-    "sum_weight_rl",
-    "sum_entropy_demo",
-    "sum_entropy_rollout",
-)
-
-
 def _dispatch(function: Callable[P, R], traced: Callable[[dict[str, Any]], Any]) -> Callable[P, R]:
     """``function``, and under torch.compile ``traced`` of its arguments by name."""
     signature = inspect.signature(function)

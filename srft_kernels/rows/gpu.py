@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formulas import Formula
+from ..formulas import TokenFormula
 from .types import LOWEST_LOGPROB, RowArguments, Stats
 
 try:
@@ -109,6 +109,7 @@ def _row_kernel(
     label_smoothing,
     z_loss_coef,
     OBJECTIVE: tl.constexpr,
+    TERM: tl.constexpr,
     NUM_INPUTS: tl.constexpr,
     STATS_KNOWN: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -198,7 +199,10 @@ def _row_kernel(
             inputs = ()
             for k in tl.static_range(NUM_INPUTS):
                 inputs = inputs + (tl.load(inputs_ptr + k * stride_inputs + row),)  # type: ignore[assignment]
-            _, a, e, _, _ = OBJECTIVE(logp, entropy, *inputs, *scalars)
+            if TERM is None:
+                _, a, e, _, _ = OBJECTIVE(logp, entropy, *inputs, *scalars)
+            else:
+                _, a, e, _, _ = OBJECTIVE(logp, entropy, *inputs, *scalars, TERM)
         a *= grad_scale
         e *= grad_scale
         a_label = a
@@ -242,7 +246,7 @@ def _launch(
     entropy_grad: bool = False,
     dlogp: Tensor | None = None,
     dentropy: Tensor | None = None,
-    formula: Formula | None = None,
+    formula: TokenFormula | None = None,
     inputs: Tensor | None = None,
     params: tuple[float, ...] = (),
     out: Tensor | None = None,
@@ -274,14 +278,15 @@ def _launch(
             z if dentropy is None else dentropy,
             z if inputs is None else inputs,
             0 if inputs is None else inputs.stride(0),
-            params,
+            tuple(params),
             vocab,
             rows.ignore_index,
             1.0 if rows.softcap is None else float(rows.softcap),
             rows.grad_scale,
             0.0 if rows.smoothing is None else float(rows.smoothing.label_smoothing),
             0.0 if rows.smoothing is None else float(rows.smoothing.z_loss_coef),
-            OBJECTIVE=formula,
+            OBJECTIVE=None if formula is None else formula.token,
+            TERM=None if formula is None else formula.term,
             NUM_INPUTS=0 if inputs is None else inputs.shape[0],
             STATS_KNOWN=known is not None,
             GRADIENT=gradient,
@@ -348,7 +353,7 @@ def gradient(
 def objective_gradient(
     z: Tensor,
     rows: RowArguments,
-    formula: Formula,
+    formula: TokenFormula,
     inputs: Tensor,
     params: tuple[float, ...],
     entropy_grad: bool,
@@ -359,7 +364,7 @@ def objective_gradient(
     Args:
         z: [C, V] fp32, bf16 or fp16 scores.
         rows: Labels and logit transforms.
-        formula: Device form of a token formula of ``formulas``.
+        formula: A token formula of ``formulas``.
         inputs: [K, C] fp32, per-token arguments of ``formula``.
         params: Its scalar arguments.
         entropy_grad: The formula has a derivative by the entropy that is not zero.

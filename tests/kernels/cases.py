@@ -138,6 +138,39 @@ def srft(module, case: Case, **options):
     )
 
 
+def token_loss(module, case: Case, **options):
+    """linear_token_loss of ``module``: policy and log-likelihood with a factor; ``everything`` for all five terms.
+
+    The weights have signs and zeros; ``on_policy`` leaves old_logprobs out.
+    """
+    old = None if options.pop("on_policy", False) else case.old_logprobs
+    demo = case.is_demo
+    options = {
+        "policy_weights": torch.where(demo, 0.0, case.weights / 31),
+        "sft_weights": torch.where(demo, case.weights / 17, torch.where(case.is_correct, 0.0, -0.02)),
+        "sft_entropy_coefs": torch.where(demo, -1.0, 0.0),
+        **options,
+    }
+    if options.pop("everything", False):
+        options = {
+            "shaped_weights": torch.where(demo, case.weights / 13, 0.0),
+            "kl_weights": torch.where(demo, 0.0, 0.3 / 31),
+            "entropy_weights": torch.where(case.is_correct, 0.05 * case.weights / 31, 0.0),
+            "policy_entropy_coefs": torch.where(case.advantages > 0, 0.5, 0.0),
+            "ref_logprobs": case.ref_logprobs,
+            "shaping_gamma": 0.1,
+            "policy_prob_factor": "p(1-p)",
+            "sft_prob_factor": "p",
+            **options,
+        }
+    if options.get("policy") == "gspo" or options.get("entropy_scope") == "sequence":
+        options = {"cu_seqlens": case.cu_seqlens, **options}
+    options = {"advantages": case.advantages, **options}
+    return module.linear_token_loss(
+        case.hidden, case.weight, case.labels, old_logprobs=old, bias=case.bias, **options
+    )
+
+
 def cross_entropy(module, case: Case, **options):
     """linear_cross_entropy of ``module``."""
     return module.linear_cross_entropy(case.hidden, case.weight, case.labels, bias=case.bias, **options)

@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import srft_kernels
-from srft_kernels import formulas
+from srft_kernels import formulas, objectives
+from srft_kernels.formulas import TokenFormula
 from srft_kernels.rows import gpu as row_kernels
 
 TARGETS = {
@@ -117,13 +118,29 @@ def device_functions() -> dict[str, JITFunction]:
     return found
 
 
-def token_formulas() -> dict[str, JITFunction]:
-    """The formulas that a kernel inlines, by name."""
-    return {name: x for name, x in vars(formulas).items() if name.endswith("_token") and hasattr(x, "eager")}
+def name_of(formula: TokenFormula) -> str:
+    """Such as "grpo_token" or "grpo_token-clip_policy"."""
+    return "-".join(x.__name__ for x in formula if x is not None)
 
 
-def arguments_of(formula: JITFunction, count: int) -> tuple[torch.Tensor, tuple[float, ...]]:
+def token_formulas() -> dict[str, TokenFormula]:
+    """The formulas that a kernel inlines, each with every term that a loss chooses, by name."""
+    chosen = [*objectives.GRPO_FORMULAS.values(), *objectives.SRFT_FORMULAS.values()]
+    chosen += [*objectives.STREAM_FORMULAS.values(), TokenFormula(formulas.cross_entropy_token)]
+    tokens = {x for name, x in vars(formulas).items() if name.endswith("_token") and hasattr(x, "eager")}
+    assert {x.token for x in chosen} == tokens
+    return {name_of(x): x for x in chosen}
+
+
+def scalars_of(formula: TokenFormula) -> int:
+    """How many numbers ``formula`` takes."""
+    names = [name for name in formula.token.arg_names if not name.isupper()]
+    first = next((i for i, name in enumerate(names) if name in ("clip_low", "sft_coef")), len(names))
+    return len(names) - first
+
+
+def arguments_of(formula: TokenFormula, count: int) -> tuple[torch.Tensor, tuple[float, ...]]:
     """Inputs [K, count] and scalars, such as ``formula`` takes."""
-    names = formula.arg_names[2:]
-    inputs = next((i for i, name in enumerate(names) if name in ("clip_low", "sft_coef")), len(names))
-    return torch.ones(inputs, count), (0.5,) * (len(names) - inputs)
+    names = [name for name in formula.token.arg_names[2:] if not name.isupper()]
+    scalars = scalars_of(formula)
+    return torch.ones(len(names) - scalars, count), (0.5,) * scalars

@@ -17,12 +17,13 @@ OPS = [name for name in srft_kernels.__all__ if name.startswith("linear_")]
 
 
 def test_every_op_is_exported():
-    """The five ops, the one for logits, what they take and give, the head and the reference."""
+    """The six ops, the one for logits, what they take and give, the head and the reference."""
     assert set(OPS) == {
         "linear_logprobs",
         "linear_cross_entropy",
         "linear_grpo_loss",
         "linear_srft_loss",
+        "linear_token_loss",
         "linear_policy_loss",
     }
     others = {"FusedLMHead", "LoraDelta", "PolicyLoss", "VocabParallel", "logprobs_from_logits", "reference"}

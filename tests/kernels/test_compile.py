@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from srft_kernels import formulas
+from srft_kernels.formulas import TokenFormula
 from srft_kernels.rows import gpu as row_kernels
 from srft_kernels.rows.types import RowArguments, Smoothing, Stats
 from tests.kernels.cases import case_id
@@ -16,12 +17,12 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(row_kernels.INTERPRETED, reason="the interpreter does not compile")
 
 if row_kernels.INTERPRETED:
-    TARGETS, TOKEN_FORMULAS, LARGEST = [], [], None
+    TARGETS, TOKEN_FORMULAS, LARGEST, name_of = [], [], None, str
 else:
-    from tests.kernels.launches import TARGETS, arguments_of, recorded_launches, token_formulas
+    from tests.kernels.launches import TARGETS, arguments_of, name_of, recorded_launches, token_formulas
 
     TOKEN_FORMULAS = list(token_formulas().values())
-    LARGEST = max(TOKEN_FORMULAS, key=lambda formula: len(formula.arg_names))
+    LARGEST = max(TOKEN_FORMULAS, key=lambda formula: len(formula.token.arg_names))
 OPTIONS = {"bias": True, "softcap": 30.0, "temperature": True, "entropy": True}
 PLAIN: dict = {}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -89,7 +90,7 @@ def test_largest_objective_compiles(target, options, vocab, tmp_path):
     assert_clean(compile_rows(target, LARGEST, vocab=vocab, **options), target, tmp_path)
 
 
-@pytest.mark.parametrize("formula", TOKEN_FORMULAS, ids=lambda x: x.__name__)
+@pytest.mark.parametrize("formula", TOKEN_FORMULAS, ids=name_of)
 def test_every_objective_compiles(formula, tmp_path):
     """Every objective inlined for sm_90."""
     assert_clean(compile_rows("sm_90", formula), "sm_90", tmp_path)
@@ -100,7 +101,7 @@ def test_every_objective_compiles(formula, tmp_path):
 @pytest.mark.parametrize("part", ["statistics", "gradient", "one-launch"])
 def test_smoothed_rows_compile(target, options, part, tmp_path):
     """Label smoothing and z-loss, in one launch and in two."""
-    formula = formulas.cross_entropy_token if part == "one-launch" else None
+    formula = TokenFormula(formulas.cross_entropy_token) if part == "one-launch" else None
     options = {**options, "entropy": False, "smoothing": Smoothing(0.1, 0.01)}
     assert_clean(compile_rows(target, formula, part, **options), target, tmp_path)
 
@@ -135,7 +136,8 @@ def loops(ptx: str) -> list[str]:
 )
 def test_statistics_stay_in_their_threads(scores, options, registers, tmp_path):
     """Threads exchange nothing until a row has been read: vector loads, and no shuffle or barrier in either loop."""
-    ptx = compile_rows("sm_90", formulas.clip_token, scores=scores, **options).asm["ptx"]
+    formula = TokenFormula(formulas.grpo_token, formulas.clip_policy)
+    ptx = compile_rows("sm_90", formula, scores=scores, **options).asm["ptx"]
     statistics, gradient = [body for body in loops(ptx) if "ex2" in body]
     for body in (statistics, gradient):
         assert not re.search("bar|shfl|shared", body) and body.count("ld.global.v4") >= 2
@@ -147,7 +149,7 @@ def test_statistics_stay_in_their_threads(scores, options, registers, tmp_path):
 
 def test_in_place_gradient_waits_for_the_label():
     """Before the gradient is written over a row, every thread has read the score of the label."""
-    ptx = compile_rows("sm_90", formulas.cross_entropy_token, scores=BF16).asm["ptx"]
+    ptx = compile_rows("sm_90", TokenFormula(formulas.cross_entropy_token), scores=BF16).asm["ptx"]
     before = ptx[: ptx.index(loops(ptx)[-1])]
     # the only load of a single 16-bit number
     assert before.count("ld.global.b16") == 1

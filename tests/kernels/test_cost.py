@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import srft_kernels
 from srft_kernels.head import chunks as chunked_head
 from srft_kernels.head import sweep as one_pass
-from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft
+from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft, token_loss
 
 N, V, D = SHAPE = (320, 257, 64)
-LOSSES = [cross_entropy, grpo, srft, policy]
+LOSSES = [cross_entropy, grpo, srft, token_loss, policy]
 
 
 def products(call) -> float:
@@ -44,7 +44,9 @@ def test_known_objective(op, leaves, cost):
     """Logits once, and one product for each input that is trained."""
     case = case_with(*leaves)
     # an infinite clip: a clipped token would cost nothing
-    options = {"clip_low": float("inf"), "clip_high": float("inf")} if op is grpo else {}
+    options = {"clip_low": float("inf"), "clip_high": float("inf")} if op in (grpo, token_loss) else {}
+    if op is token_loss:
+        options["everything"] = True
     assert products(lambda: op(srft_kernels, case, **options)) == cost
     loss = loss_of(op(srft_kernels, case, **options))
     if leaves:
@@ -84,9 +86,18 @@ def test_scopes_without_a_second_projection(monkeypatch):
     case.is_demo[:] = False
     assert products(lambda: srft(srft_kernels, case, entropy_scope="batch")) == 6
     assert products(lambda: grpo(srft_kernels, case, loss_type="gspo", clip_low=1e9, clip_high=1e9)) == 6
+    unclipped = {"policy": "gspo", "clip_low": 1e9, "clip_high": 1e9}
+    alone = {"sft_weights": None, "sft_entropy_coefs": None, "policy_weights": case.weights}
+    assert products(lambda: token_loss(srft_kernels, case, **unclipped, **alone)) == 6
+    # the log-likelihood of every token has a product of its own
+    beside = {**alone, "sft_weights": case.weights}
+    assert products(lambda: token_loss(srft_kernels, case, **unclipped, **beside)) == 8
     monkeypatch.setattr("srft_kernels.head.sweep.CPU_DEFERRED_BYTES", 0)
     # the last chunk is still there when the scalars are known
     assert products(lambda: srft(srft_kernels, case, entropy_scope="batch")) == 8 - 2 * 16 / N
+    assert products(lambda: token_loss(srft_kernels, case, entropy_scope="batch", **unclipped)) == 8 - 2 * 16 / N
+    given = {"entropy_scope": "batch", "batch_entropy": 0.7, "clip_low": 1e9, "clip_high": 1e9}
+    assert products(lambda: token_loss(srft_kernels, case, everything=True, **given)) == 6
 
 
 @pytest.mark.parametrize("op", [grpo, logprobs], ids=lambda op: op.__name__)

@@ -7,10 +7,19 @@ import torch
 
 import srft_kernels
 from srft_kernels import reference
-from tests.kernels.cases import assert_matches_reference, cross_entropy, grpo, logprobs, make_case, run, srft
+from tests.kernels.cases import (
+    assert_matches_reference,
+    cross_entropy,
+    grpo,
+    logprobs,
+    make_case,
+    run,
+    srft,
+    token_loss,
+)
 from tests.numerics import assert_accurate
 
-OPS = [cross_entropy, grpo, srft, logprobs]
+OPS = [cross_entropy, grpo, srft, token_loss, logprobs]
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 
 
@@ -142,7 +151,11 @@ def test_softcap_of_a_padded_vocabulary(op):
     case.bias[removed] = -float("inf")
     kept = torch.tensor([i for i in range(33) if i not in removed])
     case.labels = torch.where(torch.isin(case.labels, removed), 7, case.labels)
-    entropy = {} if op is cross_entropy else {"entropy_grad": True} if op is logprobs else {"entropy_coef": 0.1}
+    entropy = {
+        cross_entropy: {},
+        logprobs: {"entropy_grad": True},
+        token_loss: {"entropy_weights": case.weights},
+    }.get(op, {"entropy_coef": 0.1})
     options = {"logit_softcap": 2.0, "temperature": case.temperature, **entropy}
     assert_matches_reference(op, case, **options)
     # as if the words had never been there

@@ -20,10 +20,11 @@ from tests.kernels.cases import (
     policy,
     run,
     srft,
+    token_loss,
 )
 from tests.numerics import assert_accurate
 
-OPS = [cross_entropy, grpo, srft, policy, logprobs]
+OPS = [cross_entropy, grpo, srft, token_loss, policy, logprobs]
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 
 

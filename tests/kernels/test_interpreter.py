@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # bf16 is left out: the interpreter truncates where hardware rounds
 PIECES = {
     "losses": (
-        ["losses", "zero_weights"],
+        ["losses", "token_loss", "zero_weights"],
         "(test_losses and chunks16 and (fp32 or fp16) and not N130)"
-        " or (test_losses and chunks16 and plain and (token or grpo or gspo))"
+        " or (test_losses and chunks16 and plain and (token or grpo or gspo) and not sequence and not batch)"
+        " or (test_token_loss and weights_of_zero and op and nan and not reinforce)"
         " or (test_losses and chunks16 and (logit_options or per_token))"
         " or (test_zero_weights and (nan or minus_infinity or (live and 10000))"
         " and not (gspo or reinforce or token_weight))",

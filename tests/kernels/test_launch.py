@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import formulas
+from srft_kernels.formulas import TokenFormula
 from srft_kernels.head import chunks as chunked_head
 from srft_kernels.head import sweep as one_pass
 from srft_kernels.rows import gpu as row_kernels
 from srft_kernels.rows.types import RowArguments
-from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft
+from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft, token_loss
 from tests.kernels.test_scopes import SCOPES, long_case, with_ref
 
 triton = pytest.importorskip("triton")
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(row_kernels.INTERPRETED, reason="the interpreter
 if not row_kernels.INTERPRETED:
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
-    from tests.kernels.launches import arguments_of, device_functions, recorded_launches, token_formulas
+    from tests.kernels.launches import arguments_of, device_functions, recorded_launches, scalars_of, token_formulas
 
 ROOT = Path(__file__).resolve().parents[2]
 # what `make test` installs apart, from this lock
@@ -45,6 +45,8 @@ EVERY_CALL = [
     (srft, {"self_rollout": "likelihood", "entropy_scope": "token"}),
     (srft, {"self_rollout": "ratio", "entropy_scope": "token", "off_policy": True}),
     (srft, {"preset": "official", "everything": True}),
+    *((token_loss, {"policy": name, "everything": True}) for name in srft_kernels.objectives.STREAM_FORMULAS),
+    (token_loss, {"entropy_scope": "sequence"}),
     *SCOPES,
 ]
 
@@ -100,14 +102,15 @@ def test_every_call_of_every_op_is_bound(dtype, monkeypatch):
         logp, _ = srft_kernels.logprobs_from_logits(logits, torch.arange(7), temperature=0.7, entropy_grad=True)
         logp.sum().backward()
     seen = {name: {launch.constants[name] for launch in launches} for name in launches[0].constants}
-    assert {getattr(x, "__name__", x) for x in seen["OBJECTIVE"]} == TOKEN_FORMULAS | {None}
+    chosen = {(launch.constants["OBJECTIVE"], launch.constants["TERM"]) for launch in launches}
+    assert chosen == {*token_formulas().values(), (None, None)}
     for name in ("STATS_KNOWN", "GRADIENT", "ENTROPY_GRAD", "HAS_BIAS", "HAS_SOFTCAP", "HAS_TEMPERATURE", "SMOOTHED"):
         assert seen[name] == {True, False}, name
     for launch in launches:
         scalars = launch.signature["scalars"]
-        formula = launch.constants["OBJECTIVE"]
+        formula = TokenFormula(launch.constants["OBJECTIVE"], launch.constants["TERM"])
         # the empty tuple included; a number that is no float would compile a variant of its own
-        count = 0 if formula is None else len(formula.arg_names) - 2 - launch.constants["NUM_INPUTS"]
+        count = 0 if formula.token is None else scalars_of(formula)
         assert scalars == ("fp32",) * count
         numbers = ("softcap", "grad_scale", "label_smoothing", "z_loss_coef")
         assert {launch.signature[name] for name in numbers} == {"fp32"}
@@ -120,6 +123,7 @@ def test_every_call_of_every_op_is_bound(dtype, monkeypatch):
         (cross_entropy, {}, 1),
         (grpo, {"everything": True}, 1),
         (srft, {"entropy_scope": "sequence"}, 2),
+        (token_loss, {"everything": True}, 1),
         (logprobs, {}, 2),
         (policy, {}, 2),
     ],
@@ -146,7 +150,7 @@ def test_a_call_compiles_no_variant_twice(op, options, variants, vocab, monkeypa
 @pytest.mark.parametrize("formula", sorted(TOKEN_FORMULAS))
 def test_every_formula_compiles_as_launched(formula):
     """A launch of each formula ends in machine code for the H100."""
-    formula = getattr(formulas, formula)
+    formula = token_formulas()[formula]
     rows = RowArguments(torch.zeros(6, dtype=torch.int64), None, None, None, -100, torch.bfloat16)
     with recorded_launches() as launches:
         for _ in range(2):

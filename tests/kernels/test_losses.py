@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import srft_kernels
 from srft_kernels.head import chunks as chunked_head
 from tests.kernels.cases import (
     DTYPES,
@@ -14,10 +15,12 @@ from tests.kernels.cases import (
     logprobs,
     make_case,
     policy,
+    run,
     srft,
+    token_loss,
 )
 
-OPS = [cross_entropy, grpo, srft, policy, logprobs]
+OPS = [cross_entropy, grpo, srft, token_loss, policy, logprobs]
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"]
 
 
@@ -93,7 +96,7 @@ def test_srft_presets(preset, scope, everything):
         {"sft_entropy_sign": 1},
         {"sft_entropy_sign": 0, "rl_coef": 0.0},
         {"demo_gamma": 0.3},
-        {"preset": "upt", "demo_gamma": None},
+        {"preset": "upt", "demo_gamma": 0.0},
         {"entropy_scope": "batch", "batch_entropy": 0.8},
         {"sft_coef": 0.2, "rl_coef": 0.4},
     ],
@@ -102,6 +105,53 @@ def test_srft_presets(preset, scope, everything):
 def test_srft_switches(options):
     """Each switch overrides its preset."""
     assert_matches_reference(srft, make_case((60, 97, 24), seed=8), **options)
+
+
+def test_srft_weights_of_the_log_likelihood():
+    """Weights of their own, of any sign and 0, for the log-likelihood of demonstrations; rollouts read none."""
+    case = make_case((60, 97, 24), seed=8)
+    sft_weights = (case.advantages / 3).masked_fill(torch.arange(60) % 4 == 1, 0.0)
+    spoiled = sft_weights.masked_fill(~case.is_demo, float("nan"))
+    for options in ({"preset": "upt"}, {"entropy_scope": "token", "everything": True}, {"entropy_scope": "batch"}):
+        assert_matches_reference(srft, case, sft_weights=sft_weights, **options)
+        expected = run(srft, srft_kernels, case, sft_weights=sft_weights, **options)
+        actual = run(srft, srft_kernels, case, sft_weights=spoiled, **options)
+        assert all(torch.equal(actual[name], x) for name, x in expected.items())
+        without = run(srft, srft_kernels, case, **options)
+        moved = {name for name, x in without.items() if x.dim() == 0 and not torch.equal(x, actual[name])}
+        assert moved == {"loss", "terms/demo_sft", "terms/demo_sft_unweighted"}
+
+
+@pytest.mark.parametrize("policy", ["clip", "gspo", "cispo", "reinforce"])
+@pytest.mark.parametrize("scope", ["token", "sequence", "batch"])
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
+def test_token_loss_policies(policy, scope, everything):
+    """Every policy term at every scope of the factors, with two terms and with all."""
+    case = make_case((60, 97, 24), seed=5)
+    assert_matches_reference(token_loss, case, policy=policy, entropy_scope=scope, everything=everything)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"on_policy": True},
+        {"clip_low": 0.05, "clip_high": 0.4, "dual_clip": 1.1},
+        {"policy": "gspo", "clip_low": 0.05, "clip_high": 0.02, "policy_prob_factor": "p"},
+        {"entropy_scope": "batch", "batch_entropy": 0.8},
+        {"entropy_scope": "batch", "batch_entropy": torch.tensor(0.8), "policy": "gspo"},
+        {"policy_prob_factor": "p", "sft_prob_factor": "p(1-p)", "on_policy": True},
+        {"shaping_gamma": None},
+        {"max_log_ratio": 0.2},
+        {"policy_weights": None, "policy_entropy_coefs": None},
+        {"sft_weights": None, "sft_entropy_coefs": None, "policy": "gspo"},
+        {"kl_weights": None, "entropy_weights": None},
+        {"shaped_weights": None, "shaping_gamma": None},
+    ],
+    ids=case_id,
+)
+def test_token_loss_options(options):
+    """Each option of the general loss, beside all terms that it leaves."""
+    assert_matches_reference(token_loss, make_case((60, 97, 24), seed=8), everything=True, **options)
 
 
 def test_denominators_may_be_tensors():

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from srft_kernels.rows import gpu as row_kernels
-from tests.kernels.cases import assert_matches_reference, cross_entropy, grpo, make_case, srft
+from tests.kernels.cases import assert_matches_reference, cross_entropy, grpo, make_case, srft, token_loss
 
 _COPIES = itertools.count()
 PACKAGE = Path(__file__).resolve().parents[2] / "srft_kernels"
@@ -38,6 +38,17 @@ def unread(module, case, **options):
     """srft whose likelihood rollouts, which have no use for an advantage, hold NaN for one."""
     advantages = case.advantages.masked_fill(~case.is_demo, float("nan"))
     return srft(module, replace(case, advantages=advantages), **options)
+
+
+def own_sft_weights(module, case, **options):
+    """srft with weights of the log-likelihood that differ from those of the other terms."""
+    return srft(module, case, sft_weights=case.weights, **options)
+
+
+def long_sequence(module, case, **options):
+    """token_loss with the ratio of one sequence of all tokens."""
+    cu_seqlens = torch.tensor([0, case.labels.numel()])
+    return token_loss(module, case, policy="gspo", cu_seqlens=cu_seqlens, **options)
 
 
 def padded(module, case, **options):
@@ -177,6 +188,20 @@ SWEEP_FAULTS = {
         srft,
         {"entropy_scope": "batch"},
     ),
+    "lose what stands beside the term of a sequence": (
+        "objectives/streams.py",
+        "fixed = found.dsft + found.dshaped + found.dkl",
+        "fixed = found.dsft + found.dshaped",
+        long_sequence,
+        {"everything": True, "sft_entropy_coefs": None, "entropy_weights": None},
+    ),
+    "give a token the gradient of its own ratio for that of its sequence": (
+        "objectives/streams.py",
+        "found._replace(dpolicy=shared)",
+        "found",
+        token_loss,
+        {"policy": "gspo"},
+    ),
     "mix up two chunks of a unit": (
         "head/sweep.py",
         "own = slice(rows.start - unit.start, rows.stop - unit.start)",
@@ -247,6 +272,41 @@ FORMULA_FAULTS = {
         "return beyond(log_ratio, max_log_ratio) | (logp < -1e30)",
         "return logp < -1e30",
         out_of_bounds,
+        {},
+    ),
+    "take p for p (1 - p)": (
+        "formulas.py",
+        "(1.0 - by_rest * p)",
+        "1.0",
+        token_loss,
+        {"sft_prob_factor": "p(1-p)"},
+    ),
+    "flip the sign of the entropy in a factor": (
+        "formulas.py",
+        "tl.exp(weighted(entropy_coef, weight_entropy))",
+        "tl.exp(-weighted(entropy_coef, weight_entropy))",
+        token_loss,
+        {},
+    ),
+    "let a gradient through a factor": (
+        "formulas.py",
+        "weighted(sft_scale, -logp), -sft_scale,",
+        "weighted(sft_scale, -logp), -sft_scale * (1.0 + logp),",
+        token_loss,
+        {"sft_prob_factor": "p"},
+    ),
+    "leave a term out of the gradient": (
+        "formulas.py",
+        "dpolicy + dsft + drl + dkl,",
+        "dpolicy + dsft + drl,",
+        token_loss,
+        {"everything": True},
+    ),
+    "take the share of the log-likelihood out of its gradient": (
+        "formulas.py",
+        "weighted(sft_share, dsft)",
+        "dsft",
+        own_sft_weights,
         {},
     ),
     "lose the constant of the KL gradient": (

@@ -27,10 +27,11 @@ from tests.kernels.cases import (
     policy,
     run,
     srft,
+    token_loss,
 )
 from tests.numerics import assert_accurate, assert_sum
 
-OPS = [cross_entropy, grpo, srft, policy, logprobs]
+OPS = [cross_entropy, grpo, srft, token_loss, policy, logprobs]
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 
 
@@ -164,6 +165,8 @@ def test_forward_is_independent_of_the_batch(dtype, rounded, monkeypatch):
         (srft, {"everything": True, "entropy_scope": "batch", "batch_entropy": 0.7}),
         (srft, {"everything": True, "preset": "upt"}),
         (grpo, {"everything": True, "loss_type": "gspo"}),
+        (token_loss, {"everything": True, "entropy_scope": "sequence"}),
+        (token_loss, {"everything": True, "policy": "gspo"}),
     ],
     ids=lambda x: x.__name__ if callable(x) else case_id(x),
 )
@@ -190,6 +193,9 @@ def test_terms_add_up_to_the_loss():
     assert_adds_up(out["loss"], [out[f"terms/{name}"] for name in names])
     out = run(grpo, srft_kernels, case, everything=True)
     assert_adds_up(out["loss"], [out[f"terms/{name}"] for name in ("policy", "kl", "entropy_bonus")])
+    out = run(token_loss, srft_kernels, case, everything=True)
+    names = ("policy", "sft", "shaped", "kl", "entropy_bonus")
+    assert_adds_up(out["loss"], [out[f"terms/{name}"] for name in names])
 
 
 def assert_adds_up(loss, terms):
@@ -303,7 +309,7 @@ def test_no_grad_gives_the_same_values(op):
     assert_accurate("loss", loss, gold, baseline)
 
 
-@pytest.mark.parametrize("op", [cross_entropy, grpo, srft, policy], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", [cross_entropy, grpo, srft, token_loss, policy], ids=lambda op: op.__name__)
 def test_second_backward_raises(op):
     """The gradients of a one-pass loss are given away once, also with retain_graph."""
     case = make_case()
@@ -482,6 +488,14 @@ def test_any_shape_and_options(data):
         options["preset"] = data.draw(st.sampled_from(["paper", "official", "upt"]))
         options["entropy_scope"] = data.draw(st.sampled_from(["token", "sequence", "batch"]))
         options["off_policy"] = data.draw(st.booleans())
+    if op is token_loss:
+        options["everything"] = data.draw(st.booleans())
+        options["policy"] = data.draw(st.sampled_from(["clip", "gspo", "cispo", "reinforce"]))
+        options["entropy_scope"] = data.draw(st.sampled_from(["token", "sequence", "batch"]))
+        options["on_policy"] = data.draw(st.booleans())
+        options["shaped_weights"] = data.draw(st.sampled_from([None, case.weights]))
+        if options["everything"] and options["shaped_weights"] is None:
+            options["shaping_gamma"] = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", data.draw(st.sampled_from([0, 2**20])))
         patch.setattr(one_pass, "CPU_DEFERRED_BYTES", data.draw(st.sampled_from([0, 2**30])))

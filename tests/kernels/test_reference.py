@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from srft_kernels import reference
-from tests.kernels.cases import case_id, cross_entropy, grpo, logprobs, make_case, policy, srft
+from tests.kernels.cases import case_id, cross_entropy, grpo, logprobs, make_case, policy, srft, token_loss
 
 # p = (1/4, 3/4): hidden 1, weights 0 and log 3
 LOG_P = (math.log(0.25), math.log(0.75))
 ENTROPY = -0.25 * LOG_P[0] - 0.75 * LOG_P[1]
+HELD = {"entropy_scope": "batch", "batch_entropy": 0.8}
+FACTORS = {"everything": True, "policy_prob_factor": "one", "sft_prob_factor": "one", **HELD}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,10 @@ ENTROPY = -0.25 * LOG_P[0] - 0.75 * LOG_P[1]
         (srft, {"entropy_scope": "batch", "batch_entropy": 0.8, "preset": "paper"}),
         (srft, {"entropy_scope": "batch", "batch_entropy": 0.8, "preset": "official", "off_policy": True}),
         (srft, {"entropy_scope": "batch", "batch_entropy": 0.8, "preset": "upt"}),
+        (srft, {"preset": "upt", "sft_weights": torch.linspace(-1.0, 2.0, 6).double(), **HELD}),
+        # the factors p and p (1 - p) cannot be held
+        *((token_loss, {"policy": x, **FACTORS}) for x in ("clip", "gspo", "reinforce")),
+        (token_loss, {"shaping_gamma": None, "clip_low": 9.0, "clip_high": 9.0, **FACTORS}),
     ],
     ids=lambda x: x.__name__ if callable(x) else case_id(x),
 )
@@ -159,3 +165,29 @@ def test_srft_presets_by_hand(preset):
     assert terms["rollout_positive_unweighted"] == pytest.approx(positive / c / 5, abs=1e-12)
     assert terms["sum_entropy_demo"] == pytest.approx(ENTROPY, abs=1e-12)
     assert terms["sum_entropy_rollout"] == pytest.approx(2 * ENTROPY, abs=1e-12)
+
+
+@pytest.mark.parametrize("factor", ["one", "p", "p(1-p)"])
+def test_token_loss_by_hand(factor):
+    """Every term of a token with p = 1/4, an advantage of -0.6 and a ratio of 1.1."""
+    p, advantage = 0.25, -0.6
+    q = {"one": 1.0, "p": p, "p(1-p)": p * (1 - p)}[factor]
+    vectors = {
+        "advantages": advantage, "old_logprobs": LOG_P[0] - math.log(1.1), "ref_logprobs": LOG_P[0] + math.log(2.0),
+        "policy_weights": 0.5, "sft_weights": -0.7, "shaped_weights": 0.9, "kl_weights": 0.3, "entropy_weights": 0.2,
+        "policy_entropy_coefs": 2.0, "sft_entropy_coefs": -1.0,
+    }  # fmt: skip
+    result = reference.linear_token_loss(
+        *two_tokens([0]), policy_prob_factor=factor, sft_prob_factor=factor, shaping_gamma=0.1,
+        **{name: torch.tensor([x], dtype=torch.float64) for name, x in vectors.items()},
+    )  # fmt: skip
+    expected = {
+        "policy": 0.5 * math.exp(2 * ENTROPY) * q * -1.1 * advantage,
+        "sft": -0.7 * math.exp(-ENTROPY) * q * -LOG_P[0],
+        "shaped": -0.9 * advantage * p / (p + 0.1),
+        "kl": 0.3 * (2.0 - math.log(2.0) - 1.0),
+        "entropy_bonus": -0.2 * ENTROPY,
+    }
+    assert {name: result.terms[name].item() for name in expected} == pytest.approx(expected, abs=1e-12)
+    assert result.loss.item() == pytest.approx(sum(expected.values()), abs=1e-12)
+    assert result.ratio.item() == pytest.approx(1.1) and not result.clipped.item()

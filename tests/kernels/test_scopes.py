@@ -7,7 +7,7 @@ import srft_kernels
 from srft_kernels.head import chunks as chunked_head
 from srft_kernels.head import sweep as one_pass
 from srft_kernels.rows import gpu as row_kernels
-from tests.kernels.cases import assert_matches_reference, case_id, grpo, make_case, policy, srft
+from tests.kernels.cases import assert_matches_reference, case_id, grpo, make_case, policy, srft, token_loss
 
 # 16 rows fit in a workspace of no bytes: sequences of 60, 30, 9, 31 rows are 4, 2, 1 and 2 chunks
 BOUNDS = torch.tensor([0, 60, 90, 90, 99, 130], dtype=torch.int32)
@@ -22,6 +22,11 @@ SCOPES = [
     (grpo, {"loss_type": "gspo"}),
     (grpo, {"loss_type": "gspo", "kl_coef": 0.3, "with_ref": True, "clip_low": 0.05}),
     (grpo, {"loss_type": "gspo", "everything": True}),
+    (token_loss, {"entropy_scope": "sequence"}),
+    (token_loss, {"entropy_scope": "batch", "policy": "cispo", "temperature": 0.7}),
+    (token_loss, {"policy": "gspo", "sft_entropy_coefs": None, "policy_prob_factor": "p"}),
+    (token_loss, {"policy": "gspo", "sft_weights": None, "sft_entropy_coefs": None}),
+    (token_loss, {"policy": "gspo", "everything": True}),
     (policy, {}),
 ]
 scopes = pytest.mark.parametrize(
@@ -74,8 +79,10 @@ def test_matches_reference(op, options, dtype, budget, sweeps, monkeypatch):
     assert_matches_reference(op, case, **with_ref(case, options))
     entropy_grad = op is policy or options.get("preset") == "upt" or bool(options.get("everything") and op is grpo)
     # the Triton path keeps dead rows: two parts would cost as much as a second projection
-    one_part = not row_kernels.INTERPRETED or (op is grpo and "kl_coef" not in options)
-    assert ("deferred" in sweeps) == (budget > 0 and not entropy_grad and one_part)
+    one_part = op is grpo and "kl_coef" not in options or op is token_loss and "sft_weights" in options
+    # a factor with a coefficient of its own for each token is no scalar of a sequence
+    waits = (not row_kernels.INTERPRETED or one_part) and (op is not token_loss or "sft_entropy_coefs" in options)
+    assert ("deferred" in sweeps) == (budget > 0 and not entropy_grad and waits)
     assert "stats_first" in sweeps or options.get("entropy_scope") == "batch"
 
 

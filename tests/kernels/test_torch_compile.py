@@ -17,10 +17,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import srft_kernels
 from srft_kernels import LoraDelta, VocabParallel
 from srft_kernels.compile.schema import Schema
-from tests.kernels.cases import Case, case_id, cross_entropy, grpo, logprobs, make_case, policy, srft
+from tests.kernels.cases import Case, case_id, cross_entropy, grpo, logprobs, make_case, policy, srft, token_loss
 
 each_op = pytest.mark.parametrize(
-    "op", [cross_entropy, grpo, srft, logprobs, policy], ids=lambda op: op.__name__
+    "op", [cross_entropy, grpo, srft, token_loss, logprobs, policy], ids=lambda op: op.__name__
 )
 
 
@@ -94,7 +94,10 @@ def assert_as_eager(op: Callable, case: Case, *, backend: str = "aot_eager", **o
         (grpo, {"loss_type": "cispo", "on_policy": True, "dual_clip": 3.0}),
         (srft, {}),
         (srft, {"preset": "official", "off_policy": True, "everything": True}),
-        (srft, {"preset": "upt", "demo_gamma": None, "entropy_scope": "batch", "batch_entropy": 1.3}),
+        (token_loss, {"everything": True, "entropy_scope": "sequence"}),
+        (token_loss, {"policy": "gspo", "entropy_scope": "batch", "batch_entropy": 1.3, "dual_clip": 3.0}),
+        (srft, {"preset": "upt", "demo_gamma": 0.0, "entropy_scope": "batch", "batch_entropy": 1.3}),
+        (srft, {"sft_weights": torch.linspace(-1.0, 2.0, 37)}),
         (logprobs, {}),
         (logprobs, {"entropy_grad": False, "logit_softcap": 5.0}),
         (policy, {"temperature": 0.7, "logit_scale": 3.0}),
@@ -178,6 +181,7 @@ def test_lengths_share_a_graph(op):
         (logprobs, "temperature", [1.0, 0.9, 0.8, 0.7]),
         (grpo, "entropy_coef", [0.1, 0.03, 0.02, 0.01]),
         (srft, "sft_coef", [0.5, 0.4, 0.3, 0.2]),
+        (token_loss, "clip_low", [0.1, 0.03, 0.02, 0.01]),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
@@ -322,7 +326,7 @@ def test_lora_and_rounded_logits(op):
 
 @pytest.mark.parametrize(
     ("op", "backend"),
-    [(op, "aot_eager") for op in (cross_entropy, grpo, srft, logprobs, policy)] + [(logprobs, "inductor")],
+    [(op, "aot_eager") for op in (cross_entropy, grpo, srft, token_loss, logprobs, policy)] + [(logprobs, "inductor")],
     ids=lambda x: x if isinstance(x, str) else x.__name__,
 )
 def test_weight_grad(op, backend):
@@ -388,13 +392,14 @@ def op_arguments(name: str, case: Case, **options: Any) -> dict[str, Any]:
     given = {"hidden_states": case.hidden, "lm_head_weight": case.weight, "labels": case.labels, "bias": case.bias}
     given |= {n: getattr(case, n) for n in ("advantages", "is_demo", "is_correct", "cu_seqlens")}
     signature = inspect.signature(function)
+    given |= {n: case.weights for n in ("policy_weights", "sft_weights")}
     given = {n: x for n, x in given.items() if n in signature.parameters} | options
     bound = signature.bind(**given)
     bound.apply_defaults()
     return Schema(function).split(bound.arguments)
 
 
-@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_grpo_loss", "linear_srft_loss"])
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_grpo_loss", "linear_srft_loss", "linear_token_loss"])
 @pytest.mark.parametrize("wants", [(True, True, True), (True, False, False), (False, False, False)])
 def test_loss_ops(name, wants):
     """Schema, shapes and aliases of the losses, and of their twins that write to weight_grad."""

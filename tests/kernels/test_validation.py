@@ -10,7 +10,7 @@ import torch
 
 import srft_kernels
 from srft_kernels import LoraDelta, _checks, reference
-from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft
+from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft, token_loss
 
 CASE = make_case((8, 11, 4))
 MODULES = pytest.mark.parametrize("module", [srft_kernels, reference], ids=["op", "reference"])
@@ -24,7 +24,7 @@ class FakeDTensor(torch.Tensor):
 
 
 @MODULES
-@pytest.mark.parametrize("op", [cross_entropy, grpo, srft, policy, logprobs], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", [cross_entropy, grpo, srft, token_loss, policy, logprobs], ids=lambda op: op.__name__)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -50,7 +50,7 @@ def test_head_arguments(module, op, changes, message):
 
 
 @MODULES
-@pytest.mark.parametrize("op", [cross_entropy, grpo, srft, policy, logprobs], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", [cross_entropy, grpo, srft, token_loss, policy, logprobs], ids=lambda op: op.__name__)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -128,8 +128,9 @@ def test_cu_seqlens(module, cu_seqlens, message):
         ({"entropy_scope": "group"}, "entropy_scope must be one of 'token', 'sequence', 'batch'"),
         ({"self_rollout": "clip"}, "self_rollout must be one of 'likelihood', 'ratio'"),
         ({"sft_entropy_sign": 2}, "sft_entropy_sign must be one of -1, 0, 1"),
-        ({"demo_gamma": 0.0}, "demo_gamma must be a number > 0"),
-        ({"demo_gamma": "paper"}, "demo_gamma must be one of 'preset'"),
+        ({"demo_gamma": -0.1}, "demo_gamma must be a finite number >= 0, got -0.1"),
+        ({"demo_gamma": "preset"}, "demo_gamma must be a finite number >= 0, got 'preset'"),
+        ({"sft_weights": torch.ones(3)}, r"sft_weights must be \[N\]=\[8\], got \[3\]"),
         ({"batch_entropy": 0.5}, 'batch_entropy is read only with entropy_scope="batch"'),
         ({"sft_coef": -0.5}, "sft_coef must be a finite number >= 0"),
         ({"rl_coef": float("inf")}, "rl_coef must be a finite number >= 0"),
@@ -143,6 +144,43 @@ def test_srft_options(module, options, message):
     """Every switch of linear_srft_loss."""
     with pytest.raises(ValueError, match=message):
         srft(module, CASE, **options)
+
+
+@MODULES
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "grpo"}, "policy must be one of 'clip', 'cispo', 'reinforce', 'gspo', got 'grpo'"),
+        ({"policy": "gspo", "cu_seqlens": None}, 'cu_seqlens is required by policy="gspo"'),
+        ({"entropy_scope": "sequence", "cu_seqlens": None}, 'cu_seqlens is required by entropy_scope="sequence"'),
+        ({"entropy_scope": "group"}, "entropy_scope must be one of 'token', 'sequence', 'batch', got 'group'"),
+        ({"batch_entropy": 0.5}, 'batch_entropy is read only with entropy_scope="batch", got \'token\'; drop one'),
+        ({"batch_entropy": -0.5, "entropy_scope": "batch"}, "batch_entropy must be a number >= 0"),
+        ({"policy_prob_factor": "1-p"}, r"policy_prob_factor must be one of 'one', 'p', 'p\(1-p\)', got '1-p'"),
+        ({"sft_prob_factor": None}, "sft_prob_factor must be one of 'one', .* got None"),
+        ({"clip_low": 0.0}, "clip_low must be a number > 0"),
+        ({"clip_high": -0.1}, "clip_high must be a number > 0"),
+        ({"dual_clip": 1.0}, "dual_clip must be a number > 1, got 1.0; None turns it off"),
+        ({"max_log_ratio": 0.0}, "max_log_ratio must be a number > 0"),
+        ({"shaping_gamma": 0.0, "shaped_weights": torch.ones(8)}, "shaping_gamma must be a number > 0, got 0.0"),
+        ({"shaping_gamma": 0.1}, "shaping_gamma is read only with shaped_weights; pass shaped_weights or drop"),
+        ({"sft_weights": None}, "sft_entropy_coefs is read only with sft_weights"),
+        ({"policy_weights": None, "policy_entropy_coefs": torch.ones(8)}, "policy_entropy_coefs is read only with"),
+        ({"kl_weights": torch.ones(8)}, "ref_logprobs is required by kl_weights; pass it or drop kl_weights"),
+        ({"advantages": None}, "advantages is required by policy_weights; pass it or drop policy_weights"),
+        ({"policy_weights": torch.ones(3)}, r"policy_weights must be \[N\]=\[8\], got \[3\]"),
+        ({"entropy_weights": 2.0}, r"entropy_weights must be a tensor \[N\]=\[8\], got float"),
+        (
+            {"policy_weights": None, "sft_weights": None},
+            "one of policy_weights, sft_weights, shaped_weights, kl_weights, entropy_weights must be given, got None",
+        ),
+    ],
+    ids=str,
+)
+def test_token_loss_options(module, options, message):
+    """Every argument of linear_token_loss, and which need which."""
+    with pytest.raises(ValueError, match=message):
+        token_loss(module, CASE, **options)
 
 
 @MODULES
@@ -216,6 +254,7 @@ COUNTS = [
     (srft, "num_rollout_tokens", {}),
     (srft, "num_demo_tokens", {}),
     (srft, "batch_entropy", {"entropy_scope": "batch"}),
+    (token_loss, "batch_entropy", {"entropy_scope": "batch"}),
 ]
 
 
@@ -246,6 +285,8 @@ NUMBERS = [
     ),
     (srft, {"num_demo_tokens": 3, "num_rollout_tokens": 5, "sft_coef": 0.25, "rl_coef": 0.5, "sft_entropy_sign": 1,
             "demo_gamma": 0.5, "entropy_coef": 0.25, "entropy_scope": "batch", "batch_entropy": 0.5}),
+    (token_loss, {"clip_low": 0.25, "dual_clip": 2.0, "max_log_ratio": 4.0, "shaping_gamma": 0.5, "batch_entropy": 0.5,
+                  "entropy_scope": "batch", "shaped_weights": CASE.weights}),
     (logprobs, {"temperature": 2, "logit_softcap": 4, "lora": LoraDelta(torch.ones(1, 4), torch.ones(11, 1), 0.5)}),
     (policy, {"temperature": 0.5, "logit_softcap": 4.0}),
 ]  # fmt: skip
@@ -274,7 +315,8 @@ def test_numbers_of_numpy_are_numbers(module, op, options):
 @pytest.mark.parametrize(
     ("op", "name"),
     [(grpo, x) for x in ("temperature", "logit_softcap", "ignore_index", "clip_low", "dual_clip", "max_log_ratio")]
-    + [(grpo, "kl_coef"), (grpo, "entropy_coef"), (srft, "sft_coef"), (srft, "rl_coef"), (srft, "demo_gamma")],
+    + [(grpo, "kl_coef"), (grpo, "entropy_coef"), (srft, "sft_coef"), (srft, "rl_coef"), (srft, "demo_gamma")]
+    + [(token_loss, x) for x in ("clip_high", "dual_clip", "max_log_ratio")],
     ids=lambda x: x if isinstance(x, str) else x.__name__,
 )
 def test_bools_are_no_numbers(module, op, name):

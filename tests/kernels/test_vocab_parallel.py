@@ -10,7 +10,7 @@ import torch.distributed as dist
 import srft_kernels
 from srft_kernels import LoraDelta, VocabParallel, reference
 from srft_kernels.head import chunks as chunked_head
-from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft
+from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft, token_loss
 from tests.numerics import assert_accurate
 from tests.ranks import results_of_two_ranks
 
@@ -52,6 +52,7 @@ RUNS = {
     "gspo": (grpo, plain_case, {"loss_type": "gspo"}, True),
     "srft": (srft, plain_case, {}, True),
     "srft-batch": (srft, plain_case, {"entropy_scope": "batch", "preset": "upt"}, True),
+    "token-loss": (token_loss, plain_case, {"everything": True, "entropy_scope": "batch"}, True),
     "policy": (policy, plain_case, {}, True),
     "logprobs": (logprobs, plain_case, {}, True),
     "ignore-minus-one": (grpo, lambda: minus_one(plain_case()), {"ignore_index": -1}, False),

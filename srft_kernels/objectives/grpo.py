@@ -1,0 +1,151 @@
+"""The GRPO family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formulas import (
+    TokenFormula,
+    cispo_policy,
+    clip_policy,
+    grpo_token,
+    k3,
+    log_ratio_if,
+    reinforce_policy,
+    weighted,
+)
+from .base import TokenObjective, local_offsets
+from .policy import clip_counts, moving, policy_log_ratio, sequence_derivative
+
+__all__ = ["GRPO_FORMULAS", "GRPO_TERMS", "GrpoInputs", "GrpoNumbers", "GrpoObjective"]
+
+_CLIP = TokenFormula(grpo_token, clip_policy)
+GRPO_FORMULAS = {
+    "grpo": _CLIP,
+    "bnpo": _CLIP,
+    "dr_grpo": _CLIP,
+    "dapo": _CLIP,
+    "gspo": _CLIP,
+    "cispo": TokenFormula(grpo_token, cispo_policy),
+    "reinforce": TokenFormula(grpo_token, reinforce_policy),
+}
+GRPO_TERMS = ("policy", "kl", "entropy_bonus", "clip_low_sum", "clip_high_sum", "sum_entropy")
+
+
+class GrpoInputs(NamedTuple):
+    """What ``grpo_token`` takes of each token, [n]."""
+
+    weight: Tensor
+    """w / num_tokens."""
+    advantage: Tensor
+    """A."""
+    old_logp: Tensor
+    """0 where on-policy."""
+    ref_logp: Tensor
+    """0 where there is no reference model."""
+    rollout_weight: Tensor
+    """rho."""
+
+
+class GrpoNumbers(NamedTuple):
+    """The numbers that ``grpo_token`` takes; a flag is 1.0 or 0.0."""
+
+    clip_low: float
+    """The ratio is kept above 1 - clip_low."""
+    clip_high: float
+    """The ratio is kept below 1 + clip_high."""
+    dual_clip: float
+    """Largest ratio for a negative advantage; inf for none."""
+    off_policy: float
+    """There is an old log-probability."""
+    kl_coef: float
+    """Weight of k3."""
+    with_ref: float
+    """There is a log-probability of the reference model."""
+    entropy_coef: float
+    """Weight of the entropy bonus."""
+    max_log_ratio: float
+    """Bound of log-ratios, nats."""
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """The last arguments of a policy term."""
+        return self.clip_low, self.clip_high, self.dual_clip, self.max_log_ratio
+
+
+@dataclass(frozen=True)
+class GrpoObjective(TokenObjective):
+    """GRPO family, its ``inputs`` GrpoInputs and its ``params`` GrpoNumbers; GSPO is scope "sequence"."""
+
+    params: GrpoNumbers
+
+    def _log_ratio(self, logp: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``policy_log_ratio``."""
+        token, number = GrpoInputs(*self.inputs[:, rows]), self.params
+        return policy_log_ratio(
+            logp, token.advantage, token.old_logp, token.rollout_weight, number.off_policy, number.max_log_ratio,
+            self.valid[rows], local_offsets(self.offsets, rows) if self.scope == "sequence" else None,
+        )  # fmt: skip
+
+    def coefficients(self, logp: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """See TokenObjective; the tokens of a sequence share the gradient of its ratio equally."""
+        if self.scope == "token":
+            return super().coefficients(logp, entropy, rows)
+        dlogp = self._sequence_derivative(logp, rows) + self._kl_derivative(logp, rows)
+        return dlogp, -self.inputs[0, rows] * self.params.entropy_coef if self.entropy_grad else None
+
+    def _sequence_derivative(self, logp: Tensor, rows: slice) -> Tensor:
+        """See ``sequence_derivative``."""
+        token = GrpoInputs(*self.inputs[:, rows])
+        log_ratio, heard_of, factor = self._log_ratio(logp, rows)
+        return sequence_derivative(
+            self.formula.chosen, logp, log_ratio, token.advantage, token.weight * factor, heard_of,
+            local_offsets(self.offsets, rows), *self.params.bounds,
+        )  # fmt: skip
+
+    def _kl_derivative(self, logp: Tensor, rows: slice) -> Tensor:
+        token, number = GrpoInputs(*self.inputs[:, rows]), self.params
+        dkl = k3.eager(logp, log_ratio_if.eager(number.with_ref, token.ref_logp, logp), number.max_log_ratio)[1]
+        return weighted.eager(token.weight, number.kl_coef * dkl)
+
+    @property
+    def deferred(self) -> int:
+        """See TokenObjective."""
+        return int(self.scope == "sequence")
+
+    @property
+    def products(self) -> int:
+        """See TokenObjective."""
+        return self.deferred + (self.params.kl_coef != 0)
+
+    def parts(self, logp: Tensor, rows: slice) -> tuple[Tensor | None, list[Tensor]]:
+        """See TokenObjective; the KL is a token's own, the policy term its sequence's."""
+        kl = self._kl_derivative(logp, rows) if self.params.kl_coef != 0 else None
+        return kl, [moving(self._log_ratio(logp, rows)[1], logp).to(logp.dtype)]
+
+    def scalars(self, logp: Tensor, entropy: Tensor, rows: slice) -> list[Tensor]:
+        """See TokenObjective; logp and entropy of ``rows``, which are one sequence."""
+        # 0 at tokens that do not count, and the same elsewhere
+        derivative = self._sequence_derivative(logp, rows)
+        return [derivative.sum() / moving(self._log_ratio(logp, rows)[1], logp).sum().clamp(min=1)]
+
+    def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """See TokenObjective; from logp and entropy of all rows."""
+        token, number = GrpoInputs(*self.inputs), self.params
+        log_ratio, heard_of, factor = self._log_ratio(logp, slice(0, logp.numel()))
+        policy, _, ratio, clipped = self.formula.chosen.eager(logp, log_ratio, token.advantage, *number.bounds)
+        kl, _ = k3.eager(logp, log_ratio_if.eager(number.with_ref, token.ref_logp, logp), number.max_log_ratio)
+        terms = {
+            "policy": weighted.eager(token.weight * factor, policy).sum(),
+            "kl": number.kl_coef * weighted.eager(token.weight, kl).sum(),
+            "entropy_bonus": -number.entropy_coef * (token.weight * entropy).sum(),
+        }
+        loss = terms["policy"] + terms["kl"] + terms["entropy_bonus"]
+        clipped = clipped & self.valid & (factor != 0)
+        terms |= clip_counts(clipped, ratio, loss.dtype)
+        terms["sum_entropy"] = entropy.sum()
+        return loss, torch.where(heard_of, ratio, 1.0), clipped, terms

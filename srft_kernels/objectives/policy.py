@@ -1,0 +1,77 @@
+"""The ratio of a policy term, of a token or of its sequence, and the gradient that a sequence shares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formulas import Formula, heard, log_ratio_if, policy_factor, weighted
+from .base import sequence_mean
+
+__all__ = ["clip_counts", "moving", "policy_log_ratio", "sequence_derivative"]
+
+
+def policy_log_ratio(
+    logp: Tensor,
+    advantage: Tensor,
+    old_logp: Tensor,
+    weight: Tensor,
+    off_policy: float,
+    max_log_ratio: float,
+    valid: Tensor,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-ratio of each token, whether its own is part of it, and what multiplies the policy term, [n] each.
+
+    Args:
+        logp: [n].
+        advantage: [n].
+        old_logp: [n], read where ``off_policy`` is 1.
+        weight: [n], of the policy term.
+        off_policy: 1 or 0.
+        max_log_ratio: Bound of the log-ratio.
+        valid: [n] bool, the tokens that count.
+        offsets: [B+1] bounds of the sequences whose mean log-ratio each token gets; None for its own.
+    """
+    log_ratio = log_ratio_if.eager(off_policy, logp, old_logp)
+    factor = policy_factor.eager(advantage, weight)
+    heard_of = heard.eager(factor, log_ratio, max_log_ratio) & valid
+    if offsets is not None:
+        # inf - inf is NaN
+        log_ratio = sequence_mean(log_ratio.clamp(-1e30, 1e30), heard_of, offsets)
+    return torch.where(heard_of, log_ratio, 0.0), heard_of, factor
+
+
+def sequence_derivative(
+    policy: Formula, logp: Tensor, log_ratio: Tensor, advantage: Tensor, factor: Tensor, heard_of: Tensor,
+    offsets: Tensor, *bounds: float,
+) -> Tensor:  # fmt: skip
+    """Derivative of a policy term of the sequence by each logp [n]: one number a sequence, 0 where nothing moves.
+
+    Args:
+        policy: The term.
+        logp: [n].
+        log_ratio: [n], as ``heard_of`` from ``policy_log_ratio``.
+        advantage: [n].
+        factor: [n], multiplies the term.
+        heard_of: [n] bool, the tokens whose log-ratio is part of their sequence's.
+        offsets: [B+1] bounds of the sequences.
+        *bounds: clip_low, clip_high, dual_clip and max_log_ratio.
+    """
+    # of the sequence, so that the logp of one token is no matter
+    _, dpolicy, _, _ = policy.eager(torch.zeros_like(logp), log_ratio, advantage, *bounds)
+    mean = sequence_mean(weighted.eager(factor, dpolicy), heard_of, offsets)
+    return torch.where(moving(heard_of, logp), mean, 0.0)
+
+
+def moving(heard_of: Tensor, logp: Tensor) -> Tensor:
+    """Tokens [n] with which the ratio of their sequence moves: ``heard_of`` and not of a ``logp`` of -inf."""
+    return heard_of & (logp > -torch.inf)
+
+
+def clip_counts(clipped: Tensor, ratio: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The terms that count ``clipped`` [n] tokens with a ``ratio`` [n] below and above 1, in ``dtype``."""
+    return {
+        "clip_low_sum": (clipped & (ratio < 1)).sum().to(dtype),
+        "clip_high_sum": (clipped & (ratio > 1)).sum().to(dtype),
+    }

@@ -1,0 +1,156 @@
+"""SRFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formulas import TokenFormula, log_ratio_if, srft_likelihood, srft_ratio, srft_terms, srft_token, weighted
+from .base import TokenObjective, scope_mean
+
+__all__ = ["SRFT_FORMULAS", "SRFT_TERMS", "SrftInputs", "SrftNumbers", "SrftObjective"]
+
+SRFT_FORMULAS = {
+    "likelihood": TokenFormula(srft_token, srft_likelihood),
+    "ratio": TokenFormula(srft_token, srft_ratio),
+}
+_WEIGHTED_TERMS = ("demo_sft", "demo_rl", "rollout_positive", "rollout_negative")
+_LOSS_TERMS = (*_WEIGHTED_TERMS, "entropy_bonus")
+SRFT_TERMS = (
+    *_WEIGHTED_TERMS,
+    *(name + "_unweighted" for name in _WEIGHTED_TERMS),
+    "entropy_bonus",
+    "sum_weight_sft",
+    "sum_weight_rl",
+    "sum_entropy_demo",
+    "sum_entropy_rollout",
+)
+
+
+class SrftInputs(NamedTuple):
+    """What ``srft_token`` takes of each token, [n]."""
+
+    demo_weight: Tensor
+    """w / num_demo_tokens of a demonstration, else 0."""
+    rollout_weight: Tensor
+    """w / num_rollout_tokens of a rollout, else 0."""
+    entropy_weight: Tensor
+    """Of the entropy bonus."""
+    sft_share: Tensor
+    """The weight of the log-likelihood as a multiple of w."""
+    advantage: Tensor
+    """A."""
+    correct: Tensor
+    """1 for a token of a correct rollout, else 0."""
+    old_logp: Tensor
+    """0 where on-policy, and of a demonstration."""
+    scope_entropy: Tensor
+    """H of the weights s and c, but for the token's own."""
+
+
+class SrftNumbers(NamedTuple):
+    """The numbers that ``srft_token`` takes; a flag is 1.0 or 0.0."""
+
+    sft_coef: float
+    """Scale of s."""
+    sft_sign: float
+    """Sign of H in s."""
+    gamma_p: float
+    """f(p) = p / (gamma_p p + gamma), as the next."""
+    gamma: float
+    """See gamma_p."""
+    rl_coef: float
+    """Scale of c."""
+    off_policy: float
+    """There is an old log-probability."""
+    own_entropy: float
+    """H is the token's own."""
+    max_log_ratio: float
+    """Bound of the log-ratio, nats."""
+
+
+@dataclass(frozen=True)
+class SrftObjective(TokenObjective):
+    """SRFT, its ``inputs`` SrftInputs and its ``params`` SrftNumbers; ``is_demo`` [n].
+
+    Its weights take the mean entropy of ``scope``.
+    """
+
+    params: SrftNumbers
+    is_demo: Tensor = field(kw_only=True)
+
+    def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        # the last input, scope_entropy, is known only now
+        inputs = self.inputs[:, rows]
+        if self.scope == "token":
+            return inputs
+        mean = scope_mean(entropy, self.valid[rows], self.scope, self.offsets, rows)
+        return torch.cat([inputs[:-1], mean[None]])
+
+    @property
+    def deferred(self) -> int:
+        """See TokenObjective: the weights s and c."""
+        return 2 * (self.scope != "token")
+
+    @property
+    def products(self) -> int:
+        """See TokenObjective."""
+        return self.deferred + 1
+
+    def parts(self, logp: Tensor, rows: slice) -> tuple[Tensor | None, list[Tensor]]:
+        """See TokenObjective: a coefficient is linear in s and c, so its values at 0 and 1 tell the parts."""
+        zeros = torch.zeros_like(logp)
+
+        def dlogp(s: float, c: float) -> Tensor:
+            # an entropy of 0 leaves the coefficients for the weights
+            numbers = self.params._replace(sft_coef=s, rl_coef=c)
+            return self.formula.eager(logp, zeros, *self.inputs[:, rows], *numbers)[1]
+
+        fixed = dlogp(0.0, 0.0)
+        return fixed, [dlogp(1.0, 0.0) - fixed, dlogp(0.0, 1.0) - fixed]
+
+    def _weights(self, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        """s and c of an entropy of any shape."""
+        number = self.params
+        return number.sft_coef * torch.exp(number.sft_sign * entropy), number.rl_coef * torch.exp(entropy)
+
+    def scalars(self, logp: Tensor, entropy: Tensor, rows: slice) -> list[Tensor]:
+        """See TokenObjective; logp and entropy of ``rows``, which are one sequence, or all."""
+        return list(self._weights(SrftInputs(*self._inputs(logp, entropy, rows)).scope_entropy[0]))
+
+    def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """See TokenObjective; from logp and entropy of all rows."""
+        token, number = SrftInputs(*self._inputs(logp, entropy, slice(0, logp.numel()))), self.params
+        h = token.scope_entropy + number.own_entropy * entropy
+        log_ratio = log_ratio_if.eager(number.off_policy, logp, token.old_logp)
+        is_demo, is_rollout = self.is_demo & self.valid, ~self.is_demo & self.valid
+        found = {}
+        # an entropy of 0 and coefficients of 1 make both weights 1
+        for suffix, weight_entropy, sft_coef, rl_coef in (
+            ("", h, number.sft_coef, number.rl_coef),
+            ("_unweighted", torch.zeros_like(entropy), 1.0, 1.0),
+        ):
+            sft, _, rl, _, rollout, _, ratio, positive = srft_terms.eager(
+                logp, log_ratio, token.sft_share, token.advantage, token.correct, weight_entropy, sft_coef,
+                number.sft_sign, number.gamma_p, number.gamma, rl_coef, number.max_log_ratio, self.formula.chosen.eager,
+            )  # fmt: skip
+            found["demo_sft" + suffix] = weighted.eager(token.demo_weight, sft).sum()
+            found["demo_rl" + suffix] = weighted.eager(token.demo_weight, rl).sum()
+            rollout = weighted.eager(token.rollout_weight, rollout)
+            found["rollout_positive" + suffix] = torch.where(positive, rollout, 0.0).sum()
+            found["rollout_negative" + suffix] = torch.where(positive, 0.0, rollout).sum()
+        found["entropy_bonus"] = -(token.entropy_weight * entropy).sum()
+        s, c = self._weights(h)
+        for name, chosen, x in (
+            ("sum_weight_sft", is_demo, s),
+            ("sum_weight_rl", is_rollout, c),
+            ("sum_entropy_demo", is_demo, entropy),
+            ("sum_entropy_rollout", is_rollout, entropy),
+        ):
+            found[name] = torch.where(chosen, x, 0.0).sum()
+        terms = {name: found[name] for name in SRFT_TERMS}
+        loss = sum((terms[name] for name in _LOSS_TERMS), start=logp.new_zeros(()))
+        return loss, torch.where(is_rollout, ratio, 1.0), torch.zeros_like(is_demo), terms

@@ -1,0 +1,317 @@
+"""The general token loss: a weight of each token for each of five terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import (
+    check_choice,
+    check_count,
+    check_cu_seqlens,
+    check_dual_clip,
+    check_positive,
+    check_vectors,
+)
+from ..formulas import (
+    TokenFormula,
+    cispo_policy,
+    clip_policy,
+    fixed_factor,
+    reinforce_policy,
+    stream_terms,
+    stream_token,
+    weighted,
+)
+from .base import TokenObjective, local_offsets, scope_mean
+from .policy import clip_counts, moving, policy_log_ratio, sequence_derivative
+
+__all__ = [
+    "PROB_FACTORS",
+    "STREAM_FORMULAS",
+    "STREAM_TERMS",
+    "StreamInputs",
+    "StreamNumbers",
+    "StreamObjective",
+]
+
+STREAM_TERMS = (
+    "policy", "sft", "shaped", "kl", "entropy_bonus", "clip_low_sum", "clip_high_sum", "sum_entropy"
+)  # fmt: skip
+STREAM_FORMULAS = {
+    "clip": TokenFormula(stream_token, clip_policy),
+    "cispo": TokenFormula(stream_token, cispo_policy),
+    "reinforce": TokenFormula(stream_token, reinforce_policy),
+    "gspo": TokenFormula(stream_token, clip_policy),
+}
+# name: (by_p, by_rest) of ``fixed_factor``
+PROB_FACTORS = {"one": (0.0, 0.0), "p": (1.0, 0.0), "p(1-p)": (1.0, 1.0)}
+
+
+class StreamInputs(NamedTuple):
+    """What ``stream_token`` takes of each token, [n]; 0 stands for what is absent."""
+
+    policy_weight: Tensor
+    """a."""
+    sft_weight: Tensor
+    """b."""
+    shaped_weight: Tensor
+    """d."""
+    kl_weight: Tensor
+    """k."""
+    entropy_weight: Tensor
+    """e."""
+    advantage: Tensor
+    """A."""
+    old_logp: Tensor
+    """Before this update, nats."""
+    ref_logp: Tensor
+    """Of the reference model, nats."""
+    policy_entropy_coef: Tensor
+    """u of g_a."""
+    sft_entropy_coef: Tensor
+    """u of g_b."""
+    scope_entropy: Tensor
+    """H of the factors, but for the token's own."""
+
+
+class StreamNumbers(NamedTuple):
+    """The numbers that ``stream_token`` takes; a flag is 1.0 or 0.0."""
+
+    clip_low: float
+    """The ratio is kept above 1 - clip_low."""
+    clip_high: float
+    """The ratio is kept below 1 + clip_high."""
+    dual_clip: float
+    """Largest ratio for a negative advantage; inf for none."""
+    max_log_ratio: float
+    """Bound of log-ratios, nats."""
+    off_policy: float
+    """There is an old log-probability."""
+    with_ref: float
+    """There is a log-probability of the reference model."""
+    own_entropy: float
+    """H is the token's own."""
+    policy_by_p: float
+    """See ``fixed_factor``, as for the next three."""
+    policy_by_rest: float
+    """Of g_a."""
+    sft_by_p: float
+    """Of g_b."""
+    sft_by_rest: float
+    """Of g_b."""
+    gamma_p: float
+    """f(p) = p / (gamma_p p + gamma), as the next."""
+    gamma: float
+    """See gamma_p."""
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """The last arguments of a policy term."""
+        return self.clip_low, self.clip_high, self.dual_clip, self.max_log_ratio
+
+
+class _Terms(NamedTuple):
+    """What ``stream_terms`` gives of each token: the terms and their derivatives by logp, [n]."""
+
+    policy: Tensor
+    dpolicy: Tensor
+    sft: Tensor
+    dsft: Tensor
+    shaped: Tensor
+    dshaped: Tensor
+    kl: Tensor
+    dkl: Tensor
+    entropy_bonus: Tensor
+
+
+class _Policy(NamedTuple):
+    """The ratio and the policy term of each token, [n]; see ``policy_log_ratio``."""
+
+    log_ratio: Tensor
+    heard_of: Tensor
+    factor: Tensor
+    term: Tensor
+    dterm: Tensor
+    ratio: Tensor
+    clipped: Tensor
+
+
+@dataclass(frozen=True)
+class StreamObjective(TokenObjective):
+    """The general token loss, its ``inputs`` StreamInputs and its ``params`` StreamNumbers.
+
+    ``entropy_scope`` is what the H of the factors is a mean over, "token" also where it is given; ``sequence_policy``
+    says that the ratio is a sequence's; ``scope`` is the larger of the two. ``has_fixed`` says that a term beside the
+    policy's has a gradient by logp, ``fixed_waits`` that this gradient reads an entropy.
+    """
+
+    params: StreamNumbers
+    entropy_scope: str = "token"
+    sequence_policy: bool = False
+    has_fixed: bool = True
+    fixed_waits: bool = True
+
+    def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        inputs = self.inputs[:, rows]
+        if self.entropy_scope == "token":
+            return inputs
+        mean = scope_mean(entropy, self.valid[rows], self.entropy_scope, self.offsets, rows)
+        return torch.cat([inputs[:-1], mean[None]])
+
+    def _offsets(self, rows: slice) -> Tensor | None:
+        return local_offsets(self.offsets, rows) if self.sequence_policy else None
+
+    def _policy(self, logp: Tensor, rows: slice) -> _Policy:
+        """The policy term of ``rows``, but for what multiplies it."""
+        token, number = StreamInputs(*self.inputs[:, rows]), self.params
+        log_ratio, heard_of, factor = policy_log_ratio(
+            logp, token.advantage, token.old_logp, token.policy_weight, number.off_policy, number.max_log_ratio,
+            self.valid[rows], self._offsets(rows),
+        )  # fmt: skip
+        term = self.formula.chosen.eager(logp, log_ratio, token.advantage, *number.bounds)
+        return _Policy(log_ratio, heard_of, factor, *term)
+
+    def _terms(self, logp: Tensor, entropy: Tensor, rows: slice, policy: _Policy) -> _Terms:
+        """Every term of ``rows``, which are whole scopes."""
+        token, number = StreamInputs(*self._inputs(logp, entropy, rows)), self.params
+        h = token.scope_entropy + number.own_entropy * entropy
+        policy_fixed, sft_fixed = (
+            fixed_factor.eager(coef, h, logp, *by)
+            for coef, by in (
+                (token.policy_entropy_coef, (number.policy_by_p, number.policy_by_rest)),
+                (token.sft_entropy_coef, (number.sft_by_p, number.sft_by_rest)),
+            )
+        )
+        factor = weighted.eager(policy.factor, policy_fixed)
+        terms = stream_terms.eager(
+            logp, entropy, policy.term, policy.dterm, factor, weighted.eager(token.sft_weight, sft_fixed),
+            token.shaped_weight, token.kl_weight, token.entropy_weight, token.advantage, token.ref_logp,
+            number.gamma_p, number.gamma, number.with_ref, number.max_log_ratio,
+        )  # fmt: skip
+        found, offsets = _Terms(*terms), self._offsets(rows)
+        if offsets is None:
+            return found
+        shared = sequence_derivative(
+            self.formula.chosen, logp, policy.log_ratio, token.advantage, factor, policy.heard_of, offsets,
+            *number.bounds,
+        )  # fmt: skip
+        return found._replace(dpolicy=shared)
+
+    def coefficients(self, logp: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """See TokenObjective; the tokens of a sequence share the gradient of its ratio equally."""
+        if not self.sequence_policy:
+            return super().coefficients(logp, entropy, rows)
+        found = self._terms(logp, entropy, rows, self._policy(logp, rows))
+        dlogp = found.dpolicy + found.dsft + found.dshaped + found.dkl
+        return dlogp, -StreamInputs(*self.inputs[:, rows]).entropy_weight if self.entropy_grad else None
+
+    @property
+    def deferred(self) -> int:
+        """See TokenObjective; one for the ratio of a sequence."""
+        return int(self.sequence_policy and self.scope == "sequence" and not self.fixed_waits)
+
+    @property
+    def products(self) -> int:
+        """See TokenObjective."""
+        return self.deferred + self.has_fixed
+
+    def parts(self, logp: Tensor, rows: slice) -> tuple[Tensor | None, list[Tensor]]:
+        """See TokenObjective; the policy term is a sequence's, all others are a token's own."""
+        policy = self._policy(logp, rows)
+        fixed = None
+        if self.has_fixed:
+            found = self._terms(logp, torch.zeros_like(logp), rows, policy)
+            fixed = found.dsft + found.dshaped + found.dkl
+        return fixed, [moving(policy.heard_of, logp).to(logp.dtype)]
+
+    def scalars(self, logp: Tensor, entropy: Tensor, rows: slice) -> list[Tensor]:
+        """See TokenObjective; logp and entropy of ``rows``, which are one sequence."""
+        policy = self._policy(logp, rows)
+        derivative = self._terms(logp, entropy, rows, policy).dpolicy
+        # 0 at tokens that do not move, and the same elsewhere
+        return [derivative.sum() / moving(policy.heard_of, logp).sum().clamp(min=1)]
+
+    def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """See TokenObjective; from logp and entropy of all rows."""
+        rows = slice(0, logp.numel())
+        policy = self._policy(logp, rows)
+        found = self._terms(logp, entropy, rows, policy)
+        terms = {name: getattr(found, name).sum() for name in ("policy", "sft", "shaped", "kl", "entropy_bonus")}
+        loss = sum(terms.values(), start=logp.new_zeros(()))
+        clipped = policy.clipped & self.valid & (policy.factor != 0)
+        terms |= clip_counts(clipped, policy.ratio, loss.dtype)
+        terms["sum_entropy"] = entropy.sum()
+        return loss, torch.where(policy.heard_of, policy.ratio, 1.0), clipped, terms
+
+
+def check_streams(
+    labels: Tensor,
+    advantages: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    policy_weights: Tensor | None,
+    sft_weights: Tensor | None,
+    shaped_weights: Tensor | None,
+    kl_weights: Tensor | None,
+    entropy_weights: Tensor | None,
+    policy: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    max_log_ratio: float,
+    policy_entropy_coefs: Tensor | None,
+    sft_entropy_coefs: Tensor | None,
+    policy_prob_factor: str,
+    sft_prob_factor: str,
+    shaping_gamma: float | None,
+    entropy_scope: str,
+    batch_entropy: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments of ``linear_token_loss`` fit together."""
+    weights = {
+        "policy_weights": policy_weights, "sft_weights": sft_weights, "shaped_weights": shaped_weights,
+        "kl_weights": kl_weights, "entropy_weights": entropy_weights,
+    }  # fmt: skip
+    check_vectors(
+        labels, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, **weights,
+        policy_entropy_coefs=policy_entropy_coefs, sft_entropy_coefs=sft_entropy_coefs,
+    )  # fmt: skip
+    if all(x is None for x in weights.values()):
+        raise ValueError(f"one of {', '.join(weights)} must be given, got None for all; each brings its term")
+    for needed, tensor, by in (
+        ("advantages", advantages, "policy_weights"),
+        ("advantages", advantages, "shaped_weights"),
+        ("ref_logprobs", ref_logprobs, "kl_weights"),
+    ):
+        if tensor is None and weights[by] is not None:
+            raise ValueError(f"{needed} is required by {by}; pass it or drop {by}")
+    for name, given, by in (
+        ("policy_entropy_coefs", policy_entropy_coefs, "policy_weights"),
+        ("sft_entropy_coefs", sft_entropy_coefs, "sft_weights"),
+        ("shaping_gamma", shaping_gamma, "shaped_weights"),
+    ):
+        if given is not None and weights[by] is None:
+            raise ValueError(f"{name} is read only with {by}; pass {by} or drop {name}")
+    check_choice("policy", policy, STREAM_FORMULAS)
+    check_choice("policy_prob_factor", policy_prob_factor, PROB_FACTORS)
+    check_choice("sft_prob_factor", sft_prob_factor, PROB_FACTORS)
+    check_choice("entropy_scope", entropy_scope, ("token", "sequence", "batch"))
+    check_positive("clip_low", clip_low)
+    check_positive("clip_high", clip_high)
+    check_dual_clip(dual_clip)
+    check_positive("max_log_ratio", max_log_ratio)
+    if shaping_gamma is not None:
+        check_positive("shaping_gamma", shaping_gamma)
+    if batch_entropy is not None:
+        if entropy_scope != "batch":
+            raise ValueError(f'batch_entropy is read only with entropy_scope="batch", got {entropy_scope!r}; drop one')
+        check_count("batch_entropy", batch_entropy)
+    if policy == "gspo":
+        check_cu_seqlens(cu_seqlens, labels.numel(), 'policy="gspo"')
+    if entropy_scope == "sequence":
+        check_cu_seqlens(cu_seqlens, labels.numel(), 'entropy_scope="sequence"')
