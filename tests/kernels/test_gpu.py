@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import srft_kernels
-from srft_kernels import LoraDelta, formulas
+from srft_kernels import LoraDelta
+from srft_kernels.formulas import TokenFormula, cross_entropy_token
 from srft_kernels.head import chunks as chunked_head
 from srft_kernels.head import sweep as one_pass
 from srft_kernels.rows import gpu as row_kernels
@@ -22,6 +23,7 @@ from tests.kernels.cases import (
     policy,
     run,
     srft,
+    token_loss,
 )
 from tests.kernels.test_logits import OPTIONS, assert_logits_match, make_logits, run_logits
 from tests.kernels.test_scopes import SCOPES, long_case, scopes, with_ref
@@ -29,7 +31,7 @@ from tests.kernels.test_scopes import SCOPES, long_case, scopes, with_ref
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 each_op = pytest.mark.parametrize(
-    "op", [cross_entropy, grpo, srft, policy, logprobs], ids=lambda op: op.__name__
+    "op", [cross_entropy, grpo, srft, token_loss, policy, logprobs], ids=lambda op: op.__name__
 )
 
 
@@ -102,7 +104,14 @@ def test_real_vocabulary(op, dtype):
 
 @pytest.mark.parametrize(
     ("op", "options"),
-    [(cross_entropy, {}), (grpo, {}), (srft, {"preset": "official"}), (logprobs, {}), *SCOPES[:-1]],
+    [
+        (cross_entropy, {}),
+        (grpo, {}),
+        (srft, {"preset": "official"}),
+        (token_loss, {"everything": True}),
+        (logprobs, {}),
+        *SCOPES[:-1],
+    ],
     ids=lambda x: x.__name__ if callable(x) else case_id(x),
 )
 def test_no_host_sync(op, options, monkeypatch):
@@ -178,7 +187,7 @@ def test_one_launch_is_the_same_every_time(dtype):
     z, labels = (x.cuda() for x in make_logits((4096, 32003), dtype))
     rows = RowArguments(labels, None, None, None, -100, dtype)
     weight = torch.randn(1, 4096, device="cuda")
-    arguments = (rows, formulas.cross_entropy_token, weight, (), False)
+    arguments = (rows, TokenFormula(cross_entropy_token), weight, (), False)
     known, dz = row_kernels.objective_gradient(z.clone(), *arguments)
     expected = row_kernels.gradient(z, rows, known, -weight[0], None, False, out=torch.empty_like(z))
     torch.testing.assert_close(dz, expected)
@@ -202,7 +211,7 @@ def test_one_launch_of_a_real_chunk(vocab):
     known = row_kernels.stats(z, rows, False)
     row_kernels.gradient(z, rows, known, -weight[0], None, False, out=expected[:, :vocab])
     for _ in range(20):
-        arguments = (z, rows, formulas.cross_entropy_token, weight, (), False)
+        arguments = (z, rows, TokenFormula(cross_entropy_token), weight, (), False)
         other, actual = row_kernels.objective_gradient(*arguments, out=dz[:, :vocab])
         # one compiler's fusions in one kernel are not those in two
         torch.testing.assert_close(actual, expected[:, :vocab])
