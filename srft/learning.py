@@ -71,7 +71,7 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
     if not torch.isfinite(norm):
         raise FloatingPointError(
-            f"step {step}: the gradient norm is {norm.item()}; lower train.lr or the method's coefficients"
+            f"step {step}: the gradient norm is {norm.item()}; lower the learning rate or the method's coefficients"
         )
     lr = config.train.lr * min(1.0, step / max(1, config.train.lr_warmup_steps))
     for group in optimizer.param_groups:
