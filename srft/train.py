@@ -69,7 +69,7 @@ def fit(config: Config) -> None:
             if step % train.save_every == 0 or is_last:
                 run.progress.save()
             run.stop.release()
-        model = run.progress.run_dir / "model"
+        model = run.log.run_dir / "model"
         export_model(model, run.learner.model, run.learner.tokenizer)
         run.log.finish({"model": str(model)})
 

@@ -14,26 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.disk import sync_to_disk, writing
+from srft.policy.learner import Learner
 
 _MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.safetensors"
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-) -> Path:
+def save_checkpoint(run_dir: Path, step: int, learner: Learner, state: dict[str, Any]) -> Path:
     """Write ``checkpoints/step_<step>``: a Hugging Face folder, the optimizer's moments, and the loop's state.
 
     No random-number state is stored: every step seeds its generators from the run's seed and the step's number.
@@ -41,11 +33,9 @@ def save_checkpoint(
     Args:
         run_dir: Folder of the run.
         step: Steps done.
-        model: The policy.
-        tokenizer: Saved beside the model.
-        optimizer: Its per-parameter state is stored under the parameters' names.
+        learner: The state of its optimizer is stored under the parameters' names. Of the checkpoints the newest
+            ``train.keep_checkpoints`` stay; older ones go once this one is complete.
         state: Anything JSON holds.
-        keep: Newest checkpoints that stay; older ones go once this one is complete.
 
     Returns:
         The folder.
@@ -56,18 +46,18 @@ def save_checkpoint(
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     for left_over in folder.parent.glob(".step_*"):  # of a killed run
         shutil.rmtree(left_over)
-    names = {id(p): n for n, p in model.named_parameters()}
+    names = {id(p): n for n, p in learner.model.named_parameters()}
     moments = {
         f"{names[id(p)]}:{key}": value.detach().cpu().contiguous()
-        for p, entries in optimizer.state.items()
+        for p, entries in learner.optimizer.state.items()
         for key, value in entries.items()
     }
     with _appearing_at_once(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        learner.model.save_pretrained(partial)
+        learner.tokenizer.save_pretrained(partial)
         save_file(moments, partial / _OPTIMIZER)
         (partial / _STATE).write_text(json.dumps({"step": step, **state}))
-    for old in _checkpoints(run_dir)[:-keep]:
+    for old in _checkpoints(run_dir)[: -learner.config.train.keep_checkpoints]:
         shutil.rmtree(old)
     return folder
 
@@ -153,19 +143,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / _STATE).read_text())
 
 
-def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(folder: Path, learner: Learner) -> None:
     """Restore the optimizer's moments.
 
     Args:
         folder: From ``latest_checkpoint``.
-        model: The policy the moments belong to.
-        optimizer: Filled in.
+        learner: Its optimizer is filled in.
 
     Raises:
         ValueError: When the stored moments belong to another model.
     """
     stored = load_file(folder / _OPTIMIZER)
-    parameters = dict(model.named_parameters())
+    parameters = dict(learner.model.named_parameters())
     for name, value in stored.items():
         parameter_name, key = name.rsplit(":", 1)
         if parameter_name not in parameters:
@@ -174,7 +163,7 @@ def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.
             )
         parameter = parameters[parameter_name]
         # AdamW keeps its step counter on the CPU
-        optimizer.state[parameter][key] = value if value.dim() == 0 else value.to(parameter.device)
+        learner.optimizer.state[parameter][key] = value if value.dim() == 0 else value.to(parameter.device)
 
 
 def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -26,9 +26,7 @@ class Progress:
     """
 
     def __init__(self, run_dir: Path, learner: Learner, sampler: PromptSampler, data: dict[str, Any]) -> None:
-        self.run_dir = run_dir
-        """Folder of the run."""
-        self._learner, self._sampler, self._data = learner, sampler, data
+        self._run_dir, self._learner, self._sampler, self._data = run_dir, learner, sampler, data
         self.step = 0
         """Steps done."""
         self.unlogged: dict[str, float] | None = None
@@ -49,7 +47,7 @@ class Progress:
             return
         state = read_state(checkpoint)
         self._sampler.load_state_dict(state["sampler"])
-        load_optimizer(checkpoint, self._learner.model, self._learner.optimizer)
+        load_optimizer(checkpoint, self._learner)
         self.reached(state["step"], state["unlogged"])
         self._saved_step = self.step
 
@@ -73,19 +71,15 @@ class Progress:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             # on the disk before the checkpoint is, which promises the rows up to its step
-            with writing(path := self.run_dir / name):
+            with writing(path := self._run_dir / name):
                 sync_to_disk(path)
-        learner, config = self._learner, self._learner.config
         state = {
             "sampler": self._sampler_state,
-            "config": to_toml(config.without_resume()),
+            "config": to_toml(self._learner.config.without_resume()),
             "unlogged": self.unlogged,
             "data": self._data,
         }
-        save_checkpoint(
-            self.run_dir, self.step, learner.model, learner.tokenizer, learner.optimizer, state,
-            config.train.keep_checkpoints,
-        )  # fmt: skip
+        save_checkpoint(self._run_dir, self.step, self._learner, state)
         self._saved_step = self.step
 
     @contextmanager

@@ -14,10 +14,10 @@ import transformers
 from srft.policy.checkpoint import damage, export_model, latest_checkpoint, load_optimizer, read_state, save_checkpoint
 from srft.policy.model import byte_tokenizer, load_model
 from srft.policy.optimizer import make_optimizer
-from tests.trainer.tiny import plain_model, policy, tiny_config
+from tests.trainer.tiny import learner_of, plain_model, policy, tiny_config
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
-CONFIG = tiny_config("train.weight_decay=0.1")
+CONFIG = tiny_config("train.weight_decay=0.1", "train.keep_checkpoints=2")
 
 
 def trained(
@@ -38,16 +38,8 @@ def move(model: transformers.PreTrainedModel, optimizer: torch.optim.Optimizer) 
     optimizer.step()
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    model: transformers.PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    keep: int = 2,
-) -> Path:
-    return save_checkpoint(
-        run_dir, step, model, byte_tokenizer(), optimizer, {"sampler": {"drawn": step}}, keep
-    )
+def save(run_dir: Path, step: int, model: transformers.PreTrainedModel, optimizer: torch.optim.Optimizer) -> Path:
+    return save_checkpoint(run_dir, step, learner_of(CONFIG, model, optimizer), {"sampler": {"drawn": step}})
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -59,7 +51,7 @@ def test_save_and_load_are_bit_exact(tmp_path: Path, tied: bool) -> None:
     assert read_state(folder) == {"step": 3, "sampler": {"drawn": 3}}
     copied = policy(load_model(folder, trust_remote_code=False))
     copied_optimizer = make_optimizer(copied, CONFIG)
-    load_optimizer(folder, copied, copied_optimizer)
+    load_optimizer(folder, learner_of(CONFIG, copied, copied_optimizer))
     for _ in range(2):
         move(model, optimizer)
         move(copied, copied_optimizer)
@@ -93,7 +85,7 @@ def test_newest_are_kept(tmp_path: Path) -> None:
     """Order is by number, not by text or time."""
     model, optimizer = trained()
     for step in (8, 9, 10, 100):
-        save(tmp_path, step, model, optimizer, keep=2)
+        save(tmp_path, step, model, optimizer)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000010", "step_000100"]
     assert read_state(latest_checkpoint(tmp_path)[0] or tmp_path)["step"] == 100
 
@@ -104,7 +96,7 @@ def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 1, model, optimizer)
     other = policy(plain_model(tied=True))
     with pytest.raises(ValueError, match="lm_head.weight, which this model lacks"):
-        load_optimizer(folder, other, make_optimizer(other, CONFIG))
+        load_optimizer(folder, learner_of(CONFIG, other, make_optimizer(other, CONFIG)))
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
