@@ -36,7 +36,6 @@ EXCEPTIONS = {
     "tests/kernels/test_torch_compile.py": "",
     "tests/trainer/architectures.py": "",
     "tests/trainer/test_methods.py": "",
-    "tests/trainer/test_rewards.py": "",
     "srft_kernels/rows/gpu.py _row_kernel": "one kernel is one pass over the vocabulary; a part of it has no name",
 }
 
