@@ -29,12 +29,9 @@ EXCEPTIONS = {
     "srft_kernels/compile/ops.py logprobs_op": "forward, backward and their shapes are one op, over one schema",
     "srft_kernels/losses.py": "linear_srft_loss is about to become a filling of the general token loss",
     "srft_kernels/reference.py": "so is its twin",
-    "tests/kernels/test_fsdp_head.py": "about to be split, as the following are",
-    "tests/kernels/test_integration_liger.py": "",
-    "tests/kernels/test_mutations.py": "",
+    "tests/kernels/test_mutations.py": "about to be split, as the following are",
     "tests/kernels/test_properties.py": "",
     "tests/kernels/test_torch_compile.py": "",
-    "tests/trainer/architectures.py": "",
     "tests/trainer/test_methods.py": "",
     "srft_kernels/rows/gpu.py _row_kernel": "one kernel is one pass over the vocabulary; a part of it has no name",
 }

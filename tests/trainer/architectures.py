@@ -8,40 +8,24 @@ from transformers import PreTrainedModel
 
 VOCAB = 96
 _LLAMA = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": None,
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": None,
     "eos_token_id": 1,
-}
+}  # fmt: skip
 _EQUAL_HEADS = {**_LLAMA, "num_key_value_heads": 4}
 _MOE = {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LOCAL = {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
 _GPT = {
-    "vocab_size": VOCAB,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 512,
-    "bos_token_id": None,
+    "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": None,
     "eos_token_id": 1,
-}
+}  # fmt: skip
 _FACTORS = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [4.0, 8.0, 12.0, 16.0]}
 _LONGROPE = {"rope_type": "longrope", "rope_theta": 100.0, **_FACTORS}
 _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
 _MAMBA = {
-    "mamba_d_state": 8,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_expand": 2,
-    "mamba_n_groups": 1,
+    "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_n_groups": 1,
     "mamba_chunk_size": 16,
-}
+}  # fmt: skip
 
 ARCHITECTURES: dict[str, tuple[str, dict]] = {
     # plain attention through transformers' interface
