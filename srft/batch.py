@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,7 @@ class Response:
         reward: What the verifier gave it.
         status: How the verification ended: "ok", "unjudged", "timeout", "error" or "bad_gold".
         message: What the verifier said besides, where it has not ended in "ok".
-        advantage: Filled in by ``srft.methods``.
+        advantage: Filled in by the method.
         entropy: Mean entropy of the policy over the response, nats; known after the loss.
         old_logprobs: Log-probabilities before a step's first update; None when that is the current policy.
     """
@@ -100,7 +100,6 @@ class Batch:
         advantages: [N] fp32.
         is_demo: [N] bool.
         is_correct: [N] bool.
-        token_weights: [N] fp32, the aggregation's weight of each token.
         rollout_logprobs: [N] fp32, the engine's; 0 on demonstrations.
         old_logprobs: [N] fp32, or None when the current policy is the one that sampled.
         sequences: The B sequences, in order.
@@ -116,7 +115,6 @@ class Batch:
     advantages: Tensor
     is_demo: Tensor
     is_correct: Tensor
-    token_weights: Tensor
     rollout_logprobs: Tensor
     old_logprobs: Tensor | None
     sequences: list[Response]
@@ -126,11 +124,6 @@ class Batch:
         bounds = self.loss_cu_seqlens.tolist()
         for sequence, first, last in zip(self.sequences, bounds[:-1], bounds[1:], strict=True):
             yield sequence, slice(first, last)
-
-
-def unweighted(_sequence: Response) -> float:
-    """Weight every token by 1."""
-    return 1.0
 
 
 def count(sequences: Sequence[Response]) -> Totals:
@@ -152,7 +145,6 @@ def count(sequences: Sequence[Response]) -> Totals:
 def pack(
     sequences: Sequence[Response],
     tokens_per_microbatch: int,
-    token_weight: Callable[[Response], float],
     device: torch.device,
 ) -> list[Batch]:
     """Pack sequences into micro-batches of bounded size, the longest first.
@@ -160,7 +152,6 @@ def pack(
     Args:
         sequences: What to pack; a sequence is never split.
         tokens_per_microbatch: Most tokens in one micro-batch; a longer single sequence still gets one to itself.
-        token_weight: Weight of each response token of a sequence.
         device: Where the batch is used; bounds stay on the CPU.
 
     Returns:
@@ -176,12 +167,10 @@ def pack(
             place = len(bins) - 1
         bins[place].append(sequence)
         room[place] -= len(sequence)
-    return [_to_batch(members, token_weight, device) for members in bins]
+    return [_to_batch(members, device) for members in bins]
 
 
-def _to_batch(
-    sequences: list[Response], token_weight: Callable[[Response], float], device: torch.device
-) -> Batch:
+def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
     lengths = torch.tensor([len(s) for s in sequences])
     responses = torch.tensor([len(s.response_ids) for s in sequences])
     starts = lengths.cumsum(0) - lengths
@@ -193,7 +182,6 @@ def _to_batch(
             for start, s in zip(starts.tolist(), sequences, strict=True)
         ]
     )
-    weights = [token_weight(s) for s in sequences]
 
     def per_token(values: list[float] | list[bool], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).repeat_interleave(responses).to(device)
@@ -215,7 +203,6 @@ def _to_batch(
         advantages=per_token([s.advantage for s in sequences], torch.float32),
         is_demo=per_token([s.is_demo for s in sequences], torch.bool),
         is_correct=per_token([s.is_correct for s in sequences], torch.bool),
-        token_weights=per_token(weights, torch.float32),
         rollout_logprobs=torch.tensor(flat_logprobs, dtype=torch.float32, device=device),
         old_logprobs=old,
         sequences=sequences,

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from srft.methods import DEFAULT, BaseMethod, absolute_name, find_method
+from srft.section import Section
 
 
 def _one_or_more(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-class Section(BaseModel):
-    """A group of options: unknown names are errors, the text under each field is its help."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False
-    )
+def _method(value: object) -> object:
+    """The options of a method, checked by its own class."""
+    if not isinstance(value, Mapping):
+        return value
+    name = str(value.get("name", DEFAULT))
+    return find_method(name).model_validate({**value, "name": absolute_name(name)})
 
 
 class DataConfig(Section):
@@ -146,47 +150,6 @@ class RewardConfig(Section):
     """Seconds one verification may take before it is ended and counted as a timeout."""
 
 
-class MethodConfig(Section):
-    """The objective. Unset switches take the preset's value."""
-
-    name: Literal["srft", "grpo", "sft"] = "srft"
-    """Which objective is trained."""
-    preset: Literal["paper", "official", "upt"] = "paper"
-    """SRFT as in the paper, as in its authors' code, or as in the independent reproduction."""
-    sft_coef: float = Field(0.5, ge=0)
-    """SRFT: factor of the demonstration log-likelihood weight."""
-    rl_coef: float = Field(0.1, ge=0)
-    """SRFT: factor of the weight of correct rollouts."""
-    sft_entropy_sign: Literal[-1, 1] | None = None
-    """SRFT: sign of the entropy in the demonstration weight."""
-    entropy_scope: Literal["token", "sequence", "batch"] | None = None
-    """SRFT: what the entropy in the weights is a mean over."""
-    self_rollout: Literal["likelihood", "ratio"] | None = None
-    """SRFT: form of the term on the policy's own rollouts."""
-    demo_gamma: Annotated[float, Field(gt=0)] | Literal["preset", "none"] = "preset"
-    """SRFT: γ of the shaping p/(p+γ) on demonstrations; "none" uses p itself."""
-    entropy_coef: float | None = Field(None, ge=0)
-    """Coefficient of the entropy bonus; unset: the preset's for SRFT, 0 for GRPO."""
-    advantage_std: bool | None = None
-    """Divide advantages by the group's standard deviation; unset: on for SRFT "paper" and GRPO."""
-    aggregation: Literal["token-mean", "sequence-mean", "constant"] = "token-mean"
-    """Mean over all tokens, mean over sequences of token means, or mean over sequences of token sums divided by
-    rollout.max_new_tokens."""
-    loss_type: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"
-    """GRPO: the token term; bnpo, dr_grpo and dapo are this one with another aggregation, std and clip range."""
-    clip_low: float = Field(0.2, gt=0)
-    """GRPO: the ratio is clipped below 1 - clip_low."""
-    clip_high: float = Field(0.2, gt=0)
-    """GRPO: the ratio is clipped above 1 + clip_high."""
-
-    @property
-    def scope(self) -> str:
-        """What the entropy in SRFT's weights is a mean over, the preset's choice where none is set."""
-        if self.name != "srft":
-            return "token"
-        return self.entropy_scope or ("token" if self.preset == "official" else "sequence")
-
-
 class TrainConfig(Section):
     """The loop."""
 
@@ -243,7 +206,9 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
-    method: MethodConfig = MethodConfig()
+    method: Annotated[SerializeAsAny[BaseMethod], BeforeValidator(_method)] = Field(
+        default_factory=lambda: find_method(DEFAULT)(name=DEFAULT)
+    )
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")
@@ -265,13 +230,15 @@ class Config(Section):
             raise ValueError(
                 f"vLLM samples at temperatures between 0.01 and 2, got rollout.temperature={self.rollout.temperature}"
             )
-        if self.method.name != "grpo" and train.demos_per_prompt == 0:
+        method = self.method
+        if method.needs_demos and train.demos_per_prompt == 0:
             raise ValueError(
-                f'method.name="{self.method.name}" learns from demonstrations but train.demos_per_prompt=0; set it to 1'
+                f'method.name="{method.name}" learns from demonstrations but train.demos_per_prompt=0; set it to 1'
             )
-        if self.method.name == "grpo" and train.rollouts_per_prompt < 2:
+        if method.needs_rollouts and train.rollouts_per_prompt < method.fewest_rollouts:
             raise ValueError(
-                'method.name="grpo" compares the rollouts of one prompt; train.rollouts_per_prompt must be at least 2'
+                f'method.name="{method.name}" compares the rollouts of one prompt; '
+                f"train.rollouts_per_prompt must be at least {method.fewest_rollouts}"
             )
         if self.model.name == "tiny" and tiny.hidden_size % (2 * tiny.num_heads):
             raise ValueError(

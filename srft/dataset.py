@@ -14,7 +14,6 @@ from srft.data.judging import check_answers, check_demos, fitting_reward
 from srft.data.problems import Problems, drop_shared, hold_out
 from srft.data.prompts import Prompt, build_prompts
 from srft.engine.sampling import prompt_format
-from srft.methods import needs_demos
 from srft.rewards.pool import RewardPool
 
 
@@ -52,7 +51,7 @@ def read_problems(config: Config) -> Problems:
         ValueError: Naming the file, line and column of what is wrong with the data.
     """
     data = config.data
-    needs = needs_demos(config.method)
+    needs = config.method.needs_demos
     examples = load_examples(
         data.train, split=data.split, columns=data.columns, limit=data.limit, seed=config.train.seed,
         task=data.task, use_demo=needs or warm_starts(config), require_demo=needs, bad_rows=data.bad_rows,
@@ -92,7 +91,7 @@ def make_prompts(
     """
     data, train, examples = config.data, config.train, problems.train
     notes = [f"{len(examples)} training and {len(problems.held_out)} held-out problems from {data.train}"]
-    with_demos = needs_demos(config.method) or warm_starts(config)
+    with_demos = config.method.needs_demos or warm_starts(config)
     pool.prewarm()
     checked = with_demos and data.bad_demos != "keep"
     # a demonstration that is accepted shows that the answer can be read
@@ -125,7 +124,7 @@ def make_prompts(
         )
         if number
     ]
-    if needs_demos(config.method):
+    if config.method.needs_demos:
         enough = [p for p in prompts if len(p.demo_ids) >= train.demos_per_prompt]
         if len(enough) < len(prompts) and data.bad_rows == "error":
             few = next(p for p in prompts if len(p.demo_ids) < train.demos_per_prompt)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from srft.batch import Batch, Group, Response, count, pack, unweighted
-from srft.methods import assign_advantages, method_loss, token_weight
+from srft.batch import Batch, Group, Response, count, pack
+from srft.methods import Figure, UpdateInfo, assign_advantages
 from srft.policy.forwards import packed_forward
 from srft.policy.learner import Learner
 from srft.policy.model import head_of, run_body
 from srft.policy.router import router_of, whole_load
-from srft.record.metrics import Figure, combined, loss_metrics
+from srft.record.metrics import combined, loss_metrics
 from srft_kernels import PolicyLoss
 
 
@@ -53,9 +54,9 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
         FloatingPointError: When the gradient is not finite; the weights are left as they were.
     """
     config, model, optimizer = learner.config, learner.model, learner.optimizer
-    totals = count(sequences)
-    batches = pack(sequences, config.train.tokens_per_microbatch, token_weight(config, totals), model.device)
-    entropy = mean_entropy(learner, batches) if config.method.scope == "batch" else None
+    batches = pack(sequences, config.train.tokens_per_microbatch, model.device)
+    entropy = mean_entropy(learner, batches) if config.method.needs_entropy else None
+    whole = UpdateInfo(count(sequences), step, config.rollout.max_new_tokens, entropy)
     optimizer.zero_grad(set_to_none=True)
     outputs: list[PolicyLoss] = []
     router, dtype = router_of(config, model), config.compute_dtype
@@ -63,7 +64,10 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
     balance = torch.zeros((), device=model.device)
     for batch in batches:
         hidden_states, gates = run_body(model, batch, dtype, router_logits=router is not None)
-        out = method_loss(config, hidden_states, head_of(model), batch, totals, entropy)
+        loss = partial(
+            config.method.loss(batch, whole), labels=batch.labels, temperature=config.rollout.temperature
+        )
+        out = head_of(model)(hidden_states, loss)
         aux = router.loss(gates, load or router.load(gates)) if router is not None else balance.new_zeros(())
         (out.loss + aux).backward()
         balance += aux.detach()
@@ -77,7 +81,7 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    figures = loss_metrics(config.method, batches, outputs, totals)
+    figures = loss_metrics(config.method, batches, outputs, whole)
     if router is not None:
         figures["loss/router_aux"] = Figure(balance.item())
         figures["loss/total"] = replace(figures["loss/total"], value=figures["loss/total"].value + balance.item())
@@ -93,7 +97,7 @@ def remember_old_logprobs(learner: Learner, sequences: list[Response]) -> None:
         sequences: Everything this step learns from; modified in place.
     """
     model = learner.model
-    for batch in pack(sequences, learner.config.train.tokens_per_microbatch, unweighted, model.device):
+    for batch in pack(sequences, learner.config.train.tokens_per_microbatch, model.device):
         logprobs, _ = _score(learner, batch)
         for sequence, place in batch.responses():
             sequence.old_logprobs = logprobs[place]

@@ -11,9 +11,10 @@ from datetime import date, time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from srft.config import Config
+from srft.methods import DEFAULT, find_method, method_names
 
 
 def load_config(arguments: list[str]) -> Config:
@@ -28,29 +29,9 @@ def load_config(arguments: list[str]) -> Config:
     Raises:
         ValueError: For an unknown key (with the nearest match), a wrong type or range, or a file that is not TOML.
     """
-    tree: dict[str, Any] = {}
-    for argument in arguments:
-        if not argument.isascii() and argument != argument.encode(errors="replace").decode():
-            raise ValueError(f"{argument!a} is not text in UTF-8; rename the file or folder it names")
-        if "=" in argument:
-            dotted, text = argument.split("=", 1)
-            keys = dotted.strip().removeprefix("--").split(".")
-            layer: Any = _parse_value(text, _type_of(keys))
-            for key in reversed(keys):
-                layer = {key: layer}
-        elif argument.endswith(".toml"):
-            layer = _read_toml(Path(argument))
-        else:
-            raise ValueError(f"expected a .toml file or section.key=value, got {argument!r}; see --help")
-        _merge(tree, layer)
-    _reject_unknown_keys(Config, tree, "")
-    _spell_out(tree)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        # every member of a union reports its own failure: one line an option is enough
-        by_option = {error["loc"][:2]: error for error in reversed(error.errors())}
-        raise ValueError("\n".join(_explain(e) for e in by_option.values())) from None
+    layers = _read_layers(arguments)
+    root = _root_of(_method_name(_merged(layers, Config)))
+    return _checked(_merged(layers, root), root)
 
 
 def load_config_text(text: str) -> Config:
@@ -58,8 +39,12 @@ def load_config_text(text: str) -> Config:
 
     Args:
         text: TOML.
+
+    Raises:
+        ValueError: As ``load_config``, such as for an option that another version had.
     """
-    return Config.model_validate(tomllib.loads(text))
+    tree = tomllib.loads(text)
+    return _checked(tree, _root_of(_method_name(tree)))
 
 
 def to_toml(config: Config) -> str:
@@ -95,12 +80,18 @@ def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {k: (flat_old.get(k), flat_new.get(k)) for k in keys if flat_old.get(k) != flat_new.get(k)}
 
 
-def help_text(program: str = "srft.train", effect: str = "With no argument: the demo.") -> str:
+def help_text(
+    program: str = "srft.train", effect: str = "With no argument: the demo.", method: str = DEFAULT
+) -> str:
     """Return every option with its type, default and meaning, one paragraph a section.
 
     Args:
         program: Module of the command.
         effect: A sentence on what it does.
+        method: The method whose options are listed.
+
+    Raises:
+        ValueError: When there is no such method.
     """
     lines = [
         f"usage: python -m {program} [run.toml ...] [section.key=value ...]",
@@ -115,15 +106,72 @@ def help_text(program: str = "srft.train", effect: str = "With no argument: the 
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 subsections.append((field.annotation, dotted))
                 continue
-            default = "unset" if field.default is None else _toml_value(_jsonable(field.default))
+            value = field.get_default(call_default_factory=True)
+            default = "unset" if value is None else "…" if field.is_required() else _toml_value(_jsonable(value))
             lines.append(f"  {dotted}={default}  ({_type_name(field.annotation)})")
             lines.append(f"      {' '.join((field.description or '').split())}")
         for annotation, dotted in subsections:
-            lines.extend(["", f"[{dotted}] {(annotation.__doc__ or '').strip()}"])
+            lines.extend(["", f"[{dotted}] {' '.join((annotation.__doc__ or '').split())}"])
             describe(annotation, dotted + ".")
 
-    describe(Config, "")
+    describe(_root_of(method), "")
     return "\n".join(lines)
+
+
+def _read_layers(arguments: list[str]) -> list[dict[str, Any] | tuple[list[str], str]]:
+    """What each argument says: the tree of a file, or the keys and the text of an override."""
+    layers: list[dict[str, Any] | tuple[list[str], str]] = []
+    for argument in arguments:
+        if not argument.isascii() and argument != argument.encode(errors="replace").decode():
+            raise ValueError(f"{argument!a} is not text in UTF-8; rename the file or folder it names")
+        if "=" in argument:
+            dotted, text = argument.split("=", 1)
+            layers.append((dotted.strip().removeprefix("--").split("."), text))
+        elif argument.endswith(".toml"):
+            layers.append(_read_toml(Path(argument)))
+        else:
+            raise ValueError(f"expected a .toml file or section.key=value, got {argument!r}; see --help")
+    return layers
+
+
+def _merged(layers: list[dict[str, Any] | tuple[list[str], str]], root: type[BaseModel]) -> dict[str, Any]:
+    """One tree of all layers, each value read as the type of its option."""
+    tree: dict[str, Any] = {}
+    for layer in layers:
+        if isinstance(layer, tuple):
+            keys, text = layer
+            value: Any = _parse_value(text, _type_of(keys, root))
+            for key in reversed(keys):
+                value = {key: value}
+            _merge(tree, value)
+        else:
+            _merge(tree, layer)
+    return tree
+
+
+def _method_name(tree: dict[str, Any]) -> str:
+    section = tree.get("method")
+    return str(section.get("name", DEFAULT)) if isinstance(section, dict) else DEFAULT
+
+
+def _root_of(method: str) -> type[BaseModel]:
+    """``Config`` with the options of a method, to look up names and types in."""
+    cls = find_method(method)
+    names: Any = Literal[(*method_names(), "path/to/file.py")]
+    field = Field(method, description=cls.model_fields["name"].description)
+    section = create_model("Method", __base__=cls, __doc__=cls.__doc__, name=(names, field))
+    return create_model("Config", __base__=Config, method=(section, Field()))
+
+
+def _checked(tree: dict[str, Any], root: type[BaseModel]) -> Config:
+    _reject_unknown_keys(root, tree)
+    _spell_out(tree, root)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        # every member of a union reports its own failure: one line an option is enough
+        by_option = {error["loc"][:2]: error for error in reversed(error.errors())}
+        raise ValueError("\n".join(_explain(e, root) for e in by_option.values())) from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -135,9 +183,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
 
 
-def _type_of(keys: list[str]) -> Any:
+def _type_of(keys: list[str], root: type[BaseModel]) -> Any:
     """The type of the option at a dotted name, of a table's entry where the name reaches into one; None of none."""
-    kind: Any = Config
+    kind: Any = root
     for key in keys:
         if _is_section(kind):
             if key not in kind.model_fields:
@@ -182,7 +230,7 @@ def _parse_value(text: str, kind: Any) -> Any:
     return text if _is_text(kind) or (several and not isinstance(value, list)) else value
 
 
-def _spell_out(tree: dict[str, Any], path: tuple[str, ...] = ()) -> None:
+def _spell_out(tree: dict[str, Any], root: type[BaseModel], path: tuple[str, ...] = ()) -> None:
     """Turn what a file wrote without quotes for an option that holds text into that text, in place.
 
     Raises:
@@ -191,8 +239,8 @@ def _spell_out(tree: dict[str, Any], path: tuple[str, ...] = ()) -> None:
     for key, value in tree.items():
         keys = [*path, key]
         if isinstance(value, dict):
-            _spell_out(value, tuple(keys))
-        elif not _is_text(_type_of(keys)):
+            _spell_out(value, root, tuple(keys))
+        elif not _is_text(_type_of(keys, root)):
             continue
         elif isinstance(value, bool):
             tree[key] = str(value).lower()
@@ -230,13 +278,19 @@ def _all_keys(section: type[BaseModel], path: str = "") -> list[str]:
     return keys
 
 
-def _reject_unknown_keys(section: type[BaseModel], tree: dict[str, Any], path: str) -> None:
+def _reject_unknown_keys(root: type[BaseModel], tree: dict[str, Any], path: tuple[str, ...] = ()) -> None:
+    section = _type_of(list(path), root)
     for key, value in tree.items():
-        dotted = path + key
+        dotted = ".".join([*path, key])
         field = section.model_fields.get(key)
         if field is None:
             dotted = next(iter(_flatten({dotted: value} if value != {} else {dotted: None})))
-            every = _all_keys(Config)
+            if path == ("method",) and (others := [n for n in method_names() if key in find_method(n).model_fields]):
+                raise ValueError(
+                    f"unknown option {dotted}: it belongs to method.name={' or '.join(others)}, but method.name is "
+                    f"{section.model_fields['name'].default}"
+                )
+            every = _all_keys(root)
             by_last_name = [k for k in every if k.split(".")[-1] == key.split(".")[-1]]
             near = by_last_name or difflib.get_close_matches(dotted, every, n=1, cutoff=0.4)
             hint = f"; did you mean {' or '.join(near)}?" if near else "; see python -m srft.train --help"
@@ -247,17 +301,14 @@ def _reject_unknown_keys(section: type[BaseModel], tree: dict[str, Any], path: s
                     f"{dotted} is a section; set one of its options, such as "
                     f"{_all_keys(field.annotation, dotted + '.')[0]}=…"
                 )
-            _reject_unknown_keys(field.annotation, value, dotted + ".")
+            _reject_unknown_keys(root, value, (*path, key))
 
 
-def _explain(error: Any) -> str:
-    dotted = ".".join(str(part) for part in error["loc"] if part in _known_names())
+def _explain(error: Any, root: type[BaseModel]) -> str:
+    known = {part for key in _all_keys(root) for part in key.split(".")}
+    dotted = ".".join(str(part) for part in error["loc"] if part in known)
     message = error["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}, got {error['input']!r}" if dotted else message
-
-
-def _known_names() -> set[str]:
-    return {part for key in _all_keys(Config) for part in key.split(".")}
 
 
 def _jsonable(value: Any) -> Any:
@@ -293,7 +344,7 @@ def _type_name(annotation: Any) -> str:
 def exit_on_help(
     arguments: list[str], program: str = "srft.train", effect: str = "With no argument: the demo."
 ) -> None:
-    """Print the options and leave when they are asked for.
+    """Print the options, of the method that is named beside, and leave when they are asked for.
 
     Args:
         arguments: The command line's words.
@@ -301,5 +352,10 @@ def exit_on_help(
         effect: A sentence on what it does.
     """
     if {"-h", "--help"} & set(arguments):
-        print(help_text(program, effect))
+        others = [argument for argument in arguments if argument not in ("-h", "--help")]
+        try:
+            print(help_text(program, effect, _method_name(_merged(_read_layers(others), Config))))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
         sys.exit(0)

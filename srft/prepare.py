@@ -17,7 +17,6 @@ from srft.data.sampler import PromptSampler
 from srft.dataset import Prompts, make_prompts, read_problems, warm_starts
 from srft.engine.sampling import describe_ends, make_sampling
 from srft.engine.start import start_engine
-from srft.methods import needs_demos, needs_rollouts
 from srft.options import to_toml
 from srft.policy.learner import Learner
 from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy
@@ -92,8 +91,9 @@ def prepared(config: Config) -> Iterator[Run]:
         with (
             closing(start_engine(learner, run_dir / "engine")) as engine,
             RunLog(run_dir, total_steps=config.train.steps, config_text=to_toml(config.without_resume()),
-                   title=f"{config.method.name} · {config.data.train}",
-                   resume_step=progress.step if config.train.resume else None, report=build_report) as log,
+                   title=f"{config.method.label} · {config.data.train}",
+                   resume_step=progress.step if config.train.resume else None, report=build_report,
+                   curves=config.method.curves) as log,
             progress.saved_when_stopped(),
         ):  # fmt: skip
             log.say(f"{describe_step(learner, prompts.note)} {describe_ends(sampling, tokenizer)}")
@@ -188,17 +188,17 @@ def describe_step(learner: Learner, data_note: str) -> str:
     """
     config, train = learner.config, learner.config.train
     parts = []
-    if needs_rollouts(config.method):
+    if config.method.needs_rollouts:
         parts.append(
             f"{train.rollouts_per_prompt} rollouts of at most {config.rollout.max_new_tokens} tokens"
         )
-    if needs_demos(config.method):
+    if config.method.needs_demos:
         parts.append(f"{train.demos_per_prompt} demonstration{'s' if train.demos_per_prompt > 1 else ''}")
     size = sum(p.numel() for p in learner.model.parameters()) / 1e6
     updates = f"{train.updates_per_step} update{'s' if train.updates_per_step > 1 else ''}"
     return (
         f"Each of {train.steps} steps: {train.prompts_per_step} prompts x ({' + '.join(parts)}) -> {updates} of a "
-        f"{size:.1f}M-parameter policy by {config.method.name}, "
+        f"{size:.1f}M-parameter policy by {config.method.label}, "
         f"at most {train.tokens_per_microbatch} tokens per forward pass; "
         f"{data_note}."
     )

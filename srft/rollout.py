@@ -13,7 +13,6 @@ from srft.data.prompts import Prompt
 from srft.data.sampler import sample_seed
 from srft.data.templates import completion_text
 from srft.engine.base import Completion, Engine, Sampling
-from srft.methods import needs_demos, needs_rollouts
 from srft.rewards.pool import RewardPool
 
 
@@ -50,12 +49,12 @@ def roll_out(config: Config, actor: Actor, prompts: list[Prompt], step: int) -> 
     def seed(uid: str, sample: int) -> int:
         return sample_seed(config.train.seed, step, uid, sample)
 
-    if needs_rollouts(config.method):
+    if config.method.needs_rollouts:
         seeds = [[seed(uid, k) for k in range(config.train.rollouts_per_prompt)] for uid in uids]
         answers = actor.engine.generate([p.prompt_ids for p in prompts], actor.sampling, seeds)
         for group, completions in zip(groups, answers, strict=True):
             group.rollouts = [_rollout(actor, group.prompt, completion) for completion in completions]
-    if needs_demos(config.method):
+    if config.method.needs_demos:
         for group, uid in zip(groups, uids, strict=True):
             places, most = range(len(group.prompt.demo_ids)), config.train.demos_per_prompt
             # of more demonstrations than are joined, others at every visit

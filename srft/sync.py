@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srft.batch import Response, pack, unweighted
+from srft.batch import Response, pack
 from srft.config import Config
 from srft.engine.base import Engine
 from srft.policy.forwards import packed_forward, sampler_logprobs
@@ -51,7 +51,7 @@ class WeightSync:
             for s in probe
         ]
         self._probe = probe
-        self._batches = pack(self._sequences, 8192, unweighted, model.device)
+        self._batches = pack(self._sequences, 8192, model.device)
         self._noise: Spread | None = None
         self._before: dict[str, Tensor] = {}
 

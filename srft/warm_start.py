@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from srft.config import Config, MethodConfig
+from srft.config import Config
 from srft.data.sampler import PromptSampler
 from srft.dataset import Prompts
 from srft.engine.sampling import make_sampling
 from srft.engine.start import start_in_process
 from srft.evaluate import evaluate
 from srft.learning import update
+from srft.methods import find_method
 from srft.policy.checkpoint import export_model
 from srft.policy.learner import Learner
 from srft.policy.optimizer import make_optimizer
@@ -76,7 +77,7 @@ def _supervised(config: Config) -> Config:
     train = {"lr": config.model.warm_start.lr, "lr_warmup_steps": 0, "weight_decay": 0.0}
     return config.model_copy(
         update={
-            "method": MethodConfig(name="sft"),
+            "method": find_method("sft")(name="sft"),
             "train": config.train.model_copy(update=train),
             "rollout": config.rollout.model_copy(update={"temperature": 1.0}),
         }

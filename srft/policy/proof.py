@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srft.batch import Batch, Response, pack, unweighted
+from srft.batch import Batch, Response, pack
 from srft.config import Config
 from srft.policy.attention import UnsupportedAttention
 from srft.policy.forwards import Rounding, own_forward, own_logprobs, packed_forward, packed_logprobs, probe_sequences
@@ -143,9 +143,9 @@ class Refusal(ValueError):
 def _compare(model: PreTrainedModel, config: Config) -> tuple[dict[str, Gap], dict[str, Gap], list[int]]:
     sequences = probe_sequences(model, config)
     budget = config.train.tokens_per_microbatch
-    packed = pack(sequences, budget, unweighted, model.device)
+    packed = pack(sequences, budget, model.device)
     small = _first_tokens(sequences, _GRADIENT_TOKENS)
-    packed_small = pack(small, budget, unweighted, model.device)
+    packed_small = pack(small, budget, model.device)
 
     gold = own_logprobs(model, sequences, torch.float32)
     noise = {"float32": own_logprobs(model, sequences, torch.float32, round_again=True) - gold}
@@ -195,7 +195,7 @@ def _compare_router(model: PreTrainedModel, config: Config, sequence: Response) 
         return
     ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=model.device)
     with torch.no_grad():
-        (batch,) = pack([sequence], len(sequence), unweighted, model.device)
+        (batch,) = pack([sequence], len(sequence), model.device)
         gates = run_body(model, batch, torch.float32, router_logits=True)[1]
         actual = float(router.loss(gates, router.load(gates))) if gates else math.nan
         with own_attention(model):

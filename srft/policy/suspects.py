@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srft.batch import Response, pack, unweighted
+from srft.batch import Response, pack
 from srft.policy.forwards import limits_of, own_logprobs, packed_logprobs
 from srft.policy.model import body_of, head_of, own_attention
 from srft_kernels import linear_logprobs
@@ -73,7 +73,7 @@ def limits_passed(model: PreTrainedModel, longest: int) -> str:
 
 
 def _packed(model: PreTrainedModel, sequences: list[Response]) -> Tensor:
-    return packed_logprobs(model, pack(sequences, 10**9, unweighted, model.device), torch.float32)
+    return packed_logprobs(model, pack(sequences, 10**9, model.device), torch.float32)
 
 
 @torch.no_grad()

@@ -122,9 +122,13 @@ def _checkpoint(config: Config, folder: Path) -> Path | None:
         made_with = (folder / "config.toml").read_text()
     else:
         return None
+    try:
+        before = load_config_text(made_with)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint or folder} was made with options that cannot be read: {error}") from None
     changed = {
         key: values
-        for key, values in changed_keys(load_config_text(made_with), config).items()
+        for key, values in changed_keys(before, config).items()
         if not key.startswith(_FREE_ON_RESUME) and not (checkpoint is not None and key in _JUDGED_BY_ROWS)
     }
     if changed:

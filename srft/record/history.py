@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from srft.curves import Curves
 from srft.record.files import read_json_lines
 from srft.record.text import format_seconds
 
@@ -51,6 +52,7 @@ class RunRecord:
         facts: First, best and last values of what matters.
         places: (label, text) of run time and files.
         warnings: Sentences on what is wrong with the record.
+        curves: Figures of the run's method, from ``run.json``.
     """
 
     run_dir: Path
@@ -63,6 +65,7 @@ class RunRecord:
     facts: list[Fact]
     places: list[tuple[str, str]]
     warnings: list[str]
+    curves: list[Curves]
 
 
 def load_record(run_dir: Path) -> RunRecord:
@@ -95,6 +98,7 @@ def load_record(run_dir: Path) -> RunRecord:
         facts=_facts(rows),
         places=_places(run_dir, rows, about),
         warnings=_warnings(rows, len(broken_rows) + len(broken_samples)),
+        curves=[Curves.model_validate(figure) for figure in about.get("curves", [])],
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from srft.curves import Curves
 from srft.disk import WriteError, writing
 from srft.record.environment import describe_environment
 from srft.record.files import (
@@ -42,6 +43,7 @@ class RunLog:
         title: A few words that name the run.
         resume_step: Step of the checkpoint the run goes on from; later rows are set aside. None starts anew.
         report: Draws the plots and the page of a folder, and returns what it read there; called by ``finish``.
+        curves: Figures of the run's method; kept in ``run.json``, so that the page needs no code of the method.
         quiet: Show nothing; the files are written all the same.
 
     Raises:
@@ -57,6 +59,7 @@ class RunLog:
         title: str,
         resume_step: int | None,
         report: Callable[[Path], RunRecord],
+        curves: Sequence[Curves] = (),
         quiet: bool = False,
     ) -> None:
         if total_steps < 0:
@@ -69,6 +72,7 @@ class RunLog:
         self._title = title
         self._resume_step = resume_step
         self._report = report
+        self._curves = curves
         self._screen = Screen(total_steps, quiet=quiet)
         self._last_step = -1
         self._nonfinite: set[str] = set()
@@ -201,6 +205,7 @@ class RunLog:
             "total_steps": self._total_steps,
             "said": [],
             "summary": {},
+            "curves": [figure.model_dump(mode="json") for figure in self._curves],
             "sessions": sessions,
         }
         self._save_about()

@@ -6,13 +6,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from srft.batch import Batch, Group, Totals
-from srft.config import MethodConfig
+from srft.batch import Batch, Group
+from srft.methods import BaseMethod, Figure, UpdateInfo
 from srft_kernels import PolicyLoss
 
 
@@ -41,21 +40,6 @@ class Clock:
         return {f"time/{k}": v for k, v in self._parts.items()} | {
             "time/step": time.perf_counter() - self._start
         }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A number of one update, and how those of a step's updates become one.
-
-    Args:
-        value: The number.
-        by: "mean": their average, each counted ``weight`` times; "max": the largest; "last": that of the last update.
-        weight: Tokens that the mean is over, or 1 for a number of the update as such. >= 0.
-    """
-
-    value: float
-    by: Literal["mean", "max", "last"] = "mean"
-    weight: float = 1.0
 
 
 def combined(updates: Sequence[Mapping[str, Figure]]) -> dict[str, float]:
@@ -125,19 +109,20 @@ def group_metrics(groups: list[Group]) -> dict[str, float]:
 
 
 def loss_metrics(
-    method: MethodConfig, batches: list[Batch], outputs: list[PolicyLoss], totals: Totals
+    method: BaseMethod, batches: list[Batch], outputs: list[PolicyLoss], update: UpdateInfo
 ) -> dict[str, Figure]:
     """Sum the micro-batches' loss terms, average entropies and weights by source, and note each sequence's entropy.
 
     Args:
-        method: The method section of the configuration.
+        method: Adds its own figures.
         batches: The micro-batches; their sequences' ``entropy`` is filled in.
         outputs: What the fused loss returned for each.
-        totals: Token counts of the whole update.
+        update: The update as a whole.
 
     Returns:
-        ``loss/*`` in nats, ``entropy/*`` in nats per token, ``weight/*``, and the rollout mismatch in nats.
+        ``loss/*`` in nats, ``entropy/*`` in nats per token, the method's own, and the rollout mismatch in nats.
     """
+    totals = update.totals
     terms: dict[str, float] = {}
     mismatch: list[torch.Tensor] = []
     for batch, out in zip(batches, outputs, strict=True):
@@ -159,26 +144,12 @@ def loss_metrics(
     ):
         if tokens:
             metrics[f"entropy/{source}"] = Figure(entropy[mask].mean().item(), weight=tokens)
-    metrics |= _weights(method, terms, totals)
+    metrics |= method.figures(terms, update)
     if totals.rollout_tokens:
         gaps = torch.cat(mismatch)
         metrics["mismatch/mean"] = Figure(gaps.mean().item(), weight=totals.rollout_tokens)
         metrics["mismatch/max"] = Figure(gaps.max().item(), "max")
     return metrics
-
-
-def _weights(method: MethodConfig, terms: Mapping[str, float], totals: Totals) -> dict[str, Figure]:
-    """Means over tokens of what the method multiplies or clips them by."""
-    demos, rollouts = totals.demo_tokens, totals.rollout_tokens
-    if method.name == "srft":
-        return {
-            "weight/sft": Figure(terms["sum_weight_sft"] / max(1, demos), weight=demos),
-            "weight/rl": Figure(terms["sum_weight_rl"] / max(1, rollouts), weight=rollouts),
-        }
-    if method.name == "grpo":
-        clipped = terms["clip_low_sum"] + terms["clip_high_sum"]
-        return {"clip/share": Figure(clipped / max(1, rollouts), weight=rollouts)}
-    return {}
 
 
 def sample_rows(groups: list[Group], most: int = 4) -> list[dict[str, Any]]:

@@ -30,13 +30,13 @@ def build_report(run_dir: Path) -> RunRecord:
         WriteError: When the disk refuses.
     """
     # here, so that a run pays for matplotlib only when it ends
-    from srft.report.plots import PANELS, draw_plots, smoothing_width
+    from srft.report.plots import draw_plots, panels, smoothing_width
 
     run_dir = Path(run_dir)
     record = load_record(run_dir)
     with writing(run_dir / "plots"):
-        svgs = draw_plots(record.rows, run_dir / "plots")
-    captions = {panel.name: (panel.title, panel.caption) for panel in PANELS}
+        svgs = draw_plots(record.rows, run_dir / "plots", record.curves)
+    captions = {panel.name: (panel.title, panel.caption) for panel in panels(record.curves)}
     figures = [(*captions[name], svg) for name, svg in svgs.items()]
     html = page.render(
         title=record.title,

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from srft.curves import Color, Curves, Line
 from srft.record.history import PARTS, Rows, points, seconds_by_part
 
 INK, MUTED, GRID = "#1f2328", "#68717c", "#dfe3e8"
@@ -33,11 +34,11 @@ BLUE, GREEN, VERMILLION, PURPLE, AMBER, GREY = (
     "#e69f00",
     "#98a1ab",
 )
-# hex colour in a figure -> name of the page's CSS variable, which has a light and a dark value
-CSS_NAMES = {
-    INK: "ink", MUTED: "muted", GRID: "grid", BLUE: "blue", VERMILLION: "vermillion", GREEN: "green",
-    PURPLE: "purple", AMBER: "amber", GREY: "grey",
+_COLORS: dict[Color, str] = {
+    "blue": BLUE, "green": GREEN, "vermillion": VERMILLION, "purple": PURPLE, "amber": AMBER, "grey": GREY
 }  # fmt: skip
+# hex colour in a figure -> name of the page's CSS variable, which has a light and a dark value
+CSS_NAMES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {value: name for name, value in _COLORS.items()}
 
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
@@ -67,6 +68,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "srft",
 }
+_DASHES = (0, (4, 1.5))
 _MAX_MARKERS = 40
 _RAW_ONLY_BELOW = 20  # fewer points than this are drawn as they are, with markers
 _MAX_BARS = 120
@@ -74,42 +76,20 @@ _SMALLEST_DIFFERENCE = 1e-8  # nats; below, the logarithmic axis goes linearly t
 Scale = Literal["from 0", "signed", "log"]
 
 
-@dataclass(frozen=True)
-class Line:
-    """One curve.
-
-    Args:
-        key: Metric it shows.
-        label: Text at its right end.
-        color: Hex colour, one of those above.
-        dashes: Matplotlib line style.
-    """
-
-    key: str
-    label: str
-    color: str
-    dashes: str | tuple[float, tuple[float, float]] = "-"
-
-
-ENTROPY = (Line("entropy/rollout", "rollouts", BLUE), Line("entropy/demo", "demonstrations", VERMILLION))
-WEIGHTS = (Line("weight/sft", "SFT weight", VERMILLION), Line("weight/rl", "RL weight", BLUE))
-LOSSES = (
-    Line("loss/demo_sft", "demo, SFT", VERMILLION),
-    Line("loss/demo_rl", "demo, RL", PURPLE, (0, (4, 1.5))),
-    Line("loss/rollout_positive", "rollout, right", BLUE),
-    Line("loss/rollout_negative", "rollout, wrong", GREEN, (0, (4, 1.5))),
+ENTROPY = (
+    Line(key="entropy/rollout", label="rollouts", color="blue"),
+    Line(key="entropy/demo", label="demonstrations", color="vermillion"),
 )
-UNWEIGHTED = tuple(Line(f"{line.key}_unweighted", line.label, line.color, line.dashes) for line in LOSSES)
 SHARES = (
-    Line("groups/all_right", "all right", BLUE),
-    Line("groups/all_wrong", "all wrong", VERMILLION),
-    Line("groups/rescued_by_demo", "solved by demo", GREEN, (0, (4, 1.5))),
-    Line("length/truncated", "cut at limit", PURPLE),
+    Line(key="groups/all_right", label="all right", color="blue"),
+    Line(key="groups/all_wrong", label="all wrong", color="vermillion"),
+    Line(key="groups/rescued_by_demo", label="solved by demo", color="green", dashed=True),
+    Line(key="length/truncated", label="cut at limit", color="purple"),
 )
 MISMATCH = (
-    Line("mismatch/max", "largest", VERMILLION),
-    Line("mismatch/mean", "mean", BLUE),
-    Line("canary/max_abs_diff", "after sync", GREEN, (0, (4, 1.5))),
+    Line(key="mismatch/max", label="largest", color="vermillion"),
+    Line(key="mismatch/mean", label="mean", color="blue"),
+    Line(key="canary/max_abs_diff", label="after sync", color="green", dashed=True),
 )
 PART_COLORS = {
     "rollout": BLUE, "reward": GREEN, "train": VERMILLION, "sync": PURPLE, "eval": AMBER, "other": GREY,
@@ -137,7 +117,7 @@ def smoothing_width(rows: Rows) -> float:
 
 def _draw_accuracy(ax: Axes, rows: Rows) -> None:
     """Draw mean reward of the rollouts, and evaluation accuracy with its interval."""
-    ends = _draw_lines(ax, rows, (Line("reward/mean", "training reward", BLUE),))
+    ends = _draw_lines(ax, rows, (Line(key="reward/mean", label="training reward", color="blue"),))
     steps, accuracy = points(rows, "eval/accuracy")
     if steps.size:
         keys = ("step", "eval/ci_low", "eval/ci_high")
@@ -229,65 +209,74 @@ def _curves(
     return Panel(name, title, caption, draw, tuple(line.key for line in lines))
 
 
-PANELS = (
+_FIRST = (
     Panel("reward_accuracy", "Reward and accuracy",
           "Mean reward of rollouts; accuracy on held-out prompts with its 95% interval.",
           _draw_accuracy, ("reward/mean", "eval/accuracy")),
     _curves("entropy", "Entropy by source",
             "How undecided the policy is on its own rollouts and on the demonstrations.",
             ENTROPY, "entropy (nats per token)"),
-    _curves("weights", "Weights of the two losses",
-            "What entropy makes of them: mean over demonstration and rollout tokens.",
-            WEIGHTS, "mean weight of a token"),
-    _curves("loss_components", "Loss components, weighted", "The four terms as they are added up.",
-            LOSSES, "contribution to the loss", scale="signed"),
-    _curves("loss_components_unweighted", "Loss components, unweighted", "The terms before their weights.",
-            UNWEIGHTED, "before its weight", scale="signed"),
+)  # fmt: skip
+_LAST = (
     Panel("time", "Where the time goes", "Seconds of a step by part; the shares are of the whole run.",
           _draw_times, ("time/step", *(f"time/{name}" for name in PARTS))),
     _curves("lengths", "Completion length", "Mean over the sampled completions.",
-            (Line("length/mean", "", BLUE),), "completion length (tokens)"),
+            (Line(key="length/mean", label="", color="blue"),), "completion length (tokens)"),
     _curves("shares", "Groups without contrast",
             "All rollouts right, all wrong, or wrong but for the demonstration; and completions cut short.",
             SHARES, "share of groups, completions"),
     _curves("loss", "Loss", "The sum that is differentiated.",
-            (Line("loss/total", "", BLUE),), "loss (nats)", scale="signed"),
+            (Line(key="loss/total", label="", color="blue"),), "loss (nats)", scale="signed"),
     _curves("grad_norm", "Gradient norm", "Before clipping.",
-            (Line("grad_norm", "", BLUE),), "gradient norm"),
+            (Line(key="grad_norm", label="", color="blue"),), "gradient norm"),
     _curves("mismatch", "Trainer against engine",
             "How far log-probabilities of the same tokens lie apart; a jump means wrong weights.",
             MISMATCH, "difference (nats)", scale="log"),
 )  # fmt: skip
-# the first four of these that a run recorded
-OVERVIEW = ("reward_accuracy", "entropy", "weights", "loss_components", "loss", "shares", "grad_norm")
+_OVERVIEW_FIRST, _OVERVIEW_LAST = ("reward_accuracy", "entropy"), ("loss", "shares", "grad_norm")
 
 
-def draw_plots(rows: Rows, folder: Path) -> dict[str, str]:
+def panels(curves: Sequence[Curves] = ()) -> tuple[Panel, ...]:
+    """Return the figures that a run may have, in the order of the page.
+
+    Args:
+        curves: Those of its method.
+    """
+    own = (
+        _curves(c.name, c.title, c.caption, c.lines, c.ylabel, scale="signed" if c.signed else "from 0") for c in curves
+    )
+    return (*_FIRST, *own, *_LAST)
+
+
+def draw_plots(rows: Rows, folder: Path, curves: Sequence[Curves] = ()) -> dict[str, str]:
     """Write every figure that has data as PNG, and ``overview.png`` with the four that tell most.
 
     Args:
         rows: Metric rows in order of step.
         folder: Where the PNGs go; created when there is something to draw.
+        curves: Figures of the run's method.
 
     Returns:
-        Inline SVG by figure name, in the order of ``PANELS``; the overview is not among them.
+        Inline SVG by figure name, in the order of ``panels``; the overview is not among them.
     """
-    panels = [panel for panel in PANELS if any(points(rows, key)[0].size for key in panel.keys)]
-    if not panels:
+    recorded = [panel for panel in panels(curves) if any(points(rows, key)[0].size for key in panel.keys)]
+    if not recorded:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     svgs = {}
     # a figure built without pyplot always has the Agg canvas and leaves no global state behind
     with matplotlib.rc_context(_STYLE):
-        for panel in panels:
+        for panel in recorded:
             figure = Figure(figsize=(5.6, 3.2), layout="constrained")
             ax = figure.add_subplot()
             panel.draw(ax, rows)
             svgs[panel.name] = _inline_svg(figure)
             ax.set_title(panel.title)
             figure.savefig(folder / f"{panel.name}.png", dpi=200, facecolor="white")
-        drawn = {panel.name: panel for panel in panels}
-        chosen = [drawn[name] for name in OVERVIEW if name in drawn][:4]
+        drawn = {panel.name: panel for panel in recorded}
+        # the first four that a run recorded
+        order = (*_OVERVIEW_FIRST, *(c.name for c in curves), *_OVERVIEW_LAST)
+        chosen = [drawn[name] for name in order if name in drawn][:4]
         if chosen:
             _draw_overview(chosen, rows).savefig(folder / "overview.png", dpi=130, facecolor="white")
     return svgs
@@ -315,15 +304,16 @@ def _draw_lines(ax: Axes, rows: Rows, lines: Sequence[Line]) -> list[tuple[float
         steps, values = points(rows, line.key)
         if not steps.size:
             continue
+        color, dashes = _COLORS[line.color], _DASHES if line.dashed else "-"
         if steps.size < _RAW_ONLY_BELOW:
             ax.plot(
-                steps, values, "o", color=line.color, linestyle=line.dashes, markersize=3.5, clip_on=False
+                steps, values, "o", color=color, linestyle=dashes, markersize=3.5, clip_on=False
             )
         else:
-            ax.plot(steps, values, color=line.color, linewidth=0.9, alpha=0.35)
+            ax.plot(steps, values, color=color, linewidth=0.9, alpha=0.35)
             values = _smooth(steps, values, smoothing_width(rows))
-            ax.plot(steps, values, color=line.color, linestyle=line.dashes)
-        ends.append((float(values[-1]), line.label, line.color))
+            ax.plot(steps, values, color=color, linestyle=dashes)
+        ends.append((float(values[-1]), line.label, color))
     return ends
 
 

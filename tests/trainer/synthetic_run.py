@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from srft.methods.srft import Method
 from srft.record.log import RunLog
 from srft.report.build import build_report
 
@@ -14,7 +15,7 @@ def open_log(
 ) -> RunLog:
     return RunLog(
         run_dir, total_steps=total_steps, config_text='[method]\nname = "srft"\n', title="a run",
-        resume_step=resume_step, report=build_report, quiet=quiet,
+        resume_step=resume_step, report=build_report, curves=Method.curves, quiet=quiet,
     )  # fmt: skip
 
 

@@ -18,18 +18,10 @@ SEQUENCES = st.lists(
 )
 
 
-def ones(_sequence: Response) -> float:
-    return 1.0
-
-
-def weigh(s: Response) -> float:
-    return 0.125 if s.is_demo else 1 / len(s.response_ids)
-
-
 @given(SEQUENCES, st.integers(1, 60))
 def test_every_sequence_once_within_the_budget(sequences: list[Response], budget: int) -> None:
     """Nothing is lost, doubled or split; a batch passes the budget only when it is one long sequence."""
-    batches = pack(sequences, budget, ones, CPU)
+    batches = pack(sequences, budget, CPU)
     assert sorted(id(s) for b in batches for s in b.sequences) == sorted(map(id, sequences))
     for batch in batches:
         assert len(batch.input_ids) <= budget or len(batch.sequences) == 1
@@ -43,11 +35,11 @@ def test_tensors_equal_a_naive_construction(sequences: list[Response], budget: i
     for i, s in enumerate(sequences):
         s.advantage = 0.25 * i - 1
         s.rollout_logprobs = [] if s.is_demo else [-float(i) - t for t in range(len(s.response_ids))]
-    for batch in pack(sequences, budget, weigh, CPU):
+    for batch in pack(sequences, budget, CPU):
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
-        per_token: list[tuple[int, float, bool, bool, float, float]] = []
+        per_token: list[tuple[int, float, bool, bool, float]] = []
         bounds, loss_bounds = [0], [0]
         for s in batch.sequences:
             for position, token in enumerate(s.prompt_ids + s.response_ids):
@@ -55,12 +47,12 @@ def test_tensors_equal_a_naive_construction(sequences: list[Response], budget: i
                     step = position - len(s.prompt_ids)
                     rows.append(len(ids) - 1)
                     logprob = 0.0 if s.is_demo else s.rollout_logprobs[step]
-                    per_token.append((token, s.advantage, s.is_demo, s.reward >= 0.5, weigh(s), logprob))
+                    per_token.append((token, s.advantage, s.is_demo, s.reward >= 0.5, logprob))
                 ids.append(token)
                 positions.append(position)
             bounds.append(len(ids))
             loss_bounds.append(len(rows))
-        labels, advantages, is_demo, is_correct, weights, logprobs = map(list, zip(*per_token, strict=True))
+        labels, advantages, is_demo, is_correct, logprobs = map(list, zip(*per_token, strict=True))
         assert batch.input_ids.tolist() == ids
         assert batch.position_ids.tolist() == positions
         assert batch.loss_rows.tolist() == rows
@@ -71,14 +63,13 @@ def test_tensors_equal_a_naive_construction(sequences: list[Response], budget: i
         assert batch.advantages.tolist() == advantages
         assert batch.is_demo.tolist() == is_demo
         assert batch.is_correct.tolist() == is_correct
-        torch.testing.assert_close(batch.token_weights, torch.tensor(weights), rtol=0, atol=1e-7)
         assert batch.rollout_logprobs.tolist() == logprobs
         assert batch.old_logprobs is None
 
 
 def test_first_row_predicts_the_first_response_token() -> None:
     """By hand: prompt 5 6, response 7 8; then prompt 9, response 4."""
-    (batch,) = pack([sequence([5, 6], [7, 8]), sequence([9], [4])], 10, ones, CPU)
+    (batch,) = pack([sequence([5, 6], [7, 8]), sequence([9], [4])], 10, CPU)
     assert batch.input_ids.tolist() == [5, 6, 7, 8, 9, 4]
     assert batch.loss_rows.tolist() == [1, 2, 4]
     assert batch.labels.tolist() == [7, 8, 4]
@@ -90,7 +81,7 @@ def test_old_logprobs_travel_with_their_sequences() -> None:
     sequences = [s for g in random_groups() for s in g.rollouts]
     for i, s in enumerate(sequences):
         s.old_logprobs = -float(i) - torch.arange(len(s.response_ids)) / 100
-    for batch in pack(sequences, 40, ones, CPU):
+    for batch in pack(sequences, 40, CPU):
         assert batch.old_logprobs is not None
         bounds = batch.loss_cu_seqlens.tolist()
         for s, first, last in zip(batch.sequences, bounds, bounds[1:], strict=False):

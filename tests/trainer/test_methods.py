@@ -11,13 +11,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from srft.batch import Group, Response, Totals
+from srft.batch import Group, Response, Totals, pack
 from srft.config import Config
 from srft.learning import remember_old_logprobs, update
-from srft.methods import assign_advantages, group_advantages, token_weight
+from srft.methods import Aggregation, UpdateInfo, assign_advantages, group_advantages, token_weights
 from srft.record.metrics import combined
 from tests.numerics import assert_sum
 from tests.trainer.tiny import (
+    CPU,
     budget_for,
     flat_gradient,
     learner_of,
@@ -42,7 +43,7 @@ TERMS = ("demo_sft", "demo_rl", "rollout_positive", "rollout_negative")
 def expected_members(config: Config, groups: list[Group]) -> list[tuple[Response, float]]:
     """The sequences a method learns from, with their advantages, from the definition."""
     method = config.method
-    divide = {"srft": method.preset == "paper", "grpo": True, "sft": False}[method.name]
+    divide = method.name == "grpo" or (method.name == "srft" and method.preset == "paper")
     chosen = []
     for group in groups:
         kept = {"srft": group.rollouts + group.demos, "grpo": group.rollouts, "sft": group.demos}[method.name]
@@ -125,9 +126,9 @@ def expected_step(
     scored = [statistics_of(plain, s, temperature) for s, _ in chosen]
     bonus = 0.001 if method.name == "srft" and method.preset != "paper" else 0.0
     everything = torch.cat([entropy for _, entropy in scored])
-    if method.entropy_scope == "batch":
+    if method.needs_entropy:
         means = [everything.mean()] * len(chosen)
-    elif method.preset == "official":
+    elif method.name == "srft" and method.preset == "official":
         means = [entropy for _, entropy in scored]
     else:
         means = [entropy.mean() for _, entropy in scored]
@@ -137,6 +138,8 @@ def expected_step(
         terms = token_losses(config, s, advantage, logp, None if old is None else old[id(s)], h.detach())
         if method.aggregation == "token-mean":
             terms = terms / sum(counts[s.is_demo])
+        elif method.aggregation == "sum":
+            terms = terms / config.rollout.max_new_tokens
         else:
             length = len(terms) if method.aggregation == "sequence-mean" else config.rollout.max_new_tokens
             terms = terms / length / len(counts[s.is_demo])
@@ -229,20 +232,22 @@ def test_advantage_std_overrides_the_preset(name: str, divide: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "rollout", "demo"),
+    ("how", "rollout", "demo"),
     [
         ("token-mean", 1.0, 1.0),
         # divided by 40 and 10 tokens, these give 1 / (4 sequences x 5 tokens) and 1 / (2 x 8)
         ("sequence-mean", 40 / 4 / 5, 10 / 2 / 8),
         ("constant", 40 / 4 / 12, 10 / 2 / 12),
+        ("sum", 40 / 12, 10 / 12),
     ],
 )
-def test_token_weight(option: str, rollout: float, demo: float) -> None:
+def test_token_weights(how: Aggregation, rollout: float, demo: float) -> None:
     """Weights of a rollout of 5 tokens and a demonstration of 8, at rollout.max_new_tokens=12."""
     totals = Totals(rollout_tokens=40, demo_tokens=10, rollout_sequences=4, demo_sequences=2)
-    weight = token_weight(tiny_config(f"method.aggregation={option}"), totals)
-    assert weight(sequence([1], [2] * 5)) == pytest.approx(rollout, rel=1e-12)
-    assert weight(sequence([1, 2], [2] * 8, is_demo=True)) == pytest.approx(demo, rel=1e-12)
+    (batch,) = pack([sequence([1], [2] * 5), sequence([1, 2], [2] * 8, is_demo=True)], 20, CPU)
+    weights = token_weights(batch, UpdateInfo(totals, step=1, max_new_tokens=12), how)
+    # the longer one is packed first
+    assert weights.tolist() == pytest.approx([demo] * 8 + [rollout] * 5, rel=1e-6)
 
 
 @pytest.mark.parametrize("batches", [1, 2, 7])
@@ -302,7 +307,7 @@ def test_batch_entropy_is_that_of_the_whole_update(name: str, batches: int) -> N
     assert_as_expected(*step(config, model, groups), expected)
 
 
-@pytest.mark.parametrize("option", ["sequence-mean", "constant"])
+@pytest.mark.parametrize("option", ["sequence-mean", "constant", "sum"])
 @pytest.mark.parametrize("name", METHODS)
 def test_aggregated_step_equals_plain_float64(name: str, option: str) -> None:
     """The other aggregations, over three micro-batches."""

@@ -11,7 +11,8 @@ import pytest
 from srft import learning
 from srft.batch import Group
 from srft.data.prompts import Prompt
-from srft.record.metrics import Clock, Figure, combined, group_metrics, sample_rows
+from srft.methods import Figure
+from srft.record.metrics import Clock, combined, group_metrics, sample_rows
 from tests.trainer.runs import read_lines, train
 from tests.trainer.tiny import example, random_groups, sequence
 

@@ -27,7 +27,7 @@ from tests.trainer.tiny import (
 
 def packed_batch() -> Batch:
     """Forty sequences of 2 to 17 tokens in one batch."""
-    (batch,) = pack(members(random_groups()), 10_000, lambda _: 1.0, CPU)
+    (batch,) = pack(members(random_groups()), 10_000, CPU)
     return batch
 
 

@@ -137,7 +137,7 @@ def test_later_layers_win_in_the_order_given(tmp_path: Path) -> None:
         ("train.resume=true", "train.resume", True),
         ("method.advantage_std=false", "method.advantage_std", False),
         ("method.demo_gamma=0.25", "method.demo_gamma", 0.25),
-        ("method.demo_gamma=none", "method.demo_gamma", "none"),
+        ("method.demo_gamma=0", "method.demo_gamma", 0.0),
         ("data.columns={prompt='q'}", "data.columns", {"prompt": "q"}),
         ("data.task.since=2026-11-25", "data.task", {"since": "2026-11-25"}),
         ("data.chat_template_kwargs.enable_thinking=false", "data.chat_template_kwargs", {"enable_thinking": False}),
@@ -269,7 +269,6 @@ def test_broken_toml_names_the_file(tmp_path: Path) -> None:
         (["method.preset=upt"], "sequence"),
         (["method.preset=official"], "token"),
         (["method.preset=official", "method.entropy_scope=batch"], "batch"),
-        (["method.name=grpo", "method.entropy_scope=batch"], "token"),
     ],
 )
 def test_scope_is_the_presets_unless_set(arguments: list[str], scope: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from srft import selftest
-from srft.batch import pack, unweighted
+from srft.batch import pack
 from srft.config import Config
 from srft.policy import attention
 from srft.policy.attention import PACKED_ATTENTION
@@ -58,7 +58,7 @@ def test_every_architecture_is_exact_or_refused_by_name(name: str) -> None:
         with torch.no_grad():
             logprobs = gold_model(input_ids=ids).logits[0, -n - 1 : -1].log_softmax(-1)
         gold.append(logprobs.gather(-1, ids[0, -n:, None])[:, 0])
-    actual = packed_logprobs(model, pack(sequences, 10**6, unweighted, CPU), torch.float32)[0]
+    actual = packed_logprobs(model, pack(sequences, 10**6, CPU), torch.float32)[0]
     expected = torch.cat(gold)
     assert float((actual - expected).abs().max()) <= 1e-5 + 2e-6 * float(expected.abs().max())
 

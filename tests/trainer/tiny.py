@@ -114,7 +114,7 @@ def members(groups: list[Group]) -> list[Response]:
 def budget_for(count: int, sequences: list[Response]) -> int:
     """A token budget under which the sequences fill exactly ``count`` micro-batches."""
     for budget in range(20, 20 * len(sequences) + 1):
-        if len(pack(sequences, budget, lambda _: 1.0, CPU)) == count:
+        if len(pack(sequences, budget, CPU)) == count:
             return budget
     raise AssertionError(f"no budget gives {count} micro-batches")
 

@@ -1,0 +1,41 @@
+"""What a figure shows, without the means to draw it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from srft.section import Section
+
+Color = Literal["blue", "green", "vermillion", "purple", "amber", "grey"]
+
+
+class Line(Section):
+    """One curve of a figure."""
+
+    key: str
+    """Metric it shows."""
+    label: str
+    """Text at its right end."""
+    color: Color
+    """Warm colours belong to demonstrations, cool ones to rollouts."""
+    dashed: bool = False
+    """Whether it is dashed."""
+
+
+class Curves(Section):
+    """A figure that the report of a run draws beside those that every run has."""
+
+    name: str = Field(pattern="^[a-z0-9_]+$")
+    """Its file name without ending."""
+    title: str
+    """Its heading."""
+    caption: str
+    """One sentence below it."""
+    lines: tuple[Line, ...]
+    """What it shows."""
+    ylabel: str
+    """Name of the axis, with its unit."""
+    signed: bool = False
+    """Whether the axis has a line at 0 rather than an end there."""

@@ -1,0 +1,269 @@
+"""What a method is, and how one is found.
+
+A method is one file with a class ``Method``: its options, what it learns from a group, what each token counts, what it
+logs. The files of this folder are the built-in ones, under their own names; any other is named by its path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import pkgutil
+import sys
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from srft.batch import Batch, Group, Response, Totals
+from srft.curves import Curves, Line
+from srft.section import Section
+from srft_kernels import PolicyLoss
+
+__all__ = [
+    "DEFAULT", "Aggregation", "BaseMethod", "Curves", "Figure", "Line", "Loss", "UpdateInfo", "absolute_name",
+    "assign_advantages", "compared", "find_method", "group_advantages", "judged", "method_names", "token_weights",
+]  # fmt: skip
+DEFAULT = "srft"
+Aggregation = Literal["token-mean", "sequence-mean", "constant", "sum"]
+Loss = Callable[..., PolicyLoss]
+"""Called as loss(hidden_states, lm_head_weight, labels=…, temperature=…, …) with whatever else the head has."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of one update, and how those of a step's updates become one.
+
+    Args:
+        value: The number.
+        by: "mean": their average, each counted ``weight`` times; "max": the largest; "last": that of the last update.
+        weight: Tokens that the mean is over, or 1 for a number of the update as such. >= 0.
+    """
+
+    value: float
+    by: Literal["mean", "max", "last"] = "mean"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class UpdateInfo:
+    """One optimizer update as a whole, known before its first micro-batch.
+
+    Args:
+        totals: Counts over all its micro-batches: what loss terms are divided by.
+        step: The step it belongs to, from 1.
+        max_new_tokens: Longest completion, in tokens.
+        entropy: 0-d fp32 mean entropy over all its tokens, nats, where the method has ``needs_entropy``, else None.
+    """
+
+    totals: Totals
+    step: int
+    max_new_tokens: int
+    entropy: Tensor | None = None
+
+
+class BaseMethod(Section, ABC):
+    """What the trainer asks of a method. Its options are fields, with their help in the text below each."""
+
+    needs_rollouts: ClassVar[bool] = True
+    """Whether it learns from completions of its own policy."""
+    needs_demos: ClassVar[bool] = True
+    """Whether it learns from demonstrations."""
+    fewest_rollouts: ClassVar[int] = 1
+    """Fewest rollouts of a prompt that it can learn from, where it needs any."""
+    curves: ClassVar[tuple[Curves, ...]] = ()
+    """Figures of its own in the report."""
+
+    name: str
+    """The objective that is trained; --help method.name=… shows the options of another. Your own is a Python file with
+    a class Method."""
+
+    @property
+    def label(self) -> str:
+        """A word for titles."""
+        return Path(self.name).stem
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the mean entropy of a whole update must be known before its loss: one more forward pass."""
+        return False
+
+    @abstractmethod
+    def learn_from(self, group: Group) -> list[Response]:
+        """Fill in the advantages of a prompt's responses and return those that are learned from.
+
+        Args:
+            group: Judged rollouts and demonstrations of one prompt, advantages 0; modified in place.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
+        """Return an op of ``srft_kernels`` that lacks nothing but the head, the labels and the temperature.
+
+        Args:
+            batch: One micro-batch of the update.
+            update: The update as a whole; what is divided by its counts does not depend on the split.
+        """
+
+    def figures(self, terms: Mapping[str, float], update: UpdateInfo) -> dict[str, Figure]:
+        """Return what is logged beside losses and entropies, by metric name.
+
+        Args:
+            terms: Terms of the loss, summed over the micro-batches.
+            update: The update as a whole.
+        """
+        return {}
+
+
+def assign_advantages(groups: Sequence[Group], method: BaseMethod) -> list[Response]:
+    """Fill in every response's advantage and return those the method learns from.
+
+    Args:
+        groups: Prompt groups with rewards; modified in place.
+        method: The method.
+    """
+    return [response for group in groups for response in method.learn_from(group)]
+
+
+def judged(responses: Sequence[Response]) -> list[Response]:
+    """Return the responses that have a reward: the others take no part in training.
+
+    Args:
+        responses: Of one prompt.
+    """
+    return [response for response in responses if response.is_judged]
+
+
+def compared(responses: Sequence[Response], divide_by_std: bool) -> list[Response]:
+    """Give the judged ones among some responses their advantages within these, and return them.
+
+    Args:
+        responses: Of one prompt; modified in place.
+        divide_by_std: As in ``group_advantages``.
+    """
+    members = judged(responses)
+    advantages = group_advantages([member.reward for member in members], divide_by_std)
+    for member, advantage in zip(members, advantages, strict=True):
+        member.advantage = advantage
+    return members
+
+
+def group_advantages(rewards: Sequence[float], divide_by_std: bool) -> list[float]:
+    """Compare each reward of a group with the group: (r - mean) / std.
+
+    Args:
+        rewards: Rewards of every member, rollouts and demonstrations alike, in [0, 1].
+        divide_by_std: Divide by the unbiased standard deviation (SRFT paper, Eq. 7), or only subtract the mean.
+
+    Returns:
+        One advantage a member; all exactly 0 when every reward is the same, decided on the rewards themselves
+        since a floating-point spread of equal numbers need not be 0.
+    """
+    if all(r == rewards[0] for r in rewards):
+        return [0.0] * len(rewards)
+    values = torch.tensor(rewards, dtype=torch.float64)
+    centred = values - values.mean()
+    return (centred / (values.std() + 1e-6) if divide_by_std else centred).tolist()
+
+
+def token_weights(batch: Batch, update: UpdateInfo, how: Aggregation) -> Tensor:
+    """Turn an aggregation into a factor of each token, for a term that is divided by the number of tokens of its kind.
+
+    A weight of 1 gives the mean over tokens. The other aggregations divide by something else, which their weights
+    make up for; rollouts and demonstrations are counted apart, over the whole update.
+
+    Args:
+        batch: One micro-batch.
+        update: The update as a whole.
+        how: "token-mean"; "sequence-mean", the mean over sequences of their token means; "constant", the mean over
+            sequences of their token sums divided by ``max_new_tokens``; "sum", the sum over all tokens divided by
+            ``max_new_tokens``, however many sequences there are.
+
+    Returns:
+        [N] fp32.
+    """
+    totals = update.totals
+    counts = {
+        False: (totals.rollout_tokens, totals.rollout_sequences),
+        True: (totals.demo_tokens, totals.demo_sequences),
+    }
+
+    def weight(response: Response) -> float:
+        tokens, sequences = counts[response.is_demo]
+        if how == "token-mean":
+            return 1.0
+        if how == "sum":
+            return tokens / update.max_new_tokens
+        length = len(response.response_ids) if how == "sequence-mean" else update.max_new_tokens
+        return tokens / max(1, sequences) / length
+
+    weights = torch.tensor([weight(response) for response in batch.sequences], dtype=torch.float32)
+    return weights.repeat_interleave(batch.loss_cu_seqlens.diff()).to(batch.labels.device)
+
+
+@functools.cache
+def method_names() -> tuple[str, ...]:
+    """Return the names of the built-in methods, which are the files of this folder."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def find_method(name: str) -> type[BaseMethod]:
+    """Return the class ``Method`` of a built-in method or of a file.
+
+    Args:
+        name: A name of ``method_names``, or a path that ends in .py, which is read again once it has changed.
+
+    Raises:
+        ValueError: When there is none, or the file does not hold one.
+    """
+    if name in method_names():
+        return importlib.import_module(f"{__name__}.{name}").Method
+    if name.endswith(".py"):
+        path = Path(absolute_name(name))
+        if not path.is_file():
+            raise ValueError(f"method.name: there is no file {path}; give the path of one with a class Method")
+        about = path.stat()
+        return _load(path, about.st_mtime_ns, about.st_size)
+    near = difflib.get_close_matches(name, method_names(), n=1)
+    raise ValueError(
+        f"method.name: expected {', '.join(method_names())} or path/to/file.py, got {name!r}"
+        + (f"; did you mean {near[0]}?" if near else "")
+    )
+
+
+def absolute_name(name: str) -> str:
+    """Return the name under which a method is found from any folder.
+
+    Args:
+        name: Of a built-in method, or a path that ends in .py.
+    """
+    return str(Path(name).expanduser().resolve()) if name.endswith(".py") else name
+
+
+@functools.cache
+def _load(path: Path, _changed_ns: int, _size: int) -> type[BaseMethod]:
+    """The class ``Method`` of a file, once for each of its versions."""
+    module = ModuleType(str(path))
+    module.__file__ = str(path)
+    # where pydantic looks up the types of the options
+    sys.modules[module.__name__] = module
+    try:
+        # no importlib: its cache beside the file would hide a change within the same second
+        exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f"{path}:{lines[-1]}" if lines else path
+        raise ValueError(f"method.name: {place} raised {type(error).__name__}: {error}; mend the file") from error
+    method = getattr(module, "Method", None)
+    if not (isinstance(method, type) and issubclass(method, BaseMethod)):
+        raise ValueError(f"method.name: {path} has no class Method(srft.methods.BaseMethod); name yours so")
+    if missing := sorted(method.__abstractmethods__):
+        raise ValueError(f"method.name: class Method of {path} lacks {' and '.join(missing)}; define it")
+    return method

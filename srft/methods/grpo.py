@@ -1,0 +1,53 @@
+"""GRPO and its kin: the policy's own rollouts, each compared with those of the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from srft.batch import Batch, Group, Response
+from srft.methods import Aggregation, BaseMethod, Figure, Loss, UpdateInfo, compared, token_weights
+from srft_kernels import linear_grpo_loss
+
+
+class Method(BaseMethod):
+    """GRPO: a clipped policy gradient on rollouts, without a demonstration."""
+
+    needs_demos: ClassVar[bool] = False
+    fewest_rollouts: ClassVar[int] = 2
+
+    loss_type: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"
+    """The token term; bnpo, dr_grpo and dapo are this one with another aggregation, std and clip range."""
+    clip_low: float = Field(0.2, gt=0)
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = Field(0.2, gt=0)
+    """The ratio is clipped above 1 + clip_high."""
+    advantage_std: bool = True
+    """Divide advantages by the group's standard deviation."""
+    aggregation: Aggregation = "token-mean"
+    """Mean over all tokens, mean over sequences of token means, mean over sequences of token sums divided by
+    rollout.max_new_tokens, or sum over all tokens divided by rollout.max_new_tokens."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Coefficient of the entropy bonus, weighted as the policy term."""
+
+    def learn_from(self, group: Group) -> list[Response]:
+        """Compare the rollouts with each other."""
+        return compared(group.rollouts, self.advantage_std)
+
+    def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
+        """The fused loss of this ``loss_type``."""
+        return partial(
+            linear_grpo_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
+            loss_type=self.loss_type, clip_low=self.clip_low, clip_high=self.clip_high,
+            entropy_coef=self.entropy_coef, cu_seqlens=batch.loss_cu_seqlens,
+            token_weights=token_weights(batch, update, self.aggregation), num_tokens=update.totals.rollout_tokens,
+        )  # fmt: skip
+
+    def figures(self, terms: Mapping[str, float], update: UpdateInfo) -> dict[str, Figure]:
+        """Share of tokens whose ratio was clipped."""
+        rollouts = update.totals.rollout_tokens
+        clipped = terms["clip_low_sum"] + terms["clip_high_sum"]
+        return {"clip/share": Figure(clipped / max(1, rollouts), weight=rollouts)}
