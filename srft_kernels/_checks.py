@@ -210,12 +210,6 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number > 0, got {value!r}")
 
 
-def check_dual_clip(dual_clip: float | None) -> None:
-    """Raise ValueError unless ``dual_clip`` is None or a number above 1."""
-    if dual_clip is not None and not (is_number(dual_clip) and dual_clip > 1):
-        raise ValueError(f"dual_clip must be a number > 1, got {dual_clip!r}; None turns it off")
-
-
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     choices = list(choices)
@@ -251,124 +245,6 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, num_tokens: int, reason: str) ->
                 f"cu_seqlens must rise from 0 to N={num_tokens}, "
                 f"got {cu_seqlens[:8].tolist()} … {int(cu_seqlens[-1])}"
             )
-
-
-def _check_coef(**values: float) -> None:
-    for name, value in values.items():
-        if not is_number(value) or not (0 <= value < math.inf):
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-
-
-def check_grpo(
-    labels: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    loss_type: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    max_log_ratio: float,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    rollout_weights: Tensor | None,
-    entropy_coef: float,
-    cu_seqlens: Tensor | None,
-    token_weights: Tensor | None,
-    num_tokens: int | Tensor | None,
-) -> None:
-    """Raise ValueError unless the arguments of ``linear_grpo_loss`` fit together."""
-    check_choice("loss_type", loss_type, ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"))
-    check_required("advantages", advantages)
-    check_vectors(
-        labels,
-        advantages=advantages,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        rollout_weights=rollout_weights,
-        token_weights=token_weights,
-    )
-    check_positive("clip_low", clip_low)
-    check_positive("clip_high", clip_high)
-    check_dual_clip(dual_clip)
-    check_positive("max_log_ratio", max_log_ratio)
-    _check_coef(kl_coef=kl_coef)
-    if not is_number(entropy_coef) or not math.isfinite(entropy_coef):
-        raise ValueError(f"entropy_coef must be a finite number, got {entropy_coef!r}")
-    if kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs is required by kl_coef={kl_coef}; pass it or set kl_coef=0")
-    if loss_type == "gspo":
-        check_cu_seqlens(cu_seqlens, labels.numel(), 'loss_type="gspo"')
-    check_count("num_tokens", num_tokens)
-
-
-def check_cross_entropy(
-    labels: Tensor,
-    token_weights: Tensor | None,
-    label_smoothing: float,
-    z_loss_coef: float,
-    reduction: str,
-    num_tokens: int | Tensor | None,
-) -> None:
-    """Raise ValueError unless the arguments of ``linear_cross_entropy`` fit together."""
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
-    if not is_number(label_smoothing) or not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
-    _check_coef(z_loss_coef=z_loss_coef)
-    if isinstance(labels, Tensor):
-        check_vectors(labels, token_weights=token_weights)
-    check_count("num_tokens", num_tokens)
-    if reduction != "mean" and num_tokens is not None:
-        raise ValueError(f'num_tokens is read only with reduction="mean", got {reduction!r}; drop one')
-
-
-def check_srft(
-    labels: Tensor,
-    advantages: Tensor,
-    is_demo: Tensor,
-    is_correct: Tensor,
-    cu_seqlens: Tensor | None,
-    old_logprobs: Tensor | None,
-    sft_coef: float,
-    rl_coef: float,
-    max_log_ratio: float,
-    batch_entropy: float | Tensor | None,
-    token_weights: Tensor | None,
-    sft_weights: Tensor | None,
-    num_rollout_tokens: int | Tensor | None,
-    num_demo_tokens: int | Tensor | None,
-    switches: tuple,
-) -> None:
-    """Raise ValueError unless the arguments of ``linear_srft_loss`` fit together."""
-    self_rollout, sft_entropy_sign, entropy_scope, demo_gamma, entropy_coef = switches
-    check_choice("self_rollout", self_rollout, ("likelihood", "ratio"))
-    check_choice("sft_entropy_sign", sft_entropy_sign, (-1, 0, 1))
-    check_choice("entropy_scope", entropy_scope, ("token", "sequence", "batch"))
-    if not is_number(entropy_coef) or not math.isfinite(entropy_coef):
-        raise ValueError(f"entropy_coef must be a finite number, got {entropy_coef!r}")
-    for name, x in (("advantages", advantages), ("is_demo", is_demo), ("is_correct", is_correct)):
-        check_required(name, x)
-    check_vectors(
-        labels,
-        advantages=advantages,
-        is_demo=is_demo,
-        is_correct=is_correct,
-        old_logprobs=old_logprobs,
-        token_weights=token_weights,
-        sft_weights=sft_weights,
-    )
-    check_bool(is_demo=is_demo, is_correct=is_correct)
-    _check_coef(sft_coef=sft_coef, rl_coef=rl_coef, demo_gamma=demo_gamma)
-    check_positive("max_log_ratio", max_log_ratio)
-    if batch_entropy is not None:
-        if entropy_scope != "batch":
-            raise ValueError(
-                f'batch_entropy is read only with entropy_scope="batch", got {entropy_scope!r}; drop one'
-            )
-        check_count("batch_entropy", batch_entropy)
-    if entropy_scope == "sequence":
-        check_cu_seqlens(cu_seqlens, labels.numel(), 'entropy_scope="sequence"')
-    check_count("num_rollout_tokens", num_rollout_tokens)
-    check_count("num_demo_tokens", num_demo_tokens)
 
 
 def check_required(name: str, value: object) -> None:

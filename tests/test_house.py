@@ -27,7 +27,6 @@ FUNCTION_LINES = 80
 ROOMS = ("srft", "srft_kernels", "benchmarks", "tests")
 EXCEPTIONS = {
     "srft_kernels/compile/ops.py logprobs_op": "forward, backward and their shapes are one op, over one schema",
-    "srft_kernels/losses.py": "linear_srft_loss is about to become a filling of the general token loss",
     "tests/kernels/test_mutations.py": "about to be split, as the following are",
     "tests/kernels/test_properties.py": "",
     "tests/kernels/test_torch_compile.py": "",

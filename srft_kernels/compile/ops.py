@@ -23,6 +23,7 @@ from ..head.arguments import make_head
 from ..head.chunks import compute_dtype
 from ..head.last_gradient import last_gradient, without_graph
 from ..head.sweep import directions_sweep, gradient_sweep, stats_sweep
+from ..objectives.record import LossRecord
 from ..rows.types import Stats
 from ..types import HeadOptions, Wanted
 from .schema import NAMESPACE, Schema
@@ -125,12 +126,13 @@ _attach.register_autograd(_scale_totals, setup_context=_save_totals)
 
 
 def loss_op(
-    *terms: str, unreduced: Callable[..., Tensor] | None = None
+    record: LossRecord, *, unreduced: Callable[..., Tensor] | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a loss a node; ``terms`` are the names of its terms, none for a function that returns the loss alone.
+    """Make the loss of ``record``, whose terms a graph must know before there is a loss, a node.
 
     ``unreduced`` is traced in the function's place for its reduction "none".
     """
+    terms = record.terms
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         schema = Schema(function)

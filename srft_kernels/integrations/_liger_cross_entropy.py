@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import check_choice
-from ..cross_entropy import linear_cross_entropy
 from ..linear_logprobs import linear_logprobs
+from ..losses.cross_entropy import linear_cross_entropy
 from ..types import VocabParallel
 
 

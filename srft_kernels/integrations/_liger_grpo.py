@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..formulas import clip_policy, k3
-from ..losses import linear_grpo_loss, linear_policy_loss
+from ..losses.grpo import linear_grpo_loss
+from ..losses.policy import linear_policy_loss
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 LEVELS = ("token", "sequence")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import linear_grpo_loss
+from ..losses.grpo import linear_grpo_loss
 
 # what the fused loss stands in for, or is called by: somebody else's would be lost, or would change what it is told
 LOSS_METHODS = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")

@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._checks import check_cu_seqlens
 from ..formulas import (
     TokenFormula,
     cispo_policy,
     clip_policy,
-    grpo_token,
+    formula,
+    heard_log_ratio,
     k3,
     log_ratio_if,
+    policy_factor,
     reinforce_policy,
     weighted,
 )
 from .base import TokenObjective, local_offsets
 from .policy import clip_counts, moving, policy_log_ratio, sequence_derivative
+from .record import ABOVE_ONE, FINITE, NOT_NEGATIVE, POSITIVE, LossRecord
 
-__all__ = ["GRPO_FORMULAS", "GRPO_TERMS", "GrpoInputs", "GrpoNumbers", "GrpoObjective"]
+__all__ = ["GRPO", "GrpoArguments", "GrpoInputs", "GrpoNumbers", "GrpoObjective"]
 
-_CLIP = TokenFormula(grpo_token, clip_policy)
-GRPO_FORMULAS = {
-    "grpo": _CLIP,
-    "bnpo": _CLIP,
-    "dr_grpo": _CLIP,
-    "dapo": _CLIP,
-    "gspo": _CLIP,
-    "cispo": TokenFormula(grpo_token, cispo_policy),
-    "reinforce": TokenFormula(grpo_token, reinforce_policy),
-}
-GRPO_TERMS = ("policy", "kl", "entropy_bonus", "clip_low_sum", "clip_high_sum", "sum_entropy")
+
+# fmt: off
+@formula
+def grpo_token(
+    logp, entropy, weight, advantage, old_logp, ref_logp, rollout_weight,
+    clip_low, clip_high, dual_clip, off_policy, kl_coef, with_ref, entropy_coef, max_log_ratio,
+    POLICY,
+):
+    log_ratio = heard_log_ratio(logp, advantage, old_logp, rollout_weight, off_policy, max_log_ratio)
+    policy, dpolicy, ratio, clipped = POLICY(
+        logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio)
+    kl, dkl = k3(logp, log_ratio_if(with_ref, ref_logp, logp), max_log_ratio)
+    factor = policy_factor(advantage, rollout_weight)
+    loss = weighted(weight, weighted(factor, policy) + kl_coef * kl - entropy_coef * entropy)
+    dlogp = weighted(weight, weighted(factor, dpolicy) + kl_coef * dkl)
+    return loss, dlogp, -weight * entropy_coef, ratio, clipped
+# fmt: on
 
 
 class GrpoInputs(NamedTuple):
@@ -75,6 +86,77 @@ class GrpoNumbers(NamedTuple):
     def bounds(self) -> tuple[float, float, float, float]:
         """The last arguments of a policy term."""
         return self.clip_low, self.clip_high, self.dual_clip, self.max_log_ratio
+
+
+class GrpoArguments(NamedTuple):
+    """The arguments of ``linear_grpo_loss`` of its own, which says what each means, in order.
+
+    advantages, old_logprobs, loss_type, clip_low, clip_high, dual_clip, max_log_ratio, ref_logprobs, kl_coef,
+    rollout_weights, entropy_coef, cu_seqlens, token_weights, num_tokens.
+    """
+
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    loss_type: str
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    max_log_ratio: float
+    ref_logprobs: Tensor | None
+    kl_coef: float
+    rollout_weights: Tensor | None
+    entropy_coef: float
+    cu_seqlens: Tensor | None
+    token_weights: Tensor | None
+    num_tokens: int | Tensor | None
+
+    def check(self, labels: Tensor) -> None:
+        """Raise ValueError unless the arguments fit together, and ``labels`` [N]."""
+        GRPO.check(labels, self._asdict())
+        if self.kl_coef != 0 and self.ref_logprobs is None:
+            raise ValueError(f"ref_logprobs is required by kl_coef={self.kl_coef}; pass it or set kl_coef=0")
+        if self.loss_type == "gspo":
+            check_cu_seqlens(self.cu_seqlens, labels.numel(), 'loss_type="gspo"')
+
+    def numbers(self) -> GrpoNumbers:
+        """The numbers of the formula."""
+        numbers = GrpoNumbers(
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=math.inf if self.dual_clip is None else self.dual_clip,
+            off_policy=self.old_logprobs is not None,
+            kl_coef=self.kl_coef,
+            with_ref=self.ref_logprobs is not None and self.kl_coef != 0,
+            entropy_coef=self.entropy_coef,
+            max_log_ratio=self.max_log_ratio,
+        )
+        return GrpoNumbers(*map(float, numbers))
+
+
+_CLIP = TokenFormula(grpo_token, clip_policy)
+_FORMULAS = {
+    **dict.fromkeys(("grpo", "bnpo", "dr_grpo", "dapo", "gspo"), _CLIP),
+    "cispo": TokenFormula(grpo_token, cispo_policy),
+    "reinforce": TokenFormula(grpo_token, reinforce_policy),
+}
+GRPO = LossRecord(
+    formulas=_FORMULAS,
+    terms=("policy", "kl", "entropy_bonus", "clip_low_sum", "clip_high_sum", "sum_entropy"),
+    vectors=("advantages", "old_logprobs", "ref_logprobs", "rollout_weights", "token_weights"),
+    required=("advantages",),
+    choices={"loss_type": tuple(_FORMULAS)},
+    numbers={
+        "clip_low": POSITIVE,
+        "clip_high": POSITIVE,
+        "dual_clip": ABOVE_ONE,
+        "max_log_ratio": POSITIVE,
+        "kl_coef": NOT_NEGATIVE,
+        "entropy_coef": FINITE,
+    },
+    optional=("dual_clip",),
+    counts=("num_tokens",),
+    others=("cu_seqlens",),
+)
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,56 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..formulas import TokenFormula, log_ratio_if, srft_likelihood, srft_ratio, srft_terms, srft_token, weighted
-from .base import TokenObjective, scope_mean
-
-__all__ = ["SRFT_FORMULAS", "SRFT_TERMS", "SrftInputs", "SrftNumbers", "SrftObjective"]
-
-SRFT_FORMULAS = {
-    "likelihood": TokenFormula(srft_token, srft_likelihood),
-    "ratio": TokenFormula(srft_token, srft_ratio),
-}
-_WEIGHTED_TERMS = ("demo_sft", "demo_rl", "rollout_positive", "rollout_negative")
-_LOSS_TERMS = (*_WEIGHTED_TERMS, "entropy_bonus")
-SRFT_TERMS = (
-    *_WEIGHTED_TERMS,
-    *(name + "_unweighted" for name in _WEIGHTED_TERMS),
-    "entropy_bonus",
-    "sum_weight_sft",
-    "sum_weight_rl",
-    "sum_entropy_demo",
-    "sum_entropy_rollout",
+from .._checks import check_choice, check_cu_seqlens
+from ..formulas import (
+    TokenFormula,
+    formula,
+    log_ratio_if,
+    shaping,
+    srft_demo,
+    srft_likelihood,
+    srft_ratio,
+    weighted,
 )
+from ..presets import SRFT_PRESETS, SrftSwitches
+from .base import TokenObjective, scope_mean
+from .record import FINITE, NOT_NEGATIVE, POSITIVE, LossRecord
+
+__all__ = ["SRFT", "SrftArguments", "SrftInputs", "SrftNumbers", "SrftObjective"]
+
+
+# fmt: off
+@formula
+def srft_terms(
+    logp, log_ratio, sft_share, advantage, correct, weight_entropy,
+    sft_coef, sft_sign, gamma_p, gamma, rl_coef, max_log_ratio,
+    ROLLOUT,
+):
+    # each term of SRFT without its weight, and its derivative by logp; the ratio; whether the last term has c
+    sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
+    rollout, drollout, ratio, positive = ROLLOUT(
+        logp, log_ratio, advantage, correct, weight_entropy, rl_coef, max_log_ratio)
+    return weighted(sft_share, sft), weighted(sft_share, dsft), rl, drl, rollout, drollout, ratio, positive
+
+
+@formula
+def srft_sum(demo_weight, rollout_weight, sft, rl, rollout):
+    # of the terms or of their derivatives
+    return weighted(demo_weight, sft + rl) + weighted(rollout_weight, rollout)
+
+
+@formula
+def srft_token(
+    logp, entropy, demo_weight, rollout_weight, entropy_weight, sft_share, advantage, correct, old_logp, scope_entropy,
+    sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy, max_log_ratio,
+    ROLLOUT,
+):
+    sft, dsft, rl, drl, rollout, drollout, ratio, positive = srft_terms(
+        logp, log_ratio_if(off_policy, logp, old_logp), sft_share, advantage, correct,
+        scope_entropy + own_entropy * entropy, sft_coef, sft_sign, gamma_p, gamma, rl_coef, max_log_ratio, ROLLOUT)
+    loss = srft_sum(demo_weight, rollout_weight, sft, rl, rollout) - entropy_weight * entropy
+    return loss, srft_sum(demo_weight, rollout_weight, dsft, drl, drollout), -entropy_weight, ratio, ratio < 0
+# fmt: on
 
 
 class SrftInputs(NamedTuple):
@@ -70,6 +100,107 @@ class SrftNumbers(NamedTuple):
     """H is the token's own."""
     max_log_ratio: float
     """Bound of the log-ratio, nats."""
+
+
+class SrftArguments(NamedTuple):
+    """The arguments of ``linear_srft_loss`` of its own, which says what each means, in order.
+
+    advantages, is_demo, is_correct, cu_seqlens, old_logprobs, preset, sft_coef, rl_coef, max_log_ratio,
+    sft_entropy_sign, entropy_scope, batch_entropy, self_rollout, demo_gamma, entropy_coef, token_weights, sft_weights,
+    num_rollout_tokens, num_demo_tokens.
+    """
+
+    advantages: Tensor
+    is_demo: Tensor
+    is_correct: Tensor
+    cu_seqlens: Tensor | None
+    old_logprobs: Tensor | None
+    preset: str
+    sft_coef: float
+    rl_coef: float
+    max_log_ratio: float
+    sft_entropy_sign: int | None
+    entropy_scope: str | None
+    batch_entropy: float | Tensor | None
+    self_rollout: str | None
+    demo_gamma: float | None
+    entropy_coef: float | None
+    token_weights: Tensor | None
+    sft_weights: Tensor | None
+    num_rollout_tokens: int | Tensor | None
+    num_demo_tokens: int | Tensor | None
+
+    def switches(self) -> SrftSwitches:
+        """The preset, with what the caller gave in its place."""
+        check_choice("preset", self.preset, SRFT_PRESETS)
+        base = SRFT_PRESETS[self.preset]
+        given = {name: getattr(self, name) for name in SrftSwitches._fields}
+        return base._replace(**{name: x for name, x in given.items() if x is not None})
+
+    def check(self, labels: Tensor) -> SrftSwitches:
+        """Raise ValueError unless the arguments fit together, and ``labels`` [N]; return the switches."""
+        switches = self.switches()
+        SRFT.check(labels, self._asdict() | switches._asdict())
+        if self.batch_entropy is not None and switches.entropy_scope != "batch":
+            raise ValueError(
+                f'batch_entropy is read only with entropy_scope="batch", got {switches.entropy_scope!r}; drop one'
+            )
+        if switches.entropy_scope == "sequence":
+            check_cu_seqlens(self.cu_seqlens, labels.numel(), 'entropy_scope="sequence"')
+        return switches
+
+    def numbers(self, switches: SrftSwitches) -> SrftNumbers:
+        """The numbers of the formula, with ``switches`` in place of the preset."""
+        gamma_p, gamma = shaping(switches.demo_gamma)
+        numbers = SrftNumbers(
+            sft_coef=self.sft_coef,
+            sft_sign=switches.sft_entropy_sign,
+            gamma_p=gamma_p,
+            gamma=gamma,
+            rl_coef=self.rl_coef,
+            off_policy=self.old_logprobs is not None,
+            own_entropy=switches.entropy_scope == "token",
+            max_log_ratio=self.max_log_ratio,
+        )
+        return SrftNumbers(*map(float, numbers))
+
+
+_WEIGHTED_TERMS = ("demo_sft", "demo_rl", "rollout_positive", "rollout_negative")
+_LOSS_TERMS = (*_WEIGHTED_TERMS, "entropy_bonus")
+_FORMULAS = {
+    "likelihood": TokenFormula(srft_token, srft_likelihood),
+    "ratio": TokenFormula(srft_token, srft_ratio),
+}
+SRFT = LossRecord(
+    formulas=_FORMULAS,
+    terms=(
+        *_WEIGHTED_TERMS,
+        *(name + "_unweighted" for name in _WEIGHTED_TERMS),
+        "entropy_bonus",
+        "sum_weight_sft",
+        "sum_weight_rl",
+        "sum_entropy_demo",
+        "sum_entropy_rollout",
+    ),
+    vectors=("advantages", "is_demo", "is_correct", "old_logprobs", "token_weights", "sft_weights"),
+    required=("advantages", "is_demo", "is_correct"),
+    flags=("is_demo", "is_correct"),
+    choices={
+        "preset": tuple(SRFT_PRESETS),
+        "self_rollout": tuple(_FORMULAS),
+        "sft_entropy_sign": (-1, 0, 1),
+        "entropy_scope": ("token", "sequence", "batch"),
+    },
+    numbers={
+        "sft_coef": NOT_NEGATIVE,
+        "rl_coef": NOT_NEGATIVE,
+        "max_log_ratio": POSITIVE,
+        "demo_gamma": NOT_NEGATIVE,
+        "entropy_coef": FINITE,
+    },
+    counts=("batch_entropy", "num_rollout_tokens", "num_demo_tokens"),
+    others=("cu_seqlens",),
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +282,6 @@ class SrftObjective(TokenObjective):
             ("sum_entropy_rollout", is_rollout, entropy),
         ):
             found[name] = torch.where(chosen, x, 0.0).sum()
-        terms = {name: found[name] for name in SRFT_TERMS}
+        terms = {name: found[name] for name in SRFT.terms}
         loss = sum((terms[name] for name in _LOSS_TERMS), start=logp.new_zeros(()))
         return loss, torch.where(is_rollout, ratio, 1.0), torch.zeros_like(is_demo), terms

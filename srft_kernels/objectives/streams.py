@@ -2,53 +2,85 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._checks import (
-    check_choice,
-    check_count,
-    check_cu_seqlens,
-    check_dual_clip,
-    check_positive,
-    check_vectors,
-)
+from .._checks import check_cu_seqlens
 from ..formulas import (
     TokenFormula,
     cispo_policy,
     clip_policy,
     fixed_factor,
+    formula,
+    heard_log_ratio,
+    k3,
+    log_ratio_if,
+    policy_factor,
     reinforce_policy,
-    stream_terms,
-    stream_token,
+    shaped,
+    shaping,
     weighted,
 )
 from .base import TokenObjective, local_offsets, scope_mean
 from .policy import clip_counts, moving, policy_log_ratio, sequence_derivative
+from .record import ABOVE_ONE, POSITIVE, LossRecord
 
-__all__ = [
-    "PROB_FACTORS",
-    "STREAM_FORMULAS",
-    "STREAM_TERMS",
-    "StreamInputs",
-    "StreamNumbers",
-    "StreamObjective",
-]
+__all__ = ["STREAMS", "StreamArguments", "StreamInputs", "StreamNumbers", "StreamObjective"]
 
-STREAM_TERMS = (
-    "policy", "sft", "shaped", "kl", "entropy_bonus", "clip_low_sum", "clip_high_sum", "sum_entropy"
-)  # fmt: skip
-STREAM_FORMULAS = {
-    "clip": TokenFormula(stream_token, clip_policy),
-    "cispo": TokenFormula(stream_token, cispo_policy),
-    "reinforce": TokenFormula(stream_token, reinforce_policy),
-    "gspo": TokenFormula(stream_token, clip_policy),
-}
 # name: (by_p, by_rest) of ``fixed_factor``
 PROB_FACTORS = {"one": (0.0, 0.0), "p": (1.0, 0.0), "p(1-p)": (1.0, 1.0)}
+_WEIGHTS = ("policy_weights", "sft_weights", "shaped_weights", "kl_weights", "entropy_weights")
+# argument, weights that cannot do without it
+_NEEDED = (("advantages", "policy_weights"), ("advantages", "shaped_weights"), ("ref_logprobs", "kl_weights"))
+# argument, weights without which it says nothing
+_READ_WITH = (
+    ("policy_entropy_coefs", "policy_weights"),
+    ("sft_entropy_coefs", "sft_weights"),
+    ("shaping_gamma", "shaped_weights"),
+)
+
+
+# fmt: off
+@formula
+def stream_terms(
+    logp, entropy, policy, dpolicy, policy_scale, sft_scale, shaped_weight, kl_weight, entropy_weight,
+    advantage, ref_logp, gamma_p, gamma, with_ref, max_log_ratio,
+):
+    # each term of the general loss and its derivative by logp; of the entropy bonus the term alone
+    shaped_factor = policy_factor(advantage, shaped_weight)
+    rl, drl = shaped(logp, advantage, gamma_p, gamma)
+    kl, dkl = k3(logp, log_ratio_if(with_ref, ref_logp, logp), max_log_ratio)
+    return (
+        weighted(policy_scale, policy), weighted(policy_scale, dpolicy), weighted(sft_scale, -logp), -sft_scale,
+        weighted(shaped_factor, rl), weighted(shaped_factor, drl), weighted(kl_weight, kl), weighted(kl_weight, dkl),
+        -weighted(entropy_weight, entropy),
+    )
+
+
+@formula
+def stream_token(
+    logp, entropy, policy_weight, sft_weight, shaped_weight, kl_weight, entropy_weight, advantage, old_logp, ref_logp,
+    policy_entropy_coef, sft_entropy_coef, scope_entropy,
+    clip_low, clip_high, dual_clip, max_log_ratio, off_policy, with_ref, own_entropy,
+    policy_by_p, policy_by_rest, sft_by_p, sft_by_rest, gamma_p, gamma,
+    POLICY,
+):
+    weight_entropy = scope_entropy + own_entropy * entropy
+    log_ratio = heard_log_ratio(logp, advantage, old_logp, policy_weight, off_policy, max_log_ratio)
+    policy, dpolicy, ratio, clipped = POLICY(
+        logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio)
+    factor = policy_factor(advantage, policy_weight)
+    policy_fixed = fixed_factor(policy_entropy_coef, weight_entropy, logp, policy_by_p, policy_by_rest)
+    sft_fixed = fixed_factor(sft_entropy_coef, weight_entropy, logp, sft_by_p, sft_by_rest)
+    policy, dpolicy, sft, dsft, rl, drl, kl, dkl, bonus = stream_terms(
+        logp, entropy, policy, dpolicy, weighted(factor, policy_fixed), weighted(sft_weight, sft_fixed),
+        shaped_weight, kl_weight, entropy_weight, advantage, ref_logp, gamma_p, gamma, with_ref, max_log_ratio)
+    return policy + sft + rl + kl + bonus, dpolicy + dsft + drl + dkl, -entropy_weight, ratio, clipped
+# fmt: on
 
 
 class StreamInputs(NamedTuple):
@@ -114,6 +146,116 @@ class StreamNumbers(NamedTuple):
         return self.clip_low, self.clip_high, self.dual_clip, self.max_log_ratio
 
 
+class StreamArguments(NamedTuple):
+    """The arguments of ``linear_token_loss`` of its own, which says what each means, in order.
+
+    advantages, old_logprobs, ref_logprobs, policy_weights, sft_weights, shaped_weights, kl_weights, entropy_weights,
+    policy, clip_low, clip_high, dual_clip, max_log_ratio, policy_entropy_coefs, sft_entropy_coefs, policy_prob_factor,
+    sft_prob_factor, shaping_gamma, entropy_scope, batch_entropy, cu_seqlens.
+    """
+
+    advantages: Tensor | None
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    policy_weights: Tensor | None
+    sft_weights: Tensor | None
+    shaped_weights: Tensor | None
+    kl_weights: Tensor | None
+    entropy_weights: Tensor | None
+    policy: str
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    max_log_ratio: float
+    policy_entropy_coefs: Tensor | None
+    sft_entropy_coefs: Tensor | None
+    policy_prob_factor: str
+    sft_prob_factor: str
+    shaping_gamma: float | None
+    entropy_scope: str
+    batch_entropy: float | Tensor | None
+    cu_seqlens: Tensor | None
+
+    def check(self, labels: Tensor) -> None:
+        """Raise ValueError unless the arguments fit together, and ``labels`` [N]."""
+        STREAMS.check(labels, self._asdict())
+        if all(getattr(self, name) is None for name in _WEIGHTS):
+            raise ValueError(f"one of {', '.join(_WEIGHTS)} must be given, got None for all; each brings its term")
+        for needed, by in _NEEDED:
+            if getattr(self, needed) is None and getattr(self, by) is not None:
+                raise ValueError(f"{needed} is required by {by}; pass it or drop {by}")
+        for name, by in _READ_WITH:
+            if getattr(self, name) is not None and getattr(self, by) is None:
+                raise ValueError(f"{name} is read only with {by}; pass {by} or drop {name}")
+        if self.batch_entropy is not None and self.entropy_scope != "batch":
+            raise ValueError(
+                f'batch_entropy is read only with entropy_scope="batch", got {self.entropy_scope!r}; drop one'
+            )
+        if self.policy == "gspo":
+            check_cu_seqlens(self.cu_seqlens, labels.numel(), 'policy="gspo"')
+        if self.entropy_scope == "sequence":
+            check_cu_seqlens(self.cu_seqlens, labels.numel(), 'entropy_scope="sequence"')
+
+    def mean_over(self) -> str:
+        """What H of the factors is a mean over in this call; "given" where it is none of its own."""
+        if self.policy_entropy_coefs is None and self.sft_entropy_coefs is None:
+            return "given"
+        return self.entropy_scope if self.batch_entropy is None else "given"
+
+    def numbers(self) -> StreamNumbers:
+        """The numbers of the formula."""
+        policy_by_p, policy_by_rest = PROB_FACTORS[self.policy_prob_factor]
+        sft_by_p, sft_by_rest = PROB_FACTORS[self.sft_prob_factor]
+        gamma_p, gamma = shaping(self.shaping_gamma)
+        numbers = StreamNumbers(
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=math.inf if self.dual_clip is None else self.dual_clip,
+            max_log_ratio=self.max_log_ratio,
+            off_policy=self.old_logprobs is not None,
+            with_ref=self.kl_weights is not None,
+            own_entropy=self.mean_over() == "token",
+            policy_by_p=policy_by_p,
+            policy_by_rest=policy_by_rest,
+            sft_by_p=sft_by_p,
+            sft_by_rest=sft_by_rest,
+            gamma_p=gamma_p,
+            gamma=gamma,
+        )
+        return StreamNumbers(*map(float, numbers))
+
+
+_FORMULAS = {
+    "clip": TokenFormula(stream_token, clip_policy),
+    "cispo": TokenFormula(stream_token, cispo_policy),
+    "reinforce": TokenFormula(stream_token, reinforce_policy),
+    "gspo": TokenFormula(stream_token, clip_policy),
+}
+STREAMS = LossRecord(
+    formulas=_FORMULAS,
+    terms=("policy", "sft", "shaped", "kl", "entropy_bonus", "clip_low_sum", "clip_high_sum", "sum_entropy"),
+    vectors=(
+        "advantages", "old_logprobs", "ref_logprobs", *_WEIGHTS, "policy_entropy_coefs", "sft_entropy_coefs"
+    ),
+    choices={
+        "policy": tuple(_FORMULAS),
+        "policy_prob_factor": tuple(PROB_FACTORS),
+        "sft_prob_factor": tuple(PROB_FACTORS),
+        "entropy_scope": ("token", "sequence", "batch"),
+    },
+    numbers={
+        "clip_low": POSITIVE,
+        "clip_high": POSITIVE,
+        "dual_clip": ABOVE_ONE,
+        "max_log_ratio": POSITIVE,
+        "shaping_gamma": POSITIVE,
+    },
+    optional=("dual_clip", "shaping_gamma"),
+    counts=("batch_entropy",),
+    others=("cu_seqlens",),
+)  # fmt: skip
+
+
 class _Terms(NamedTuple):
     """What ``stream_terms`` gives of each token: the terms and their derivatives by logp, [n]."""
 
@@ -144,22 +286,22 @@ class _Policy(NamedTuple):
 class StreamObjective(TokenObjective):
     """The general token loss, its ``inputs`` StreamInputs and its ``params`` StreamNumbers.
 
-    ``entropy_scope`` is what the H of the factors is a mean over, "token" also where it is given; ``sequence_policy``
-    says that the ratio is a sequence's; ``scope`` is the larger of the two. ``has_fixed`` says that a term beside the
-    policy's has a gradient by logp, ``fixed_waits`` that this gradient reads an entropy.
+    ``mean_over`` is what the H of the factors is a mean over, as StreamArguments says; ``sequence_policy`` says that
+    the ratio is a sequence's; ``scope`` is the larger of the two. ``has_fixed`` says that a term beside the policy's
+    has a gradient by logp, ``fixed_waits`` that this gradient reads an entropy.
     """
 
     params: StreamNumbers
-    entropy_scope: str = "token"
+    mean_over: str = "token"
     sequence_policy: bool = False
     has_fixed: bool = True
     fixed_waits: bool = True
 
     def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
         inputs = self.inputs[:, rows]
-        if self.entropy_scope == "token":
+        if self.mean_over in ("token", "given"):
             return inputs
-        mean = scope_mean(entropy, self.valid[rows], self.entropy_scope, self.offsets, rows)
+        mean = scope_mean(entropy, self.valid[rows], self.mean_over, self.offsets, rows)
         return torch.cat([inputs[:-1], mean[None]])
 
     def _offsets(self, rows: slice) -> Tensor | None:
@@ -246,72 +388,3 @@ class StreamObjective(TokenObjective):
         terms |= clip_counts(clipped, policy.ratio, loss.dtype)
         terms["sum_entropy"] = entropy.sum()
         return loss, torch.where(policy.heard_of, policy.ratio, 1.0), clipped, terms
-
-
-def check_streams(
-    labels: Tensor,
-    advantages: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    policy_weights: Tensor | None,
-    sft_weights: Tensor | None,
-    shaped_weights: Tensor | None,
-    kl_weights: Tensor | None,
-    entropy_weights: Tensor | None,
-    policy: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    max_log_ratio: float,
-    policy_entropy_coefs: Tensor | None,
-    sft_entropy_coefs: Tensor | None,
-    policy_prob_factor: str,
-    sft_prob_factor: str,
-    shaping_gamma: float | None,
-    entropy_scope: str,
-    batch_entropy: float | Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Raise ValueError unless the arguments of ``linear_token_loss`` fit together."""
-    weights = {
-        "policy_weights": policy_weights, "sft_weights": sft_weights, "shaped_weights": shaped_weights,
-        "kl_weights": kl_weights, "entropy_weights": entropy_weights,
-    }  # fmt: skip
-    check_vectors(
-        labels, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, **weights,
-        policy_entropy_coefs=policy_entropy_coefs, sft_entropy_coefs=sft_entropy_coefs,
-    )  # fmt: skip
-    if all(x is None for x in weights.values()):
-        raise ValueError(f"one of {', '.join(weights)} must be given, got None for all; each brings its term")
-    for needed, tensor, by in (
-        ("advantages", advantages, "policy_weights"),
-        ("advantages", advantages, "shaped_weights"),
-        ("ref_logprobs", ref_logprobs, "kl_weights"),
-    ):
-        if tensor is None and weights[by] is not None:
-            raise ValueError(f"{needed} is required by {by}; pass it or drop {by}")
-    for name, given, by in (
-        ("policy_entropy_coefs", policy_entropy_coefs, "policy_weights"),
-        ("sft_entropy_coefs", sft_entropy_coefs, "sft_weights"),
-        ("shaping_gamma", shaping_gamma, "shaped_weights"),
-    ):
-        if given is not None and weights[by] is None:
-            raise ValueError(f"{name} is read only with {by}; pass {by} or drop {name}")
-    check_choice("policy", policy, STREAM_FORMULAS)
-    check_choice("policy_prob_factor", policy_prob_factor, PROB_FACTORS)
-    check_choice("sft_prob_factor", sft_prob_factor, PROB_FACTORS)
-    check_choice("entropy_scope", entropy_scope, ("token", "sequence", "batch"))
-    check_positive("clip_low", clip_low)
-    check_positive("clip_high", clip_high)
-    check_dual_clip(dual_clip)
-    check_positive("max_log_ratio", max_log_ratio)
-    if shaping_gamma is not None:
-        check_positive("shaping_gamma", shaping_gamma)
-    if batch_entropy is not None:
-        if entropy_scope != "batch":
-            raise ValueError(f'batch_entropy is read only with entropy_scope="batch", got {entropy_scope!r}; drop one')
-        check_count("batch_entropy", batch_entropy)
-    if policy == "gspo":
-        check_cu_seqlens(cu_seqlens, labels.numel(), 'policy="gspo"')
-    if entropy_scope == "sequence":
-        check_cu_seqlens(cu_seqlens, labels.numel(), 'entropy_scope="sequence"')

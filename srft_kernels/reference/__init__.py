@@ -8,9 +8,11 @@ others in fp32.
 """
 
 from .cross_entropy import linear_cross_entropy
+from .grpo import linear_grpo_loss
 from .logprobs import linear_logprobs, logprobs_from_logits
-from .losses import linear_grpo_loss, linear_policy_loss, linear_srft_loss
-from .token_loss import linear_token_loss
+from .policy import linear_policy_loss
+from .srft import linear_srft_loss
+from .streams import linear_token_loss
 
 __all__ = [
     "linear_cross_entropy",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_cross_entropy
 from .._numbers import plain_numbers
 from ..head.chunks import taking_part
+from ..objectives.cross_entropy import CrossEntropyArguments
 from ..types import HeadOptions, LoraDelta
 from ._tokens import at_least_one, at_valid, projected, transformed
 
@@ -39,7 +39,7 @@ def linear_cross_entropy(
     bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
     logits_dtype: as in ``srft_kernels.linear_cross_entropy``.
     """
-    check_cross_entropy(labels, token_weights, label_smoothing, z_loss_coef, reduction, num_tokens)
+    CrossEntropyArguments(num_tokens, label_smoothing, z_loss_coef, token_weights, reduction).check(labels)
     labelled = labels != ignore_index
     labels = taking_part(labels, token_weights, ignore_index)
     options = HeadOptions(bias, temperature, logit_softcap, logit_scale, ignore_index, lora, logits_dtype=logits_dtype)

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import srft_kernels
-from srft_kernels import formulas, objectives
+from srft_kernels import objectives
 from srft_kernels.formulas import TokenFormula
 from srft_kernels.rows import gpu as row_kernels
 
@@ -125,11 +125,8 @@ def name_of(formula: TokenFormula) -> str:
 
 def token_formulas() -> dict[str, TokenFormula]:
     """The formulas that a kernel inlines, each with every term that a loss chooses, by name."""
-    chosen = [*objectives.GRPO_FORMULAS.values(), *objectives.SRFT_FORMULAS.values()]
-    chosen += [*objectives.STREAM_FORMULAS.values(), TokenFormula(formulas.cross_entropy_token)]
-    tokens = {x for name, x in vars(formulas).items() if name.endswith("_token") and hasattr(x, "eager")}
-    assert {x.token for x in chosen} == tokens
-    return {name_of(x): x for x in chosen}
+    records = (objectives.CROSS_ENTROPY, objectives.GRPO, objectives.SRFT, objectives.STREAMS)
+    return {name_of(x): x for record in records for x in record.formulas.values()}
 
 
 def scalars_of(formula: TokenFormula) -> int:

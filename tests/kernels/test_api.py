@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 import srft_kernels
-from srft_kernels import reference
+from srft_kernels import objectives, reference
+from srft_kernels.objectives import grpo, srft, streams
+from srft_kernels.objectives.cross_entropy import CrossEntropyArguments
+from srft_kernels.objectives.grpo import GrpoArguments, GrpoInputs, GrpoNumbers
+from srft_kernels.objectives.srft import SrftArguments, SrftInputs, SrftNumbers
+from srft_kernels.objectives.streams import StreamArguments, StreamInputs, StreamNumbers
 from srft_kernels.types import HeadOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +53,41 @@ def test_every_op_ends_with_the_options_of_the_head(name):
     defaults, hints = HeadOptions._field_defaults, HeadOptions.__annotations__
     expected = {field: (defaults[field], hints[field].__forward_arg__) for field in fields}
     assert list(given) == list(fields) and given == expected
+
+
+RECORDS = {
+    "linear_cross_entropy": (objectives.CROSS_ENTROPY, CrossEntropyArguments),
+    "linear_grpo_loss": (objectives.GRPO, GrpoArguments),
+    "linear_srft_loss": (objectives.SRFT, SrftArguments),
+    "linear_token_loss": (objectives.STREAMS, StreamArguments),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_loss_is_its_record(name):
+    """The arguments between labels and those of the head, each looked at; formulas that take what they are given."""
+    record, arguments = RECORDS[name]
+    parameters = list(inspect.signature(getattr(srft_kernels, name)).parameters.values())
+    own = parameters[3 : -len(HeadOptions._fields)]
+    hints = {field: hint.__forward_arg__ for field, hint in arguments.__annotations__.items()}
+    assert {p.name: p.annotation for p in own} == hints and [p.name for p in own] == list(arguments._fields)
+    looked_at = (*record.vectors, *record.choices, *record.numbers, *record.counts, *record.others)
+    assert sorted(looked_at) == sorted(arguments._fields)
+    assert {*record.required, *record.flags} <= set(record.vectors) and set(record.optional) <= set(record.numbers)
+    assert {p.name for p in own if p.default is None} >= set(record.optional)
+
+
+@pytest.mark.parametrize(
+    ("formula", "inputs", "numbers"),
+    [(grpo.grpo_token, GrpoInputs, GrpoNumbers), (srft.srft_token, SrftInputs, SrftNumbers),
+     (streams.stream_token, StreamInputs, StreamNumbers)],
+    ids=["grpo", "srft", "streams"],
+)  # fmt: skip
+def test_formulas_take_their_inputs_and_numbers_by_name(formula, inputs, numbers):
+    """In the order in which they are passed, between logp and entropy and the term that is compiled in."""
+    names = list(inspect.signature(getattr(formula, "fn", formula)).parameters)
+    assert names[:2] == ["logp", "entropy"] and names[-1].isupper()
+    assert tuple(names[2:-1]) == inputs._fields + numbers._fields
 
 
 @pytest.mark.parametrize("name", OPS)

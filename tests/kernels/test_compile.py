@@ -7,8 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from srft_kernels import formulas
-from srft_kernels.formulas import TokenFormula
+from srft_kernels.objectives import CROSS_ENTROPY, GRPO
 from srft_kernels.rows import gpu as row_kernels
 from srft_kernels.rows.types import RowArguments, Smoothing, Stats
 from tests.kernels.cases import case_id
@@ -101,7 +100,7 @@ def test_every_objective_compiles(formula, tmp_path):
 @pytest.mark.parametrize("part", ["statistics", "gradient", "one-launch"])
 def test_smoothed_rows_compile(target, options, part, tmp_path):
     """Label smoothing and z-loss, in one launch and in two."""
-    formula = TokenFormula(formulas.cross_entropy_token) if part == "one-launch" else None
+    formula = CROSS_ENTROPY.formulas[""] if part == "one-launch" else None
     options = {**options, "entropy": False, "smoothing": Smoothing(0.1, 0.01)}
     assert_clean(compile_rows(target, formula, part, **options), target, tmp_path)
 
@@ -136,7 +135,7 @@ def loops(ptx: str) -> list[str]:
 )
 def test_statistics_stay_in_their_threads(scores, options, registers, tmp_path):
     """Threads exchange nothing until a row has been read: vector loads, and no shuffle or barrier in either loop."""
-    formula = TokenFormula(formulas.grpo_token, formulas.clip_policy)
+    formula = GRPO.formulas["grpo"]
     ptx = compile_rows("sm_90", formula, scores=scores, **options).asm["ptx"]
     statistics, gradient = [body for body in loops(ptx) if "ex2" in body]
     for body in (statistics, gradient):
@@ -149,7 +148,7 @@ def test_statistics_stay_in_their_threads(scores, options, registers, tmp_path):
 
 def test_in_place_gradient_waits_for_the_label():
     """Before the gradient is written over a row, every thread has read the score of the label."""
-    ptx = compile_rows("sm_90", TokenFormula(formulas.cross_entropy_token), scores=BF16).asm["ptx"]
+    ptx = compile_rows("sm_90", CROSS_ENTROPY.formulas[""], scores=BF16).asm["ptx"]
     before = ptx[: ptx.index(loops(ptx)[-1])]
     # the only load of a single 16-bit number
     assert before.count("ld.global.b16") == 1

@@ -7,9 +7,9 @@ import torch
 
 import srft_kernels
 from srft_kernels import LoraDelta
-from srft_kernels.formulas import TokenFormula, cross_entropy_token
 from srft_kernels.head import chunks as chunked_head
 from srft_kernels.head import sweep as one_pass
+from srft_kernels.objectives import CROSS_ENTROPY
 from srft_kernels.rows import gpu as row_kernels
 from srft_kernels.rows.types import RowArguments
 from tests.kernels.cases import (
@@ -187,7 +187,7 @@ def test_one_launch_is_the_same_every_time(dtype):
     z, labels = (x.cuda() for x in make_logits((4096, 32003), dtype))
     rows = RowArguments(labels, None, None, None, -100, dtype)
     weight = torch.randn(1, 4096, device="cuda")
-    arguments = (rows, TokenFormula(cross_entropy_token), weight, (), False)
+    arguments = (rows, CROSS_ENTROPY.formulas[""], weight, (), False)
     known, dz = row_kernels.objective_gradient(z.clone(), *arguments)
     expected = row_kernels.gradient(z, rows, known, -weight[0], None, False, out=torch.empty_like(z))
     torch.testing.assert_close(dz, expected)
@@ -211,7 +211,7 @@ def test_one_launch_of_a_real_chunk(vocab):
     known = row_kernels.stats(z, rows, False)
     row_kernels.gradient(z, rows, known, -weight[0], None, False, out=expected[:, :vocab])
     for _ in range(20):
-        arguments = (z, rows, TokenFormula(cross_entropy_token), weight, (), False)
+        arguments = (z, rows, CROSS_ENTROPY.formulas[""], weight, (), False)
         other, actual = row_kernels.objective_gradient(*arguments, out=dz[:, :vocab])
         # one compiler's fusions in one kernel are not those in two
         torch.testing.assert_close(actual, expected[:, :vocab])

@@ -29,8 +29,8 @@ def assert_same(actual: dict, expected: dict, size: float | torch.Tensor, terms:
     for name in ("logprobs", "entropy"):
         assert name not in expected or torch.equal(actual[name], expected[name])
     for name, parts in {"loss": (), **terms}.items():
-        found = actual[name] if name == "loss" else actual["terms/" + name]
-        wanted = expected["loss"] if name == "loss" else sum(expected["terms/" + part] for part in parts)
+        found = actual[name].detach() if name == "loss" else actual["terms/" + name]
+        wanted = expected["loss"].detach() if name == "loss" else sum(expected["terms/" + part] for part in parts)
         assert_sum(name, found, wanted, float(size))
     for name in ("dhidden", "dweight", "dbias"):
         error = (actual[name] - expected[name]).square().mean().sqrt()

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_cross_entropy
-from .compile.ops import logprobs_op, loss_op
-from .formulas import TokenFormula, cross_entropy_token
-from .head.arguments import make_head
-from .head.chunks import compute_dtype, taking_part
-from .head.sweep import loss_with_gradients
-from .linear_logprobs import differentiable_logprobs
-from .losses import count_of, reciprocal
-from .objectives import TokenObjective
-from .types import HeadOptions, LoraDelta, VocabParallel
+from ..compile.ops import logprobs_op, loss_op
+from ..head.arguments import make_head
+from ..head.chunks import compute_dtype, taking_part
+from ..head.sweep import loss_with_gradients
+from ..linear_logprobs import differentiable_logprobs
+from ..objectives import TokenObjective
+from ..objectives.cross_entropy import CROSS_ENTROPY, CrossEntropyArguments
+from ..types import HeadOptions, LoraDelta, VocabParallel
+from ._vectors import count_of, reciprocal
 
 __all__ = ["linear_cross_entropy"]
 
@@ -72,7 +71,7 @@ def token_cross_entropy(
     logits_dtype: torch.dtype | None,
 ) -> Tensor:
     """``linear_cross_entropy`` with reduction "none"; traced under torch.compile."""
-    check_cross_entropy(labels, token_weights, label_smoothing, z_loss_coef, reduction, num_tokens)
+    CrossEntropyArguments(num_tokens, label_smoothing, z_loss_coef, token_weights, reduction).check(labels)
     negative, _ = smoothed_logprobs(
         hidden_states, lm_head_weight, taking_part(labels, token_weights, ignore_index),
         bias=bias, temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale,
@@ -85,7 +84,7 @@ def token_cross_entropy(
     return -weights * negative
 
 
-@loss_op(unreduced=token_cross_entropy)
+@loss_op(CROSS_ENTROPY, unreduced=token_cross_entropy)
 def linear_cross_entropy(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -144,7 +143,7 @@ def linear_cross_entropy(
 
     Eager twin: ``reference.linear_cross_entropy``.
     """
-    check_cross_entropy(labels, token_weights, label_smoothing, z_loss_coef, reduction, num_tokens)
+    CrossEntropyArguments(num_tokens, label_smoothing, z_loss_coef, token_weights, reduction).check(labels)
     if reduction == "none":
         return token_cross_entropy(
             hidden_states, lm_head_weight, labels, num_tokens=num_tokens, label_smoothing=label_smoothing,
@@ -162,5 +161,5 @@ def linear_cross_entropy(
     weight = tokens.valid.to(dtype) if token_weights is None else tokens.take(token_weights.detach().to(dtype))
     if reduction == "mean":
         weight = weight * reciprocal(count_of(num_tokens, labels != ignore_index, dtype))
-    objective = TokenObjective(TokenFormula(cross_entropy_token), weight[None], (), tokens.valid)
+    objective = TokenObjective(CROSS_ENTROPY.formulas[""], weight[None], (), tokens.valid)
     return loss_with_gradients(inputs, head, tokens, objective, None, weight_grad).loss

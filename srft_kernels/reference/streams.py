@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._numbers import plain_numbers
 from ..formulas import k3
-from ..objectives.streams import STREAM_FORMULAS, check_streams
+from ..objectives.streams import STREAMS, StreamArguments
 from ..types import HeadOptions, LoraDelta, PolicyLoss
 from ._tokens import at_least_one, at_valid, log_ratio_of, result, sequence_mean, token_statistics
 
@@ -59,11 +59,11 @@ def linear_token_loss(
     """
     options = HeadOptions(bias, temperature, logit_softcap, logit_scale, ignore_index, lora, logits_dtype=logits_dtype)
     logp, entropy = token_statistics(hidden_states, lm_head_weight, labels, options, entropy_grad=True)
-    check_streams(
-        labels, advantages, old_logprobs, ref_logprobs, policy_weights, sft_weights, shaped_weights, kl_weights,
+    StreamArguments(
+        advantages, old_logprobs, ref_logprobs, policy_weights, sft_weights, shaped_weights, kl_weights,
         entropy_weights, policy, clip_low, clip_high, dual_clip, max_log_ratio, policy_entropy_coefs,
         sft_entropy_coefs, policy_prob_factor, sft_prob_factor, shaping_gamma, entropy_scope, batch_entropy, cu_seqlens,
-    )  # fmt: skip
+    ).check(labels)  # fmt: skip
     valid = labels != ignore_index
     a, b, d, k, e = (
         at_valid(x, valid, logp) for x in (policy_weights, sft_weights, shaped_weights, kl_weights, entropy_weights)
@@ -88,7 +88,7 @@ def linear_token_loss(
     if policy == "gspo":
         log_ratio = sequence_mean(log_ratio.clamp(-1e30, 1e30), valid & ~unheard, cu_seqlens)
     log_ratio = torch.where(unheard, 0.0, log_ratio)
-    policy_loss, _, ratio, clipped = STREAM_FORMULAS[policy].chosen.eager(
+    policy_loss, _, ratio, clipped = STREAMS.formulas[policy].chosen.eager(
         logp, log_ratio.detach() if policy == "cispo" else log_ratio, torch.where(in_policy, advantages, 0.0),
         clip_low, clip_high, float("inf") if dual_clip is None else dual_clip, max_log_ratio,
     )  # fmt: skip

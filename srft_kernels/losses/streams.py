@@ -5,26 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .compile.ops import loss_op
-from .head.arguments import make_head
-from .head.chunks import compute_dtype, scalar
-from .head.sweep import loss_with_gradients
-from .losses import host_bounds, pack
-from .objectives.streams import (
-    PROB_FACTORS,
-    STREAM_FORMULAS,
-    STREAM_TERMS,
-    StreamInputs,
-    StreamNumbers,
-    StreamObjective,
-    check_streams,
-)
-from .types import HeadOptions, LoraDelta, PolicyLoss, VocabParallel
+from ..compile.ops import loss_op
+from ..head.arguments import make_head
+from ..head.chunks import compute_dtype, scalar
+from ..head.sweep import loss_with_gradients
+from ..objectives.streams import STREAMS, StreamArguments, StreamInputs, StreamObjective
+from ..types import HeadOptions, LoraDelta, PolicyLoss, VocabParallel
+from ._vectors import host_bounds, pack
 
 __all__ = ["linear_token_loss"]
 
 
-@loss_op(*STREAM_TERMS)
+@loss_op(STREAMS)
 def linear_token_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -143,48 +135,46 @@ def linear_token_loss(
     https://arxiv.org/abs/2508.11408, p https://arxiv.org/abs/2508.05629, f https://arxiv.org/abs/2504.14945. Eager
     twin: ``reference.linear_token_loss``.
     """
+    given = StreamArguments(
+        advantages, old_logprobs, ref_logprobs, policy_weights, sft_weights, shaped_weights, kl_weights,
+        entropy_weights, policy, clip_low, clip_high, dual_clip, max_log_ratio, policy_entropy_coefs,
+        sft_entropy_coefs, policy_prob_factor, sft_prob_factor, shaping_gamma, entropy_scope, batch_entropy, cu_seqlens,
+    )  # fmt: skip
     options = HeadOptions(
         bias, temperature, logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, weight_grad, logits_dtype
     )
     inputs, head, tokens = make_head(hidden_states, lm_head_weight, labels, options)
-    check_streams(
-        labels, advantages, old_logprobs, ref_logprobs, policy_weights, sft_weights, shaped_weights, kl_weights,
-        entropy_weights, policy, clip_low, clip_high, dual_clip, max_log_ratio, policy_entropy_coefs,
-        sft_entropy_coefs, policy_prob_factor, sft_prob_factor, shaping_gamma, entropy_scope, batch_entropy, cu_seqlens,
-    )  # fmt: skip
+    given.check(labels)
     dtype = compute_dtype(hidden_states.dtype)
-    if policy_entropy_coefs is None and sft_entropy_coefs is None:
-        entropy_scope, batch_entropy = "token", None
-    given = scalar(0.0 if batch_entropy is None else batch_entropy, dtype, labels.device).expand(labels.shape)
+    mean_over, by_sequence = given.mean_over(), policy == "gspo"
+    entropy = scalar(0.0 if batch_entropy is None else batch_entropy, dtype, labels.device)
     vectors = pack(
-        tokens, dtype, StreamInputs._fields, policy_weight=policy_weights, sft_weight=sft_weights,
-        shaped_weight=shaped_weights, kl_weight=kl_weights, entropy_weight=entropy_weights, advantage=advantages,
-        old_logp=old_logprobs, ref_logp=ref_logprobs, policy_entropy_coef=policy_entropy_coefs,
-        sft_entropy_coef=sft_entropy_coefs, scope_entropy=given,
-    )  # fmt: skip
-    policy_by_p, policy_by_rest = PROB_FACTORS[policy_prob_factor]
-    sft_by_p, sft_by_rest = PROB_FACTORS[sft_prob_factor]
-    gamma_p, gamma = (0.0, 1.0) if shaping_gamma is None else (1.0, shaping_gamma)
-    numbers = StreamNumbers(
-        clip_low=clip_low, clip_high=clip_high, dual_clip=float("inf") if dual_clip is None else dual_clip,
-        max_log_ratio=max_log_ratio, off_policy=old_logprobs is not None, with_ref=kl_weights is not None,
-        own_entropy=entropy_scope == "token", policy_by_p=policy_by_p, policy_by_rest=policy_by_rest,
-        sft_by_p=sft_by_p, sft_by_rest=sft_by_rest, gamma_p=gamma_p, gamma=gamma,
-    )  # fmt: skip
-    mean_over = "token" if batch_entropy is not None else entropy_scope
-    scopes = {mean_over, "sequence" if policy == "gspo" else "token"}
+        tokens,
+        dtype,
+        StreamInputs._fields,
+        policy_weight=policy_weights,
+        sft_weight=sft_weights,
+        shaped_weight=shaped_weights,
+        kl_weight=kl_weights,
+        entropy_weight=entropy_weights,
+        advantage=advantages,
+        old_logp=old_logprobs,
+        ref_logp=ref_logprobs,
+        policy_entropy_coef=policy_entropy_coefs,
+        sft_entropy_coef=sft_entropy_coefs,
+        scope_entropy=entropy.expand(labels.shape),
+    )
     objective = StreamObjective(
-        STREAM_FORMULAS[policy],
+        STREAMS.formulas[policy],
         vectors,
-        StreamNumbers(*map(float, numbers)),
+        given.numbers(),
         tokens.valid,
-        scope=next(x for x in ("batch", "sequence", "token") if x in scopes),
-        offsets=tokens.offsets(cu_seqlens) if "sequence" in scopes else None,
+        scope="batch" if mean_over == "batch" else "sequence" if by_sequence or mean_over == "sequence" else "token",
+        offsets=tokens.offsets(cu_seqlens) if by_sequence or mean_over == "sequence" else None,
         entropy_grad=entropy_weights is not None,
-        entropy_scope=mean_over,
-        sequence_policy=policy == "gspo",
+        mean_over=mean_over,
+        sequence_policy=by_sequence,
         has_fixed=any(x is not None for x in (sft_weights, shaped_weights, kl_weights)),
         fixed_waits=sft_entropy_coefs is not None,
     )
-    bounds = host_bounds(objective, cu_seqlens)
-    return loss_with_gradients(inputs, head, tokens, objective, bounds, weight_grad)
+    return loss_with_gradients(inputs, head, tokens, objective, host_bounds(objective, cu_seqlens), weight_grad)
