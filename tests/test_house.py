@@ -30,7 +30,6 @@ EXCEPTIONS = {
     "tests/kernels/test_mutations.py": "about to be split, as the following are",
     "tests/kernels/test_properties.py": "",
     "tests/kernels/test_torch_compile.py": "",
-    "tests/trainer/test_methods.py": "",
     "srft_kernels/rows/gpu.py _row_kernel": "one kernel is one pass over the vocabulary; a part of it has no name",
 }
 

@@ -1,15 +1,24 @@
 """SRFT (arXiv 2506.19767): demonstrations and rollouts in one loss, weighted by the policy's entropy.
 
 The paper's text, its authors' code as others report it, and an independent reproduction differ; all three are presets.
-Where their losses differ is a table of ``linear_srft_loss``. Advantages are divided by the standard deviation in the
-paper (Eq. 7); the reproduction does not, and the authors' code probably does not either.
+Where their losses differ token by token is a table of ``linear_srft_loss``. How tokens become a loss:
+
+- paper: advantages are divided by the standard deviation (Eq. 7). RL terms are means over sequences of token means, as
+  Eq. 3 is written; Eq. 8 to 12 show expectations of a log-likelihood and no more. That of the SFT term, a token mean,
+  is our reading.
+- upt: the code of the reproduction. No standard deviation; the SFT term is a token mean, the RL terms of rollouts and
+  demonstrations are sums over tokens divided by its longest response, 8192, however many sequences there are. It adds
+  them up over the micro-batches of a GPU, the token mean too, which here is one over the update.
+- official: its authors' code, which is public and was read by third parties, not by us. They report the terms and the
+  coefficients. No standard deviation and the sum divided by 8192 are inferred from LUFFY, of which it is a fork; how it
+  reduces its SFT term is unknown, and a token mean is assumed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -18,7 +27,20 @@ from srft.methods import Aggregation, BaseMethod, Curves, Figure, Line, Loss, Up
 from srft_kernels import linear_srft_loss
 from srft_kernels.presets import SRFT_PRESETS
 
-_ADVANTAGE_STD = {"paper": True, "official": False, "upt": False}
+
+class _Preset(NamedTuple):
+    """What a preset decides outside of the loss of a token."""
+
+    advantage_std: bool
+    sft_aggregation: Aggregation
+    rl_aggregation: Aggregation
+
+
+_PRESETS = {
+    "paper": _Preset(True, "token-mean", "sequence-mean"),
+    "official": _Preset(False, "token-mean", "sum"),
+    "upt": _Preset(False, "token-mean", "sum"),
+}
 _LOSSES = (
     Line(key="loss/demo_sft", label="demo, SFT", color="vermillion"),
     Line(key="loss/demo_rl", label="demo, RL", color="purple", dashed=True),
@@ -70,9 +92,11 @@ class Method(BaseMethod):
     """Coefficient of the entropy bonus, a mean over tokens."""
     advantage_std: bool | None = None
     """Divide advantages by the group's standard deviation."""
-    aggregation: Aggregation = "token-mean"
-    """Mean over all tokens, mean over sequences of token means, mean over sequences of token sums divided by
-    rollout.max_new_tokens, or sum over all tokens divided by rollout.max_new_tokens."""
+    sft_aggregation: Aggregation | None = None
+    """Of the demonstrations' log-likelihood: mean over all tokens, mean over sequences of token means, mean over
+    sequences of token sums divided by rollout.max_new_tokens, or sum over all tokens divided by it."""
+    rl_aggregation: Aggregation | None = None
+    """The same for the terms with an advantage or a correctness, of rollouts and of demonstrations apart."""
 
     @property
     def scope(self) -> str:
@@ -86,18 +110,22 @@ class Method(BaseMethod):
 
     def learn_from(self, group: Group) -> list[Response]:
         """Compare rollouts and demonstrations with each other."""
-        divide = _ADVANTAGE_STD[self.preset] if self.advantage_std is None else self.advantage_std
+        preset = _PRESETS[self.preset]
+        divide = preset.advantage_std if self.advantage_std is None else self.advantage_std
         return compared(group.rollouts + group.demos, divide)
 
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """The fused SRFT loss."""
+        preset = _PRESETS[self.preset]
+        sft_weights = token_weights(batch, update, self.sft_aggregation or preset.sft_aggregation)
+        rl_weights = token_weights(batch, update, self.rl_aggregation or preset.rl_aggregation)
         return partial(
             linear_srft_loss, advantages=batch.advantages, is_demo=batch.is_demo, is_correct=batch.is_correct,
             cu_seqlens=batch.loss_cu_seqlens, old_logprobs=batch.old_logprobs, preset=self.preset,
             sft_coef=self.sft_coef, rl_coef=self.rl_coef, sft_entropy_sign=self.sft_entropy_sign,
             entropy_scope=self.entropy_scope, batch_entropy=update.entropy, self_rollout=self.self_rollout,
             demo_gamma=self.demo_gamma,
-            entropy_coef=self.entropy_coef, token_weights=token_weights(batch, update, self.aggregation),
+            entropy_coef=self.entropy_coef, token_weights=rl_weights, sft_weights=sft_weights,
             num_rollout_tokens=update.totals.rollout_tokens, num_demo_tokens=update.totals.demo_tokens,
         )  # fmt: skip
 

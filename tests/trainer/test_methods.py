@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -17,6 +17,16 @@ from srft.learning import remember_old_logprobs, update
 from srft.methods import Aggregation, UpdateInfo, assign_advantages, group_advantages, token_weights
 from srft.record.metrics import combined
 from tests.numerics import assert_sum
+from tests.trainer.plain_step import (
+    Expected,
+    Scored,
+    assert_as_expected,
+    divisor,
+    expected_step,
+    of_its_kind,
+    statistics_of,
+    step,
+)
 from tests.trainer.tiny import (
     CPU,
     budget_for,
@@ -37,6 +47,7 @@ METHODS = {
     "grpo": ["method.name=grpo"],
     "sft": ["method.name=sft"],
 }
+PRESETS = ("paper", "official", "upt")
 TERMS = ("demo_sft", "demo_rl", "rollout_positive", "rollout_negative")
 
 
@@ -54,124 +65,55 @@ def expected_members(config: Config, groups: list[Group]) -> list[tuple[Response
     return chosen
 
 
-def statistics_of(
-    plain: transformers.PreTrainedModel, s: Response, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of a response from the logits of its sequence alone."""
-    ids = torch.tensor([s.prompt_ids + s.response_ids])
-    logits = plain(ids).logits[0, len(s.prompt_ids) - 1 : -1] / temperature
-    every = logits.log_softmax(-1)
-    return every[torch.arange(len(logits)), s.response_ids], -(every.exp() * every).sum(-1)
-
-
-def token_losses(
-    config: Config,
-    s: Response,
-    advantage: float,
-    logp: Tensor,
-    old: Tensor | None,
-    h: Tensor,
-) -> Tensor:
-    """The terms of one sequence, without the entropy bonus; ``h`` is the entropy in the weights."""
-    method = config.method
+def token_losses(config: Config, one: Scored, h: Tensor) -> dict[str, Tensor]:
+    """The terms of one response before their denominators, by aggregation; ``h`` is the entropy in the weights."""
+    method, s, advantage, logp, ratio = config.method, one.response, one.advantage, one.logp, one.ratio
     if method.name == "sft":
-        return -logp
-    ratio = (logp - (logp.detach() if old is None else old)).exp()
+        return {method.aggregation: -logp}
     if method.name == "grpo":
         if method.loss_type == "gspo":
             ratio = ratio.log().mean().exp().expand(len(logp))
         clipped = ratio.clamp(1 - method.clip_low, 1 + method.clip_high)
         if method.loss_type == "cispo":
-            return -clipped.detach() * advantage * logp
-        return -torch.minimum(ratio * advantage, clipped * advantage)
+            return {method.aggregation: -clipped.detach() * advantage * logp}
+        return {method.aggregation: -torch.minimum(ratio * advantage, clipped * advantage)}
     official = method.preset == "official"
+    rl = method.rl_aggregation or ("sequence-mean" if method.preset == "paper" else "sum")
     if s.is_demo:
         weight = 0.5 * torch.exp(h if official else -h)
         p = logp.exp()
-        return -weight * logp - advantage * (p if method.preset == "paper" else p / (p + 0.1))
+        shaped = -advantage * (p if method.preset == "paper" else p / (p + 0.1))
+        sft = method.sft_aggregation or "token-mean"
+        return {sft: -weight * logp + shaped} if sft == rl else {sft: -weight * logp, rl: shaped}
     weight = 0.1 * torch.exp(h)
     if official:
-        return -advantage * ratio * (weight if advantage > 0 else 1)
-    return -weight * logp if s.reward == 1 else logp
+        return {rl: -advantage * ratio * (weight if advantage > 0 else 1)}
+    return {rl: -weight * logp if s.reward == 1 else logp}
 
 
-@dataclass(frozen=True)
-class Expected:
-    """One update in float64; sizes are of what the sums add up.
-
-    Args:
-        loss: Of the whole update.
-        loss_size: Sum of the absolute values of its token terms.
-        gradient: Of every parameter.
-        gradient_size: Sum of the norms of its sequences' gradients.
-        entropies: Means by metric name, nats.
-    """
-
-    loss: float
-    loss_size: float
-    gradient: Tensor
-    gradient_size: float
-    entropies: dict[str, float]
-
-
-def expected_step(
-    config: Config,
-    plain: transformers.PreTrainedModel,
-    groups: list[Group],
-    old: dict[int, Tensor] | None = None,
+def expected_of(
+    config: Config, plain: transformers.PreTrainedModel, groups: list[Group], old: dict[int, Tensor] | None = None
 ) -> Expected:
-    """One unpadded forward and backward pass a sequence."""
-    method, temperature = config.method, config.rollout.temperature
-    chosen = expected_members(config, groups)
-    scored = [statistics_of(plain, s, temperature) for s, _ in chosen]
+    """What an update of this configuration must come to."""
+    method = config.method
     bonus = 0.001 if method.name == "srft" and method.preset != "paper" else 0.0
-    everything = torch.cat([entropy for _, entropy in scored])
-    if method.needs_entropy:
-        means = [everything.mean()] * len(chosen)
-    elif method.name == "srft" and method.preset == "official":
-        means = [entropy for _, entropy in scored]
-    else:
-        means = [entropy.mean() for _, entropy in scored]
-    counts = {kind: [len(s.response_ids) for s, _ in chosen if s.is_demo is kind] for kind in (False, True)}
-    loss, sizes, gradients = 0.0, [], []
-    for (s, advantage), (logp, entropy), h in zip(chosen, scored, means, strict=True):
-        terms = token_losses(config, s, advantage, logp, None if old is None else old[id(s)], h.detach())
-        if method.aggregation == "token-mean":
-            terms = terms / sum(counts[s.is_demo])
-        elif method.aggregation == "sum":
-            terms = terms / config.rollout.max_new_tokens
+
+    def terms(one: Scored, everyone: Sequence[Scored]) -> Tensor:
+        everything = torch.cat([each.entropy for each in everyone])
+        if method.needs_entropy:
+            h = everything.mean()
+        elif method.name == "srft" and method.preset == "official":
+            h = one.entropy
         else:
-            length = len(terms) if method.aggregation == "sequence-mean" else config.rollout.max_new_tokens
-            terms = terms / length / len(counts[s.is_demo])
-        terms = torch.cat([terms, -bonus * entropy / len(everything)])
-        plain.zero_grad()
-        terms.sum().backward()
-        loss += terms.sum().item()
-        sizes.append(terms.abs().sum().item())
-        gradients.append(flat_gradient(plain))
-    entropies = {}
-    for kind, name in ((False, "rollout"), (True, "demo")):
-        kept = [e for (s, _), (_, e) in zip(chosen, scored, strict=True) if s.is_demo is kind]
-        if kept:
-            entropies[f"entropy/{name}"] = torch.cat(kept).mean().item()
-    norms = sum(gradient.norm().item() for gradient in gradients)
-    return Expected(loss, sum(sizes), torch.stack(gradients).sum(0), norms, entropies)
+            h = one.entropy.mean()
+        kin = of_its_kind(one, everyone)
+        parts = [
+            losses / divisor(how, one, kin, config.rollout.max_new_tokens)
+            for how, losses in token_losses(config, one, h.detach()).items()
+        ]
+        return torch.cat([*parts, -bonus * one.entropy / len(everything)])
 
-
-def assert_as_expected(metrics: dict[str, float], gradient: Tensor, expected: Expected) -> None:
-    """Loss and gradient, whose terms may cancel, are right to fp32 noise of their terms."""
-    assert_sum("loss", metrics["loss/total"], expected.loss, expected.loss_size)
-    assert_sum("gradient", gradient, expected.gradient, expected.gradient_size)
-
-
-def step(
-    config: Config, model: transformers.PreTrainedModel, groups: list[Group]
-) -> tuple[dict[str, float], Tensor]:
-    """The trainer's own update on a fresh copy of ``model``: metrics and gradient."""
-    trained = policy(model)
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
-    metrics = combined([update(learner_of(config, trained, optimizer), assign_advantages(groups, config.method), 1)])
-    return metrics, flat_gradient(trained)
+    return expected_step(plain, config.rollout.temperature, expected_members(config, groups), terms, old)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +200,7 @@ def test_step_equals_plain_float64(name: str, batches: int) -> None:
     overrides = [*METHODS[name], "rollout.temperature=0.8"]
     taught = [s for s, _ in expected_members(tiny_config(*overrides), groups)]
     config = tiny_config(*overrides, f"train.tokens_per_microbatch={budget_for(batches, taught)}")
-    expected = expected_step(config, copy.deepcopy(model).double(), groups)
+    expected = expected_of(config, copy.deepcopy(model).double(), groups)
     metrics, found = step(config, model, groups)
     assert_as_expected(metrics, found, expected)
     assert_sum("norm", metrics["grad_norm"], expected.gradient.norm(), expected.gradient_size)
@@ -282,7 +224,7 @@ def test_micro_batches_do_not_change_a_step(name: str, scope: str) -> None:
         results.append(step(tiny_config(*METHODS[name], *extra, budget), model, groups))
     (metrics, gradient), *others = results
     config = tiny_config(*METHODS[name], *extra)
-    expected = expected_step(config, copy.deepcopy(model).double(), groups)
+    expected = expected_of(config, copy.deepcopy(model).double(), groups)
     signed = {key: value for key, value in metrics.items() if key.startswith("loss/")}
     for other_metrics, other_gradient in others:
         assert_sum("gradient", other_gradient, gradient, expected.gradient_size, noise=1e-6)
@@ -303,19 +245,22 @@ def test_batch_entropy_is_that_of_the_whole_update(name: str, batches: int) -> N
     model, groups = plain_model(), random_groups(seed=2)
     budget = f"train.tokens_per_microbatch={budget_for(batches, members(groups))}"
     config = tiny_config(*METHODS[name], "method.entropy_scope=batch", budget)
-    expected = expected_step(config, copy.deepcopy(model).double(), groups)
+    expected = expected_of(config, copy.deepcopy(model).double(), groups)
     assert_as_expected(*step(config, model, groups), expected)
 
 
-@pytest.mark.parametrize("option", ["sequence-mean", "constant", "sum"])
+@pytest.mark.parametrize("options", [
+    ("token-mean", "token-mean"), ("sequence-mean", "constant"), ("constant", "sum"), ("sum", "sequence-mean"),
+], ids="-".join)  # fmt: skip
 @pytest.mark.parametrize("name", METHODS)
-def test_aggregated_step_equals_plain_float64(name: str, option: str) -> None:
-    """The other aggregations, over three micro-batches."""
+def test_aggregated_step_equals_plain_float64(name: str, options: tuple[str, str]) -> None:
+    """Aggregations other than the method's own, over three micro-batches; SRFT takes one for each kind of term."""
     model, groups = plain_model(tied=True), random_groups(seed=3)
-    overrides = [*METHODS[name], f"method.aggregation={option}"]
+    kinds = ("sft_aggregation", "rl_aggregation") if name in PRESETS else ("aggregation",)
+    overrides = [*METHODS[name], *(f"method.{kind}={how}" for kind, how in zip(kinds, options, strict=False))]
     taught = [s for s, _ in expected_members(tiny_config(*overrides), groups)]
     config = tiny_config(*overrides, f"train.tokens_per_microbatch={budget_for(3, taught)}")
-    expected = expected_step(config, copy.deepcopy(model).double(), groups)
+    expected = expected_of(config, copy.deepcopy(model).double(), groups)
     assert_as_expected(*step(config, model, groups), expected)
 
 
@@ -357,7 +302,7 @@ def test_second_update_uses_the_sampling_policy(loss_type: str) -> None:
     for part in (groups[:5], groups[5:]):
         now = copy.deepcopy(model).double()
         now.load_state_dict({k: v.double() for k, v in trained.state_dict().items()})
-        expected = expected_step(config, now, part, old)
+        expected = expected_of(config, now, part, old)
         metrics = combined([update(learner_of(config, trained, optimizer), assign_advantages(part, config.method), 1)])
         assert_as_expected(metrics, flat_gradient(trained), expected)
     if loss_type != "official":
