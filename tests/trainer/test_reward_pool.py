@@ -206,12 +206,16 @@ def test_idle_workers_that_are_killed_are_replaced(custom: str) -> None:
     """SIGKILL between two batches goes unnoticed by the second."""
     items = [("", "", {})] * 8
     with RewardPool(f"{custom}:process", 2, 5.0) as pool:
+        pool.prewarm()
         first = {int(r.value) for r in pool.score(items)}
         assert len(first) == 2
         for pid in first:
             os.kill(pid, signal.SIGKILL)
+        # one of the new ones may be done before the other has started
         second = {int(r.value) for r in pool.score(items)}
-        assert len(second) == 2 and not first & second
+        pool.prewarm()
+        third = {int(r.value) for r in pool.score(items)}
+        assert len(third) == 2 and second <= third and not first & third
 
 
 def test_pool_started_in_a_thread_outlives_it(custom: str) -> None:
