@@ -31,7 +31,7 @@ def fitting_reward(source: str, system: str | None, examples: Sequence[Example])
     reward = asked or schema.reward
     if reward is None:
         raise ValueError(
-            f"no known verifier fits the columns of {source}; set reward.kind to exact, numeric, countdown, math or "
+            f"no known verifier fits the columns of {source}; set reward.kind to {', '.join(VERIFIERS)} or "
             "path/to/file.py:function"
         )
     return reward

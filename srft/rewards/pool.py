@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from srft.rewards.verifiers import check_kind
+from srft.rewards.kinds import check_kind
 
 STARTUP_SECONDS = 120.0
 _DIED = "the worker died twice on this item"

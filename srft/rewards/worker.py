@@ -11,7 +11,9 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
-from srft.rewards.verifiers import BadGold, Verifier, load_verifier
+from srft.rewards.answers import BadGold
+from srft.rewards.kinds import load_verifier
+from srft.rewards.verifiers import Verifier
 
 PR_SET_PDEATHSIG = 1
 

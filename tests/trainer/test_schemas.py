@@ -13,7 +13,7 @@ from srft.data.examples import Example, load_examples
 from srft.data.judging import asked_reward, fitting_reward
 from srft.data.problems import drop_shared
 from srft.data.schemas import Column, Schema, detect_schema
-from srft.rewards.verifiers import check_kind
+from srft.rewards.kinds import check_kind
 from tests.trainer.runs import small_config
 
 USER = {"role": "user", "content": "0+1="}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from srft.options import load_config
-from srft.rewards.verifiers import check_kind
+from srft.rewards.kinds import check_kind
 from tests.trainer.runs import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"), key=lambda path: path.name)
