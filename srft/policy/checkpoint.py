@@ -62,7 +62,7 @@ def save_checkpoint(run_dir: Path, step: int, learner: Learner, state: dict[str,
     return folder
 
 
-def latest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+def whole_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint of a run that is as it was written.
 
     Newer ones that are damaged are renamed to ``damaged-step_<step>``, so that they are not taken for steps of the
@@ -138,7 +138,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Return the loop's state stored in a checkpoint.
 
     Args:
-        folder: From ``latest_checkpoint``.
+        folder: From ``whole_checkpoint``.
     """
     return json.loads((folder / _STATE).read_text())
 
@@ -147,7 +147,7 @@ def load_optimizer(folder: Path, learner: Learner) -> None:
     """Restore the optimizer's moments.
 
     Args:
-        folder: From ``latest_checkpoint``.
+        folder: From ``whole_checkpoint``.
         learner: Its optimizer is filled in.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from srft.config import Config
 from srft.disk import writing
 from srft.options import changed_keys, load_config_text
-from srft.policy.checkpoint import latest_checkpoint, newest_checkpoint, read_state
+from srft.policy.checkpoint import newest_checkpoint, read_state, whole_checkpoint
 
 _LOCK = ".lock"
 # options that may change when a run is resumed without making it another run
@@ -113,7 +113,7 @@ def _lock(folder: Path) -> TextIO | None:
 
 def _checkpoint(config: Config, folder: Path) -> Path | None:
     """Newest whole checkpoint, after checking that it and the options belong to one run."""
-    checkpoint, notes = latest_checkpoint(folder)
+    checkpoint, notes = whole_checkpoint(folder)
     for note in notes:
         print(note, file=sys.stderr)
     if checkpoint is not None:

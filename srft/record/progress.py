@@ -38,7 +38,7 @@ class Progress:
         """Take the optimizer's, the sampler's and the loop's state from a checkpoint.
 
         Args:
-            checkpoint: From ``latest_checkpoint``; the model was loaded from it. None: the run is at its start.
+            checkpoint: From ``whole_checkpoint``; the model was loaded from it. None: the run is at its start.
 
         Raises:
             ValueError: When it belongs to another model or other data.

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from srft.policy.checkpoint import damage, export_model, latest_checkpoint, load_optimizer, read_state, save_checkpoint
+from srft.policy.checkpoint import damage, export_model, load_optimizer, read_state, save_checkpoint, whole_checkpoint
 from srft.policy.model import byte_tokenizer, load_model
 from srft.policy.optimizer import make_optimizer
 from tests.trainer.tiny import learner_of, plain_model, policy, tiny_config
@@ -47,7 +47,7 @@ def test_save_and_load_are_bit_exact(tmp_path: Path, tied: bool) -> None:
     """Weights, moments and the loop's state; the next step from the copy equals that of the original."""
     model, optimizer = trained(tied=tied)
     folder = save(tmp_path, 3, model, optimizer)
-    assert latest_checkpoint(tmp_path) == (folder, [])
+    assert whole_checkpoint(tmp_path) == (folder, [])
     assert read_state(folder) == {"step": 3, "sampler": {"drawn": 3}}
     copied = policy(load_model(folder, trust_remote_code=False))
     copied_optimizer = make_optimizer(copied, CONFIG)
@@ -70,15 +70,15 @@ def test_half_written_folder_is_ignored(tmp_path: Path) -> None:
     partial = tmp_path / "checkpoints" / ".step_000004.partial"
     partial.mkdir()
     (partial / "optimizer.safetensors").write_bytes(b"torn")
-    assert latest_checkpoint(tmp_path) == (first, [])
+    assert whole_checkpoint(tmp_path) == (first, [])
     second = save(tmp_path, 4, model, optimizer)
-    assert latest_checkpoint(tmp_path) == (second, [])
+    assert whole_checkpoint(tmp_path) == (second, [])
     assert sorted(p.name for p in second.parent.iterdir()) == ["step_000003", "step_000004"]
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     """A run folder without a checkpoint."""
-    assert latest_checkpoint(tmp_path) == (None, [])
+    assert whole_checkpoint(tmp_path) == (None, [])
 
 
 def test_newest_are_kept(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_newest_are_kept(tmp_path: Path) -> None:
     for step in (8, 9, 10, 100):
         save(tmp_path, step, model, optimizer)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000010", "step_000100"]
-    assert read_state(latest_checkpoint(tmp_path)[0] or tmp_path)["step"] == 100
+    assert read_state(whole_checkpoint(tmp_path)[0] or tmp_path)["step"] == 100
 
 
 def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -155,12 +155,12 @@ def test_damaged_checkpoint_is_named_and_the_one_before_taken(
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     older, newer = (run / "checkpoints" / name for name in ("step_000003", "step_000004"))
     HARMS[harm](newer / file)
-    found, notes = latest_checkpoint(run)
+    found, notes = whole_checkpoint(run)
     assert found == older
     assert len(notes) == 1 and str(newer) in notes[0] and file in notes[0]
     assert notes[0].endswith("going on from step_000003.")
     # it is out of the way of the steps to come
-    assert latest_checkpoint(run) == (older, [])
+    assert whole_checkpoint(run) == (older, [])
     assert (run / "checkpoints" / "damaged-step_000004").is_dir()
 
 
@@ -170,7 +170,7 @@ def test_every_checkpoint_damaged_is_one_line(two_checkpoints: Path, tmp_path: P
     truncate(run / "checkpoints" / "step_000004" / "model.safetensors")
     (run / "checkpoints" / "step_000003" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="every checkpoint of .* is damaged") as caught:
-        latest_checkpoint(run)
+        whole_checkpoint(run)
     line = str(caught.value)
     assert "\n" not in line
     for part in ("step_000004: model.safetensors has", "step_000003: it has no manifest.json", "Set another name"):
@@ -193,7 +193,7 @@ def test_other_folders_are_no_checkpoints(two_checkpoints: Path, tmp_path: Path)
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     (run / "checkpoints" / "step_000004 (copy)").mkdir()
     (run / "checkpoints" / "step_best").mkdir()
-    assert latest_checkpoint(run) == (run / "checkpoints" / "step_000004", [])
+    assert whole_checkpoint(run) == (run / "checkpoints" / "step_000004", [])
 
 
 def test_export_has_a_manifest(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from srft.policy.checkpoint import damage, latest_checkpoint
+from srft.policy.checkpoint import damage, whole_checkpoint
 from srft.rewards.pool import RewardPool, RewardResult
 from srft.stop import Stopped, StopSignals
 from tests.trainer.processes import catches, marked_processes, state_and_parent
@@ -85,7 +85,7 @@ def test_run_stopped_at_every_kind_of_moment_ends_in_the_same_bytes(uninterrupte
             signal_at(patch, where, call)
             with pytest.raises(Stopped, match="stopped by SIGTERM"):
                 train(tmp_path, **RUN, train__resume=True)
-        newest, notes = latest_checkpoint(run)
+        newest, notes = whole_checkpoint(run)
         assert not notes
         assert (0 if newest is None else int(newest.name.removeprefix("step_"))) == step, where
     train(tmp_path, **RUN, train__resume=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from srft.policy.checkpoint import latest_checkpoint
+from srft.policy.checkpoint import whole_checkpoint
 from tests.trainer.runs import (
     ROOT,
     arguments,
@@ -221,5 +221,5 @@ def test_memory_options_may_change_on_resume(tmp_path: Path) -> None:
     run = train(tmp_path, **RUN | {"train__steps": 2})
     train(tmp_path, **RUN, train__resume=True, train__tokens_per_microbatch=128, engine__max_batch=8)
     assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == list(range(STEPS + 1))
-    newest, _ = latest_checkpoint(small_config(tmp_path).run_dir)
+    newest, _ = whole_checkpoint(small_config(tmp_path).run_dir)
     assert newest is not None and newest.name == f"step_{STEPS:06d}"

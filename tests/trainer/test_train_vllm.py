@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from srft.policy.checkpoint import latest_checkpoint
+from srft.policy.checkpoint import whole_checkpoint
 from tests.trainer.processes import descendants, marked_processes, state_and_parent
 from tests.trainer.runs import ROOT, arguments, command, environment, read_lines, train
 
@@ -75,6 +75,6 @@ def test_ended_trainer_leaves_no_process(number: int, tmp_path: Path) -> None:
         time.sleep(0.05)
     assert not left
     if number == signal.SIGTERM:
-        newest, notes = latest_checkpoint(run)
+        newest, notes = whole_checkpoint(run)
         assert newest is not None and not notes
         assert newest.name == f"step_{read_lines(metrics)[-1]['step']:06d}"
