@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from srft.data.files import PlacedRow, is_local, read_files
+from srft.data.files import is_local, read_files
+from srft.data.formats import PlacedRow
 from srft.data.tasks import BUILTIN_TASKS, chain_rows, reasoning_gym_rows
 from srft.rewards.gym import REASONING_GYM
 
