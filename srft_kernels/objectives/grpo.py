@@ -23,7 +23,7 @@ from ..formulas import (
     weighted,
 )
 from .base import TokenObjective, local_offsets
-from .policy import clip_counts, moving, policy_log_ratio, sequence_derivative
+from .policy import clip_counts, moving, policy_log_ratio, sequence_derivative, shared_by_sequence
 from .record import ABOVE_ONE, FINITE, NOT_NEGATIVE, POSITIVE, LossRecord
 
 __all__ = ["GRPO", "GrpoArguments", "GrpoInputs", "GrpoNumbers", "GrpoObjective"]
@@ -181,13 +181,12 @@ class GrpoObjective(TokenObjective):
         return dlogp, -self.inputs[0, rows] * self.params.entropy_coef if self.entropy_grad else None
 
     def _sequence_derivative(self, logp: Tensor, rows: slice) -> Tensor:
-        """See ``sequence_derivative``."""
+        """Derivative of the policy term by each logp: one number a sequence, 0 at tokens that do not move."""
         token = GrpoInputs(*self.inputs[:, rows])
         log_ratio, heard_of, factor = self._log_ratio(logp, rows)
-        return sequence_derivative(
-            self.formula.chosen, logp, log_ratio, token.advantage, token.weight * factor, heard_of,
-            local_offsets(self.offsets, rows), *self.params.bounds,
-        )  # fmt: skip
+        dpolicy = sequence_derivative(self.formula.chosen, log_ratio, token.advantage, *self.params.bounds)
+        share = weighted.eager(token.weight * factor, dpolicy)
+        return shared_by_sequence(share, heard_of, logp, local_offsets(self.offsets, rows))
 
     def _kl_derivative(self, logp: Tensor, rows: slice) -> Tensor:
         token, number = GrpoInputs(*self.inputs[:, rows]), self.params

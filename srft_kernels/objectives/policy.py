@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formulas import Formula, heard, log_ratio_if, policy_factor, weighted
+from ..formulas import Formula, heard, log_ratio_if, policy_factor
 from .base import sequence_mean
 
-__all__ = ["clip_counts", "moving", "policy_log_ratio", "sequence_derivative"]
+__all__ = ["clip_counts", "moving", "policy_log_ratio", "sequence_derivative", "shared_by_sequence"]
 
 
 def policy_log_ratio(
@@ -42,26 +42,28 @@ def policy_log_ratio(
     return torch.where(heard_of, log_ratio, 0.0), heard_of, factor
 
 
-def sequence_derivative(
-    policy: Formula, logp: Tensor, log_ratio: Tensor, advantage: Tensor, factor: Tensor, heard_of: Tensor,
-    offsets: Tensor, *bounds: float,
-) -> Tensor:  # fmt: skip
-    """Derivative of a policy term of the sequence by each logp [n]: one number a sequence, 0 where nothing moves.
+def sequence_derivative(policy: Formula, log_ratio: Tensor, advantage: Tensor, *bounds: float) -> Tensor:
+    """Derivative [n] of a ``policy`` term by the ``log_ratio`` [n] of its sequence; the logp of a token is no matter.
 
     Args:
         policy: The term.
-        logp: [n].
-        log_ratio: [n], as ``heard_of`` from ``policy_log_ratio``.
+        log_ratio: [n], of each token's sequence.
         advantage: [n].
-        factor: [n], multiplies the term.
-        heard_of: [n] bool, the tokens whose log-ratio is part of their sequence's.
-        offsets: [B+1] bounds of the sequences.
         *bounds: clip_low, clip_high, dual_clip and max_log_ratio.
     """
-    # of the sequence, so that the logp of one token is no matter
-    _, dpolicy, _, _ = policy.eager(torch.zeros_like(logp), log_ratio, advantage, *bounds)
-    mean = sequence_mean(weighted.eager(factor, dpolicy), heard_of, offsets)
-    return torch.where(moving(heard_of, logp), mean, 0.0)
+    return policy.eager(torch.zeros_like(log_ratio), log_ratio, advantage, *bounds)[1]
+
+
+def shared_by_sequence(share: Tensor, heard_of: Tensor, logp: Tensor, offsets: Tensor) -> Tensor:
+    """What each logp [n] has of the derivatives by the mean log-ratio of its sequence: as much as any other.
+
+    Args:
+        share: [n] derivative of each token's term, weight included.
+        heard_of: [n] bool, the tokens whose log-ratio is part of their sequence's.
+        logp: [n].
+        offsets: [B+1] bounds of the sequences.
+    """
+    return torch.where(moving(heard_of, logp), sequence_mean(share, heard_of, offsets), 0.0)
 
 
 def moving(heard_of: Tensor, logp: Tensor) -> Tensor:

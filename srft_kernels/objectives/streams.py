@@ -26,7 +26,7 @@ from ..formulas import (
     weighted,
 )
 from .base import TokenObjective, local_offsets, scope_mean
-from .policy import clip_counts, moving, policy_log_ratio, sequence_derivative
+from .policy import clip_counts, moving, policy_log_ratio, sequence_derivative, shared_by_sequence
 from .record import ABOVE_ONE, POSITIVE, LossRecord
 
 __all__ = ["STREAMS", "StreamArguments", "StreamInputs", "StreamNumbers", "StreamObjective"]
@@ -47,16 +47,22 @@ _READ_WITH = (
 # fmt: off
 @formula
 def stream_terms(
-    logp, entropy, policy, dpolicy, policy_scale, sft_scale, shaped_weight, kl_weight, entropy_weight,
-    advantage, ref_logp, gamma_p, gamma, with_ref, max_log_ratio,
+    logp, entropy, policy, dpolicy, policy_weight, sft_weight, shaped_weight, kl_weight, entropy_weight, advantage,
+    ref_logp, policy_entropy_coef, sft_entropy_coef, scope_entropy, max_log_ratio, with_ref, own_entropy,
+    policy_by_p, policy_by_rest, sft_by_p, sft_by_rest, gamma_p, gamma,
 ):
-    # each term of the general loss and its derivative by logp; of the entropy bonus the term alone
-    shaped_factor = policy_factor(advantage, shaped_weight)
+    # each term and its derivative by logp; of the entropy bonus the term alone
+    h = scope_entropy + own_entropy * entropy
+    policy_scale = weighted(
+        policy_factor(advantage, policy_weight),
+        fixed_factor(policy_entropy_coef, h, logp, policy_by_p, policy_by_rest))
+    sft_scale = weighted(sft_weight, fixed_factor(sft_entropy_coef, h, logp, sft_by_p, sft_by_rest))
+    shaped_scale = policy_factor(advantage, shaped_weight)
     rl, drl = shaped(logp, advantage, gamma_p, gamma)
     kl, dkl = k3(logp, log_ratio_if(with_ref, ref_logp, logp), max_log_ratio)
     return (
         weighted(policy_scale, policy), weighted(policy_scale, dpolicy), weighted(sft_scale, -logp), -sft_scale,
-        weighted(shaped_factor, rl), weighted(shaped_factor, drl), weighted(kl_weight, kl), weighted(kl_weight, dkl),
+        weighted(shaped_scale, rl), weighted(shaped_scale, drl), weighted(kl_weight, kl), weighted(kl_weight, dkl),
         -weighted(entropy_weight, entropy),
     )
 
@@ -69,16 +75,13 @@ def stream_token(
     policy_by_p, policy_by_rest, sft_by_p, sft_by_rest, gamma_p, gamma,
     POLICY,
 ):
-    weight_entropy = scope_entropy + own_entropy * entropy
     log_ratio = heard_log_ratio(logp, advantage, old_logp, policy_weight, off_policy, max_log_ratio)
     policy, dpolicy, ratio, clipped = POLICY(
         logp, log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio)
-    factor = policy_factor(advantage, policy_weight)
-    policy_fixed = fixed_factor(policy_entropy_coef, weight_entropy, logp, policy_by_p, policy_by_rest)
-    sft_fixed = fixed_factor(sft_entropy_coef, weight_entropy, logp, sft_by_p, sft_by_rest)
     policy, dpolicy, sft, dsft, rl, drl, kl, dkl, bonus = stream_terms(
-        logp, entropy, policy, dpolicy, weighted(factor, policy_fixed), weighted(sft_weight, sft_fixed),
-        shaped_weight, kl_weight, entropy_weight, advantage, ref_logp, gamma_p, gamma, with_ref, max_log_ratio)
+        logp, entropy, policy, dpolicy, policy_weight, sft_weight, shaped_weight, kl_weight, entropy_weight, advantage,
+        ref_logp, policy_entropy_coef, sft_entropy_coef, scope_entropy, max_log_ratio, with_ref, own_entropy,
+        policy_by_p, policy_by_rest, sft_by_p, sft_by_rest, gamma_p, gamma)
     return policy + sft + rl + kl + bonus, dpolicy + dsft + drl + dkl, -entropy_weight, ratio, clipped
 # fmt: on
 
@@ -271,9 +274,8 @@ class _Terms(NamedTuple):
 
 
 class _Policy(NamedTuple):
-    """The ratio and the policy term of each token, [n]; see ``policy_log_ratio``."""
+    """The ratio and the policy term of each token, but for its weight, [n]; see ``policy_log_ratio``."""
 
-    log_ratio: Tensor
     heard_of: Tensor
     factor: Tensor
     term: Tensor
@@ -308,39 +310,30 @@ class StreamObjective(TokenObjective):
         return local_offsets(self.offsets, rows) if self.sequence_policy else None
 
     def _policy(self, logp: Tensor, rows: slice) -> _Policy:
-        """The policy term of ``rows``, but for what multiplies it."""
         token, number = StreamInputs(*self.inputs[:, rows]), self.params
         log_ratio, heard_of, factor = policy_log_ratio(
             logp, token.advantage, token.old_logp, token.policy_weight, number.off_policy, number.max_log_ratio,
             self.valid[rows], self._offsets(rows),
         )  # fmt: skip
-        term = self.formula.chosen.eager(logp, log_ratio, token.advantage, *number.bounds)
-        return _Policy(log_ratio, heard_of, factor, *term)
+        term, dterm, ratio, clipped = self.formula.chosen.eager(logp, log_ratio, token.advantage, *number.bounds)
+        if self.sequence_policy:
+            dterm = sequence_derivative(self.formula.chosen, log_ratio, token.advantage, *number.bounds)
+        return _Policy(heard_of, factor, term, dterm, ratio, clipped)
 
     def _terms(self, logp: Tensor, entropy: Tensor, rows: slice, policy: _Policy) -> _Terms:
         """Every term of ``rows``, which are whole scopes."""
         token, number = StreamInputs(*self._inputs(logp, entropy, rows)), self.params
-        h = token.scope_entropy + number.own_entropy * entropy
-        policy_fixed, sft_fixed = (
-            fixed_factor.eager(coef, h, logp, *by)
-            for coef, by in (
-                (token.policy_entropy_coef, (number.policy_by_p, number.policy_by_rest)),
-                (token.sft_entropy_coef, (number.sft_by_p, number.sft_by_rest)),
-            )
-        )
-        factor = weighted.eager(policy.factor, policy_fixed)
         terms = stream_terms.eager(
-            logp, entropy, policy.term, policy.dterm, factor, weighted.eager(token.sft_weight, sft_fixed),
-            token.shaped_weight, token.kl_weight, token.entropy_weight, token.advantage, token.ref_logp,
-            number.gamma_p, number.gamma, number.with_ref, number.max_log_ratio,
+            logp, entropy, policy.term, policy.dterm, token.policy_weight, token.sft_weight, token.shaped_weight,
+            token.kl_weight, token.entropy_weight, token.advantage, token.ref_logp, token.policy_entropy_coef,
+            token.sft_entropy_coef, token.scope_entropy, number.max_log_ratio, number.with_ref, number.own_entropy,
+            number.policy_by_p, number.policy_by_rest, number.sft_by_p, number.sft_by_rest, number.gamma_p,
+            number.gamma,
         )  # fmt: skip
         found, offsets = _Terms(*terms), self._offsets(rows)
         if offsets is None:
             return found
-        shared = sequence_derivative(
-            self.formula.chosen, logp, policy.log_ratio, token.advantage, factor, policy.heard_of, offsets,
-            *number.bounds,
-        )  # fmt: skip
+        shared = shared_by_sequence(found.dpolicy, policy.heard_of, logp, offsets)
         return found._replace(dpolicy=shared)
 
     def coefficients(self, logp: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
