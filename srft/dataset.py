@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -89,11 +89,28 @@ def make_prompts(
     Raises:
         ValueError: For demonstrations that fail their verifier, overlong rows, or too few prompts, by the settings.
     """
-    data, train, examples = config.data, config.train, problems.train
-    notes = [f"{len(examples)} training and {len(problems.held_out)} held-out problems from {data.train}"]
-    with_demos = config.method.needs_demos or warm_starts(config)
+    train = config.train
+    read = f"{len(problems.train)} training and {len(problems.held_out)} held-out problems from {config.data.train}"
     pool.prewarm()
-    checked = with_demos and data.bad_demos != "keep"
+    examples, held_out, left_out = _judged(config, problems, pool)
+    prompts, held_out_prompts, changed = _encoded(config, examples, held_out, tokenizer)
+    prompts, lacking = _with_enough_demos(config, prompts)
+    if len(prompts) < train.prompts_per_step:
+        raise ValueError(
+            f"train.prompts_per_step={train.prompts_per_step}, but {config.data.train} gives only "
+            f"{len(prompts)} usable prompts; "
+            f"set train.prompts_per_step={len(prompts)} or fewer"
+        )
+    return Prompts(prompts, held_out_prompts, ", ".join([read, *left_out, *changed, *lacking]))
+
+
+def _judged(
+    config: Config, problems: Problems, pool: RewardPool
+) -> tuple[list[Example], list[Example], list[str]]:
+    """Training and held-out examples that can be judged, with the demonstrations in use, and what was left out."""
+    notes, examples = [], problems.train
+    with_demos = config.method.needs_demos or warm_starts(config)
+    checked = with_demos and config.data.bad_demos != "keep"
     # a demonstration that is accepted shows that the answer can be read
     unreadable = _unreadable(config, [e for e in examples if not (checked and e.demos)], pool)
     unreadable_held_out = _unreadable(config, problems.held_out, pool)
@@ -103,46 +120,13 @@ def make_prompts(
         notes.append(f"{left_out} rows skipped whose answer {pool.kind!r} cannot read")
     if checked:
         asked = examples
-        examples, dropped = _accepted(examples, pool, data.bad_demos)
+        examples, dropped = _accepted(examples, pool, config.data.bad_demos)
         if dropped:
             rows = len(asked) - len(examples)
             notes.append(f"{rows} rows skipped whose demonstration fails its verifier, of {dropped} demonstrations")
     if not with_demos:
         examples = [replace(e, demos=[]) for e in examples]
-    prompts, counts = _encode(config, examples, tokenizer)
-    held_out_prompts, held_out_counts = _encode(config, held_out, tokenizer)
-    notes += [
-        f"{number} {what}"
-        for number, what in (
-            (len(examples) - len(prompts), "training rows skipped as too long"),
-            (counts["overlong_demos"], "demonstrations skipped as too long"),
-            (held_out_counts["overlong_prompts"], "held-out rows skipped as too long"),
-            (counts["closed_thoughts"], "demonstrations without a thought, which the prompt opens: closed empty"),
-            (counts["dropped_thoughts"], "demonstrations without their thought, which the prompt closes"),
-            (counts["plain_messages"], "prompts of messages as plain text, since the tokenizer has no chat template"),
-            (_past_stop(prompts, config.rollout.stop), "demonstrations that go on after a text of rollout.stop"),
-        )
-        if number
-    ]
-    if config.method.needs_demos:
-        enough = [p for p in prompts if len(p.demo_ids) >= train.demos_per_prompt]
-        if len(enough) < len(prompts) and data.bad_rows == "error":
-            few = next(p for p in prompts if len(p.demo_ids) < train.demos_per_prompt)
-            raise ValueError(
-                f"train.demos_per_prompt={train.demos_per_prompt}, but {few.example.id} has only {len(few.demo_ids)} "
-                f"demonstrations, as {len(prompts) - len(enough)} of {len(prompts)} prompts do; lower it, or set "
-                "data.bad_rows=skip"
-            )
-        if len(enough) < len(prompts):
-            notes.append(f"{len(prompts) - len(enough)} prompts skipped that have too few demonstrations")
-        prompts = enough
-    if len(prompts) < train.prompts_per_step:
-        raise ValueError(
-            f"train.prompts_per_step={train.prompts_per_step}, but {data.train} gives only "
-            f"{len(prompts)} usable prompts; "
-            f"set train.prompts_per_step={len(prompts)} or fewer"
-        )
-    return Prompts(prompts, held_out_prompts, ", ".join(notes))
+    return examples, held_out, notes
 
 
 def _unreadable(config: Config, examples: list[Example], pool: RewardPool) -> set[str]:
@@ -176,16 +160,47 @@ def _accepted(
     return [new for new, old in zip(kept, examples, strict=True) if new.demos or not old.demos], len(bad)
 
 
+def _encoded(
+    config: Config, examples: list[Example], held_out: list[Example], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], list[Prompt], list[str]]:
+    """Training and held-out prompts, and what was skipped or changed on the way."""
+    build = partial(
+        build_prompts, prompts=prompt_format(config, tokenizer), overlong=config.data.overlong,
+        max_prompt_tokens=config.data.max_prompt_tokens, max_demo_tokens=config.rollout.max_new_tokens,
+    )  # fmt: skip
+    prompts, counts = build(examples)
+    held_out_prompts, held_out_counts = build(held_out)
+    notes = [
+        f"{number} {what}"
+        for number, what in (
+            (len(examples) - len(prompts), "training rows skipped as too long"),
+            (counts["overlong_demos"], "demonstrations skipped as too long"),
+            (held_out_counts["overlong_prompts"], "held-out rows skipped as too long"),
+            (counts["closed_thoughts"], "demonstrations without a thought, which the prompt opens: closed empty"),
+            (counts["dropped_thoughts"], "demonstrations without their thought, which the prompt closes"),
+            (counts["plain_messages"], "prompts of messages as plain text, since the tokenizer has no chat template"),
+            (_past_stop(prompts, config.rollout.stop), "demonstrations that go on after a text of rollout.stop"),
+        )
+        if number
+    ]
+    return prompts, held_out_prompts, notes
+
+
 def _past_stop(prompts: list[Prompt], stop: list[str]) -> int:
     """How many demonstrations say something after the first text that would end a rollout."""
     demos = [demo for p in prompts for demo in p.example.demos]
     return sum(any(demo.partition(words)[2].strip() for words in stop) for demo in demos)
 
 
-def _encode(
-    config: Config, examples: list[Example], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Prompt], Counter[str]]:
-    return build_prompts(
-        examples, prompt_format(config, tokenizer), overlong=config.data.overlong,
-        max_prompt_tokens=config.data.max_prompt_tokens, max_demo_tokens=config.rollout.max_new_tokens,
-    )  # fmt: skip
+def _with_enough_demos(config: Config, prompts: list[Prompt]) -> tuple[list[Prompt], list[str]]:
+    """The prompts that have as many demonstrations as the method takes of each, and how many have not."""
+    least = config.train.demos_per_prompt if config.method.needs_demos else 0
+    enough = [p for p in prompts if len(p.demo_ids) >= least]
+    lacking = len(prompts) - len(enough)
+    if lacking and config.data.bad_rows == "error":
+        few = next(p for p in prompts if len(p.demo_ids) < least)
+        raise ValueError(
+            f"train.demos_per_prompt={least}, but {few.example.id} has only {len(few.demo_ids)} "
+            f"demonstrations, as {lacking} of {len(prompts)} prompts do; lower it, or set data.bad_rows=skip"
+        )
+    return enough, [f"{lacking} prompts skipped that have too few demonstrations"] if lacking else []
