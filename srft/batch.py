@@ -84,6 +84,11 @@ class Totals:
     rollout_sequences: int
     demo_sequences: int
 
+    @property
+    def tokens(self) -> int:
+        """Response tokens of both kinds."""
+        return self.rollout_tokens + self.demo_tokens
+
 
 @dataclass
 class Batch:

@@ -173,11 +173,11 @@ def group_advantages(rewards: Sequence[float], divide_by_std: bool) -> list[floa
     return (centred / (values.std() + 1e-6) if divide_by_std else centred).tolist()
 
 
-def token_weights(batch: Batch, update: UpdateInfo, how: Aggregation) -> Tensor:
+def token_weights(batch: Batch, update: UpdateInfo, how: Aggregation, *, together: bool = False) -> Tensor:
     """Turn an aggregation into a factor of each token, for a term that is divided by the number of tokens of its kind.
 
     A weight of 1 gives the mean over tokens. The other aggregations divide by something else, which their weights
-    make up for; rollouts and demonstrations are counted apart, over the whole update.
+    make up for; tokens and sequences are counted over the whole update.
 
     Args:
         batch: One micro-batch.
@@ -185,6 +185,7 @@ def token_weights(batch: Batch, update: UpdateInfo, how: Aggregation) -> Tensor:
         how: "token-mean"; "sequence-mean", the mean over sequences of their token means; "constant", the mean over
             sequences of their token sums divided by ``max_new_tokens``; "sum", the sum over all tokens divided by
             ``max_new_tokens``, however many sequences there are.
+        together: Rollouts and demonstrations are one kind, rather than counted apart.
 
     Returns:
         [N] fp32.
@@ -194,6 +195,8 @@ def token_weights(batch: Batch, update: UpdateInfo, how: Aggregation) -> Tensor:
         False: (totals.rollout_tokens, totals.rollout_sequences),
         True: (totals.demo_tokens, totals.demo_sequences),
     }
+    if together:
+        counts = dict.fromkeys(counts, (totals.tokens, totals.rollout_sequences + totals.demo_sequences))
 
     def weight(response: Response) -> float:
         tokens, sequences = counts[response.is_demo]

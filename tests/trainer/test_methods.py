@@ -192,6 +192,23 @@ def test_token_weights(how: Aggregation, rollout: float, demo: float) -> None:
     assert weights.tolist() == pytest.approx([demo] * 8 + [rollout] * 5, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("how", "rollout", "demo"),
+    [
+        ("token-mean", 1.0, 1.0),
+        ("sequence-mean", 50 / 6 / 5, 50 / 6 / 8),
+        ("constant", 50 / 6 / 12, 50 / 6 / 12),
+        ("sum", 50 / 12, 50 / 12),
+    ],
+)
+def test_token_weights_of_both_kinds_together(how: Aggregation, rollout: float, demo: float) -> None:
+    """The same where rollouts and demonstrations are one kind of 50 tokens in 6 sequences."""
+    totals = Totals(rollout_tokens=40, demo_tokens=10, rollout_sequences=4, demo_sequences=2)
+    (batch,) = pack([sequence([1], [2] * 5), sequence([1, 2], [2] * 8, is_demo=True)], 20, CPU)
+    weights = token_weights(batch, UpdateInfo(totals, step=1, max_new_tokens=12), how, together=True)
+    assert weights.tolist() == pytest.approx([demo] * 8 + [rollout] * 5, rel=1e-6)
+
+
 @pytest.mark.parametrize("batches", [1, 2, 7])
 @pytest.mark.parametrize("name", METHODS)
 def test_step_equals_plain_float64(name: str, batches: int) -> None:
