@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
 
 from srft.methods import BaseMethod, find_method, method_names
 from srft.options import changed_keys, help_text, load_config, load_config_text, to_toml
-from tests.trainer.runs import ROOT, train_process
+from tests.trainer.runs import ROOT, arguments, read_lines, train, train_process
 
 OWN = '''
 from functools import partial
@@ -143,3 +145,27 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert find_method(path) is first and issubclass(first, BaseMethod)
     write(tmp_path, OWN.replace("factor: float = 2.0", "factor: float = 25.0"))
     assert find_method(path)(name=path).factor == 25.0
+
+
+def test_the_readmes_own_method(tmp_path: Path) -> None:
+    """The file that the README shows trains as it says, learns from both kinds, and goes on from another folder."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(# switch\.py\n.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "switch.py").write_text(code)
+    reward = tmp_path / "odd.py"
+    reward.write_text("def odd(completion, answer, row):\n    return float(len(completion) % 2)\n")
+    words = {"reward__kind": f"{reward}:odd", "data__bad_demos": "keep", "train__prompts_per_step": 8}
+    name = {"method__name": os.path.relpath(tmp_path / "switch.py", ROOT), "method__solved": 0.5}
+    done = train_process(arguments(tmp_path, train__steps=1, **words, **name))
+    assert done.returncode == 0, done.stderr
+    run = train(tmp_path, train__resume=True, **words, method__name=tmp_path / "switch.py", method__solved=0.5)
+    rows = read_lines(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["loss/sft"] > 0 and row["entropy/rollout"] > 0 for row in rows[1:])
+    assert f'name = "{tmp_path}/switch.py"' in (run / "config.toml").read_text()
+    (tmp_path / "moved.py").write_text(code)
+    with pytest.raises(ValueError, match=r"other options: method.name was '.*/switch.py', now '.*/moved.py'"):
+        train(tmp_path, train__resume=True, **words, method__name=tmp_path / "moved.py", method__solved=0.5)
+    (tmp_path / "switch.py").unlink()
+    with pytest.raises(ValueError, match=r"cannot be read: method.name: there is no file .*/switch.py"):
+        train(tmp_path, train__resume=True, **words, method__name=tmp_path / "moved.py", method__solved=0.5)
