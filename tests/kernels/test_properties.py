@@ -15,6 +15,7 @@ from srft_kernels.head import chunks as chunked_head
 from srft_kernels.head import sweep as one_pass
 from srft_kernels.rows import cpu as row_cpu
 from srft_kernels.rows import gpu as row_kernels
+from srft_kernels.rows.types import RowArguments
 from tests.kernels.cases import (
     DTYPES,
     Case,
@@ -129,7 +130,7 @@ def test_row_is_independent_of_its_chunk(overwrite):
     dlogp = torch.randn(9)
 
     def compute(part):
-        rows = row_cpu.Rows(labels[part], None, None, None, -100, torch.float32)
+        rows = RowArguments(labels[part], None, None, None, -100, torch.float32)
         z = scores[part].clone()
         known = backend.stats(z, rows, overwrite)
         return *known, backend.gradient(z, rows, known, dlogp[part], None, overwrite)
