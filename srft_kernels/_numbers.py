@@ -20,13 +20,19 @@ def plain(value: Any) -> Any:
     return value
 
 
+def plain_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The ``plain`` of each argument of a call."""
+    return [plain(x) for x in args], {name: plain(x) for name, x in kwargs.items()}
+
+
 def plain_numbers(function: Callable[P, R]) -> Callable[P, R]:
     """``function``, called with the ``plain`` of its arguments."""
     call: Any = function
 
     @functools.wraps(function)
     def converted(*args: P.args, **kwargs: P.kwargs) -> R:
-        return call(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
+        positional, named = plain_arguments(args, kwargs)
+        return call(*positional, **named)
 
     return converted
 

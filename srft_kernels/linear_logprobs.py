@@ -8,9 +8,10 @@ from torch import Tensor
 from .compile.ops import logprobs_op
 from .head.arguments import make_head
 from .head.chunks import HeadRows, Tokens
+from .head.gradients import Gradients
 from .head.last_gradient import last_gradient, links
-from .head.sweep import directions_sweep, gradient_sweep, stats_sweep
-from .rows.types import Stats
+from .head.sweep import Given, When, sweep
+from .rows.types import Coefficients, Stats
 from .types import HeadOptions, Inputs, LoraDelta, VocabParallel, Wanted
 
 __all__ = ["linear_logprobs"]
@@ -23,7 +24,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx, hidden, weight, bias, lora_a, lora_b, head: HeadRows, tokens: Tokens, weight_grad, entropy_grad: bool
     ):
-        known = stats_sweep(head)
+        known = sweep(head, When.NEVER)
         # results of their own, which the caller may write to
         logprobs, entropy = tokens.put(known.logprobs.clone()), tokens.put(known.entropy.clone())
         ctx.inputs_given = tuple(x is not None for x in (bias, lora_a, lora_b))
@@ -45,10 +46,9 @@ class _LinearLogprobs(torch.autograd.Function):
         tokens = ctx.tokens
         dlogp = torch.zeros_like(known.logprobs) if dlogprobs is None else tokens.take(dlogprobs)
         dentropy = None if dentropy is None else tokens.take(dentropy)
-        grads = gradient_sweep(
-            ctx.head, Inputs(*saved, *optional), Wanted(*ctx.needs_input_grad[:5]), ctx.weight_grad, known,
-            dlogp, dentropy,
-        )  # fmt: skip
+        inputs, wanted = Inputs(*saved, *optional), Wanted(*ctx.needs_input_grad[:5])
+        grads = Gradients(ctx.head, inputs, wanted, ctx.weight_grad)
+        sweep(ctx.head, When.BEFORE, grads, Given(known, Coefficients(dlogp, dentropy)))
         return *grads.finish(tokens.put), None, None, None, None
 
 
@@ -57,8 +57,9 @@ class _FrozenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head: HeadRows, tokens: Tokens, inputs):
-        known, directions = directions_sweep(head, Inputs(hidden, head.weight, head.bias, None, None))
-        ctx.save_for_backward(directions)
+        grads = Gradients(head, Inputs(hidden, head.weight, head.bias), Wanted(hidden=True), None)
+        known = sweep(head, When.ONE, grads)
+        ctx.save_for_backward(grads.directions())
         ctx.tokens, ctx.dtype, ctx.links = tokens, hidden.dtype, inputs
         entropy = tokens.put(known.entropy)
         ctx.mark_non_differentiable(entropy)

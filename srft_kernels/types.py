@@ -87,9 +87,9 @@ class Inputs(NamedTuple):
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    lora_a: Tensor | None  # [r, D]
-    lora_b: Tensor | None  # [V, r]
+    bias: Tensor | None = None  # [V]
+    lora_a: Tensor | None = None  # [r, D]
+    lora_b: Tensor | None = None  # [V, r]
 
     def wanted(self) -> Wanted:
         """Which of them need a gradient."""
@@ -100,8 +100,8 @@ class Inputs(NamedTuple):
 class Wanted(NamedTuple):
     """Which of the ``Inputs`` need a gradient."""
 
-    hidden: bool
-    weight: bool
-    bias: bool
-    lora_a: bool
-    lora_b: bool
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    lora_a: bool = False
+    lora_b: bool = False

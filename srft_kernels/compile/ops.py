@@ -18,13 +18,14 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .._numbers import plain_numbers
+from .._numbers import plain_arguments
 from ..head.arguments import make_head
 from ..head.chunks import compute_dtype
+from ..head.gradients import Gradients
 from ..head.last_gradient import last_gradient, without_graph
-from ..head.sweep import directions_sweep, gradient_sweep, stats_sweep
+from ..head.sweep import Given, When, sweep
 from ..objectives.record import LossRecord
-from ..rows.types import Stats
+from ..rows.types import Coefficients, Stats
 from ..types import HeadOptions, Wanted
 from .schema import NAMESPACE, Schema
 
@@ -37,13 +38,14 @@ _DIFFERENTIABLE = ("hidden_states", "lm_head_weight", "bias", "lora_a", "lora_b"
 def _dispatch(function: Callable[P, R], traced: Callable[[dict[str, Any]], Any]) -> Callable[P, R]:
     """``function``, and under torch.compile ``traced`` of its arguments by name."""
     signature = inspect.signature(function)
+    eager: Any = function
 
-    @plain_numbers
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        positional, named = plain_arguments(args, kwargs)
         if not torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        given = signature.bind(*args, **kwargs)
+            return eager(*positional, **named)
+        given = signature.bind(*positional, **named)
         given.apply_defaults()
         return traced(given.arguments)
 
@@ -192,7 +194,6 @@ def logprobs_op(function: Callable[P, R]) -> Callable[P, R]:
     schema = Schema(function)
 
     def head_of(flat: Sequence[Any]) -> tuple[Any, Any, Any]:
-
         values = schema.join(schema.named(flat))
         del values["entropy_grad"]
         options = HeadOptions(*(values.pop(name) for name in HeadOptions._fields))
@@ -200,12 +201,12 @@ def logprobs_op(function: Callable[P, R]) -> Callable[P, R]:
 
     @torch.no_grad()
     def forward(frozen: bool, *flat: Any) -> list[Tensor]:
-
         inputs, head, tokens = head_of(flat)
         if not frozen:
-            return [tokens.put(x) for x in stats_sweep(head)]
-        known, directions = directions_sweep(head, inputs)
-        return [tokens.put(x) for x in (known.logprobs, known.entropy, directions)]
+            return [tokens.put(x) for x in sweep(head, When.NEVER)]
+        grads = Gradients(head, inputs, Wanted(hidden=True), None)
+        known = sweep(head, When.ONE, grads)
+        return [tokens.put(x) for x in (known.logprobs, known.entropy, grads.directions())]
 
     def fake_forward(frozen: bool, *flat: Any) -> list[Tensor]:
         parts = schema.named(flat)
@@ -217,14 +218,13 @@ def logprobs_op(function: Callable[P, R]) -> Callable[P, R]:
     def gradients(
         wants: list[bool], dlogprobs: Tensor | None, dentropy: Tensor | None, known: list[Tensor], *flat: Any
     ) -> tuple[Tensor, ...]:
-
         inputs, head, tokens = head_of(flat)
         stats = Stats(*(tokens.select(x) for x in known))
         dlogp = torch.zeros_like(stats.logprobs) if dlogprobs is None else tokens.take(dlogprobs)
         dentropy = None if dentropy is None else tokens.take(dentropy)
-        weight_grad = schema.named(flat)["weight_grad"]
-        sums = gradient_sweep(head, inputs, Wanted(*wants), weight_grad, stats, dlogp, dentropy)
-        return tuple(_or_empty(sums.finish(tokens.put), inputs.hidden))
+        grads = Gradients(head, inputs, Wanted(*wants), schema.named(flat)["weight_grad"])
+        sweep(head, When.BEFORE, grads, Given(stats, Coefficients(dlogp, dentropy)))
+        return tuple(_or_empty(grads.finish(tokens.put), inputs.hidden))
 
     def fake_gradients(wants: list[bool], dlogprobs: Any, dentropy: Any, known: Any, *flat: Any) -> tuple[Tensor, ...]:
         return tuple(_gradients_like(schema.named(flat), wants))

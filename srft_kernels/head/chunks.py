@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import check_vectors
 from ..rows import cpu as row_cpu
 from ..rows import gpu as row_kernels
-from ..rows.types import RowArguments, Smoothing, Stats
+from ..rows.types import Coefficients, RowArguments, Smoothing, Stats
 from ..types import LoraDelta, VocabParallel
 from ..vocab_parallel import merge, merge_smoothed
 
@@ -127,6 +127,9 @@ def taking_part(labels: Tensor, token_weights: Tensor | None, ignore_index: int)
     return torch.where(token_weights == 0, ignore_index, labels)
 
 
+_Rows = TypeVar("_Rows", HeadRows, Stats, Coefficients)
+
+
 class Live(NamedTuple):
     """Rows of a chunk that take part in its gradient products; the others' coefficients are 0."""
 
@@ -134,6 +137,19 @@ class Live(NamedTuple):
     """[m] their positions, in order, or None for every row."""
     blocks: list[slice]
     """Of the m rows, those in each block of rows of the chunk."""
+
+    def of(self, rows: _Rows) -> _Rows:
+        """What ``rows``, the rows of the chunk, have of these."""
+        return rows if self.positions is None else rows.at(self.positions)
+
+    def scores(self, scores: Tensor) -> Tensor:
+        """These rows of ``scores`` [C, V], moved to its front; row by row, for memory."""
+        if self.positions is None:
+            return scores
+        for target, source in enumerate(self.positions.tolist()):
+            if target != source:
+                scores[target] = scores[source]
+        return scores[: len(self.positions)]
 
 
 # Rows that one product adds to the weight gradient on CPU. The library sums a block of at most 192 fp32 rows
@@ -145,7 +161,7 @@ _BLOCK_ROWS = 128
 _ROW_MULTIPLE = 16
 
 
-def live_rows(count: int, dlogp: Tensor | None, dentropy: Tensor | None, drop: bool) -> Live:
+def live_rows(count: int, coefficients: Coefficients | None, drop: bool) -> Live:
     """Which of ``count`` rows have a coefficient that is not 0.
 
     Gradients of the others are exactly 0. On a GPU, to leave them out would make the host wait for their
@@ -153,14 +169,14 @@ def live_rows(count: int, dlogp: Tensor | None, dentropy: Tensor | None, drop: b
 
     Args:
         count: Rows of the chunk.
-        dlogp: [count] coefficients; None for all live.
-        dentropy: The same, or None for zeros.
+        coefficients: Of these rows; None where they are not known, so that all are live.
         drop: Leave dead rows out; needs the rows on CPU.
     """
     if not drop:
         return Live(None, [slice(0, count)])
-    if dlogp is None:
+    if coefficients is None:
         return Live(None, _blocks(count))
+    dlogp, dentropy = coefficients
     live = dlogp != 0
     if dentropy is not None:
         live |= dentropy != 0
@@ -172,14 +188,6 @@ def live_rows(count: int, dlogp: Tensor | None, dentropy: Tensor | None, drop: b
     positions = live.nonzero()[:, 0]
     edges = torch.searchsorted(positions, torch.arange(0, count + _BLOCK_ROWS, _BLOCK_ROWS)).tolist()
     return Live(positions, [slice(*pair) for pair in pairwise(edges) if pair[0] < pair[1]])
-
-
-def keep_live(scores: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (rising) of ``scores`` [C, V], moved to its front; row by row, for memory."""
-    for target, source in enumerate(index.tolist()):
-        if target != source:
-            scores[target] = scores[source]
-    return scores[: len(index)]
 
 
 def _blocks(count: int) -> list[slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -98,6 +99,15 @@ class _Sums:
         self._empty, other._empty = False, True
 
 
+class Parts(NamedTuple):
+    """Coefficients of C rows by logp that wait for scalars: fixed + sum_k scalar_k scaled_k."""
+
+    fixed: Tensor | None
+    """[C], or None for zeros."""
+    scaled: list[Tensor]
+    """K vectors [C], whose scalars ``Gradients.settle`` brings."""
+
+
 class Gradients:
     """Gradients of hidden, weight, bias and LoRA; one not wanted costs nothing."""
 
@@ -116,46 +126,42 @@ class Gradients:
             dtype = compute_dtype(head.hidden.dtype)
             self._dhidden = torch.zeros(head.hidden.shape, dtype=dtype, device=head.hidden.device)
 
-    def add(self, part: HeadRows, dscores: Tensor, rows: slice, live: Live, alpha: float = 1.0) -> None:
+    def add(
+        self,
+        part: HeadRows,
+        dscores: Tensor,
+        rows: slice,
+        live: Live,
+        alpha: float = 1.0,
+        parts: Parts | None = None,
+    ) -> None:
         """Add what some rows send back.
 
         Args:
             part: The live rows of the chunk.
-            dscores: [m, V] gradient of their scores, divided by ``alpha``.
+            dscores: [m, V] gradient of their scores, divided by ``alpha``; with ``parts`` for a coefficient of 1.
             rows: Where the chunk is among all rows.
-            live: Where the live rows are in the chunk.
+            live: Where the live rows are in the chunk; with ``parts`` all are.
             alpha: A power of two.
+            parts: Of the coefficients, where these are not known before ``settle``.
         """
         assert self._sums is not None
         if part.labels.numel() == 0:
             return
         self._add_hidden(part, dscores, rows, live.positions, alpha)
-        self._sums.add(part, dscores, live.blocks, alpha, None)
-
-    def add_directions(
-        self, part: HeadRows, dscores: Tensor, rows: slice, live: Live, fixed: Tensor | None, scaled: list[Tensor]
-    ) -> None:
-        """Add rows whose coefficients are not known yet: fixed + sum_k scalar_k scaled_k.
-
-        Args:
-            part: The rows of the chunk, all of them.
-            dscores: [C, V] gradients for a coefficient of 1.
-            rows: Where the chunk is among all rows.
-            live: All rows.
-            fixed: [C], or None for zeros.
-            scaled: K vectors [C], whose scalars ``settle`` brings.
-        """
-        assert self._sums is not None
-        self._add_hidden(part, dscores, rows, None, 1.0)
-        if fixed is not None:
-            self._sums.add(part, dscores, live.blocks, 1.0, fixed)
-        while len(self._deferred) < len(scaled):
+        if parts is None:
+            self._sums.add(part, dscores, live.blocks, alpha, None)
+            return
+        assert live.positions is None
+        if parts.fixed is not None:
+            self._sums.add(part, dscores, live.blocks, alpha, parts.fixed)
+        while len(self._deferred) < len(parts.scaled):
             self._deferred.append(_Sums(part, self._wanted, None))
-        for sums, by in zip(self._deferred, scaled, strict=True):
-            sums.add(part, dscores, live.blocks, 1.0, by)
+        for sums, by in zip(self._deferred, parts.scaled, strict=True):
+            sums.add(part, dscores, live.blocks, alpha, by)
 
     def settle(self, rows: slice, dlogp: Tensor, scalars: list[Tensor]) -> None:
-        """Finish the directions of ``rows``: ``dlogp`` [n] are their coefficients, ``scalars`` the K of []."""
+        """Finish ``rows`` that were added in parts: [n] their coefficients by logp, and the K scalars [] of these."""
         assert self._sums is not None
         if self._dhidden is not None:
             self._dhidden[rows] *= dlogp[:, None]

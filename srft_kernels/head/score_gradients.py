@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .chunks import Chunking, HeadRows, Live, live_rows, scores_memory
-from .gradients import Gradients
+from .gradients import Gradients, Parts
 
 
 class ScoreGradients:
@@ -32,7 +32,7 @@ class ScoreGradients:
             self._waiting = slice(rows.start, rows.start)
         return self._memory[rows.start - self._waiting.start : rows.stop - self._waiting.start]
 
-    def add(self, part: HeadRows, dscores: Tensor, rows: slice, live: Live) -> None:
+    def add(self, part: HeadRows, dscores: Tensor, rows: slice, live: Live, parts: Parts | None = None) -> None:
         """Add what a chunk sends back, now or with the next ones.
 
         Args:
@@ -40,8 +40,12 @@ class ScoreGradients:
             dscores: [m, V] gradient of their scores, divided by ``alpha``; in ``memory(rows)``, if there is any.
             rows: Where the chunk is among all rows.
             live: Where the live rows are in the chunk.
+            parts: See ``Gradients.add``; ``dscores`` are then not divided, and are added now, each in its product.
         """
-        if self._memory is None:
+        if parts is not None:
+            self.flush()
+            self._grads.add(part, dscores, rows, live, parts=parts)
+        elif self._memory is None:
             self._grads.add(part, dscores, rows, live, self._alpha)
         else:
             assert live.positions is None and self._waiting.stop == rows.start
@@ -54,5 +58,5 @@ class ScoreGradients:
             return
         assert self._memory is not None
         count = rows.stop - rows.start
-        live = live_rows(count, None, None, drop=False)
+        live = live_rows(count, None, drop=False)
         self._grads.add(self._head.at(rows), self._memory[:count], rows, live, self._alpha)

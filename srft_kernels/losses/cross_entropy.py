@@ -8,7 +8,7 @@ from torch import Tensor
 from ..compile.ops import logprobs_op, loss_op
 from ..head.arguments import make_head
 from ..head.chunks import compute_dtype, taking_part
-from ..head.sweep import loss_with_gradients
+from ..head.loss import loss_with_gradients
 from ..linear_logprobs import differentiable_logprobs
 from ..objectives import TokenObjective
 from ..objectives.cross_entropy import CROSS_ENTROPY, CrossEntropyArguments

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..compile.ops import loss_op
 from ..head.arguments import make_head
 from ..head.chunks import compute_dtype, taking_part
-from ..head.sweep import loss_with_gradients
+from ..head.loss import loss_with_gradients
 from ..objectives.grpo import GRPO, GrpoArguments, GrpoInputs, GrpoObjective
 from ..types import HeadOptions, LoraDelta, PolicyLoss, VocabParallel
 from ._vectors import count_of, host_bounds, pack, reciprocal

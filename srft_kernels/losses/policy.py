@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..compile.ops import user_loss_op
 from ..head.arguments import make_head
-from ..head.sweep import loss_with_gradients
+from ..head.loss import loss_with_gradients
 from ..linear_logprobs import linear_logprobs
 from ..objectives import CallableObjective
 from ..types import HeadOptions, LoraDelta, PolicyLoss, VocabParallel

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..compile.ops import loss_op
 from ..head.arguments import make_head
 from ..head.chunks import Tokens, compute_dtype, scalar, taking_part
-from ..head.sweep import loss_with_gradients
+from ..head.loss import loss_with_gradients
 from ..objectives.srft import SRFT, SrftArguments, SrftInputs, SrftObjective
 from ..presets import SrftSwitches
 from ..types import HeadOptions, LoraDelta, PolicyLoss, VocabParallel

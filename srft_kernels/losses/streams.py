@@ -8,7 +8,7 @@ from torch import Tensor
 from ..compile.ops import loss_op
 from ..head.arguments import make_head
 from ..head.chunks import compute_dtype, scalar
-from ..head.sweep import loss_with_gradients
+from ..head.loss import loss_with_gradients
 from ..objectives.streams import STREAMS, StreamArguments, StreamInputs, StreamObjective
 from ..types import HeadOptions, LoraDelta, PolicyLoss, VocabParallel
 from ._vectors import host_bounds, pack

@@ -47,3 +47,23 @@ class Stats(NamedTuple):
     entropy: Tensor  # [C]
     top: Tensor  # [C] largest logit
     log_sum: Tensor  # [C] log sum exp(logit - top)
+
+    def at(self, rows: slice | Tensor) -> Stats:
+        """The same of some of the rows, a slice or indices."""
+        return Stats(*(x[rows] for x in self))
+
+    def put(self, rows: slice, known: Stats) -> None:
+        """Write ``known`` of ``rows`` into these."""
+        for total, x in zip(self, known, strict=True):
+            total[rows] = x
+
+
+class Coefficients(NamedTuple):
+    """Derivatives of a loss by the statistics of C rows."""
+
+    dlogp: Tensor  # [C] by logprobs
+    dentropy: Tensor | None = None  # [C] by entropy, None for zeros
+
+    def at(self, rows: slice | Tensor) -> Coefficients:
+        """The same of some of the rows, a slice or indices."""
+        return Coefficients(self.dlogp[rows], None if self.dentropy is None else self.dentropy[rows])

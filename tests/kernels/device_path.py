@@ -15,13 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from srft_kernels.head import sweep as one_pass
+from srft_kernels.head import loss as known_loss
 from srft_kernels.rows import gpu as row_kernels
 
 # the package exports functions of these names
 _LOGPROBS, _LOGITS = (sys.modules[f"srft_kernels.{name}"] for name in ("linear_logprobs", "logprobs_from_logits"))
 OPS = [
-    one_pass._AttachGradients, _LOGPROBS._LinearLogprobs, _LOGPROBS._FrozenLogprobs, _LOGITS._LogprobsFromLogits
+    known_loss._AttachGradients, _LOGPROBS._LinearLogprobs, _LOGPROBS._FrozenLogprobs, _LOGITS._LogprobsFromLogits
 ]  # fmt: skip
 GPU = torch.device("cuda", 0)
 # move no memory, or write over all of their first argument

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import srft_kernels
 from srft_kernels.head import chunks as chunked_head
-from srft_kernels.head import sweep as one_pass
+from srft_kernels.head import loss as known_loss
+from srft_kernels.head import sweep
 from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft, token_loss
 
 N, V, D = SHAPE = (320, 257, 64)
@@ -76,7 +77,7 @@ def test_any_loss():
 def test_scopes_without_a_second_projection(monkeypatch):
     """With chunks of 16 rows a batch of one kind of rollouts costs 6; demonstrations add a product of theirs."""
     monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(one_pass, "DEFERRED_CHUNKS", 3)
+    monkeypatch.setattr(sweep, "DEFERRED_CHUNKS", 3)
     case = case_with("hidden", "weight")
     case.is_demo, case.is_correct = torch.arange(N) < 64, torch.arange(N) < 192
     case.cu_seqlens = torch.tensor([0, 64, 192, 320], dtype=torch.int32)
@@ -92,7 +93,7 @@ def test_scopes_without_a_second_projection(monkeypatch):
     # the log-likelihood of every token has a product of its own
     beside = {**alone, "sft_weights": case.weights}
     assert products(lambda: token_loss(srft_kernels, case, **unclipped, **beside)) == 8
-    monkeypatch.setattr("srft_kernels.head.sweep.CPU_DEFERRED_BYTES", 0)
+    monkeypatch.setattr(known_loss, "CPU_DEFERRED_BYTES", 0)
     # the last chunk is still there when the scalars are known
     assert products(lambda: srft(srft_kernels, case, entropy_scope="batch")) == 8 - 2 * 16 / N
     assert products(lambda: token_loss(srft_kernels, case, entropy_scope="batch", **unclipped)) == 8 - 2 * 16 / N
@@ -128,7 +129,7 @@ def test_gradients_are_bitwise_those_with_dead_rows(op, dtype, live, monkeypatch
         monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", workspace)
         without = run(op, srft_kernels, case, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(one_pass, "live_rows", lambda count, *_: chunked_head.live_rows(count, None, None, True))
+            patch.setattr(sweep, "live_rows", lambda count, *_: chunked_head.live_rows(count, None, True))
             whole = run(op, srft_kernels, case, **options)
         for name in ("dhidden", "dweight", "dbias"):
             assert torch.equal(without[name], whole[name]), name

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 import srft_kernels
 from srft_kernels import LoraDelta, VocabParallel, reference
 from srft_kernels.head import chunks as chunked_head
-from srft_kernels.head import sweep as one_pass
+from srft_kernels.head import sweep
 from srft_kernels.rows import gpu as row_kernels
 from tests.kernels import cases
 from tests.kernels.cases import (
@@ -238,7 +238,7 @@ LORA = LoraDelta(torch.linspace(-1, 1, 16).view(2, 8), torch.linspace(1, -1, 66)
 def test_ignored_rows_may_hold_anything(op, options, monkeypatch):
     """NaN and inf in the hidden states of ignored rows change no bit of any value or gradient."""
     monkeypatch.setattr(chunked_head, "GPU_WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(one_pass, "DEFERRED_CHUNKS", 2)
+    monkeypatch.setattr(sweep, "DEFERRED_CHUNKS", 2)
     options, case = with_ref(make_case(), options), make_case((41, 33, 8), FP16, ignored=0.3)
     if "ref_logprobs" in options:
         options["ref_logprobs"] = case.ref_logprobs

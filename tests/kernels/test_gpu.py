@@ -8,7 +8,8 @@ import torch
 import srft_kernels
 from srft_kernels import LoraDelta
 from srft_kernels.head import chunks as chunked_head
-from srft_kernels.head import sweep as one_pass
+from srft_kernels.head import loss as known_loss
+from srft_kernels.head import sweep
 from srft_kernels.objectives import CROSS_ENTROPY
 from srft_kernels.rows import gpu as row_kernels
 from srft_kernels.rows.types import RowArguments
@@ -56,8 +57,8 @@ def test_ops_match_the_reference(op, dtype, workspace, monkeypatch):
 def test_scopes_match_the_reference(op, options, dtype, budget, monkeypatch):
     """Sequences longer than a chunk and the batch scope, over chunks of 16 rows."""
     monkeypatch.setattr(chunked_head, "GPU_WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(one_pass, "GPU_DEFERRED_BYTES", budget)
-    monkeypatch.setattr(one_pass, "DEFERRED_CHUNKS", 3)
+    monkeypatch.setattr(known_loss, "GPU_DEFERRED_BYTES", budget)
+    monkeypatch.setattr(sweep, "DEFERRED_CHUNKS", 3)
     case = on_gpu(long_case(dtype, ignored=0.0, scale=3.0))
     assert_matches_reference(op, case, **with_ref(case, options))
 

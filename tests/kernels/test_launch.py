@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 import srft_kernels
 from srft_kernels.formulas import TokenFormula
 from srft_kernels.head import chunks as chunked_head
-from srft_kernels.head import sweep as one_pass
+from srft_kernels.head import sweep
 from srft_kernels.rows import gpu as row_kernels
 from srft_kernels.rows.types import RowArguments
 from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft, token_loss
@@ -93,7 +94,7 @@ def test_the_binder_returns_what_it_was_given():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_call_of_every_op_is_bound(dtype, monkeypatch):
     """All formulas and options, as the ops launch them: the binder takes them, with one type for every argument."""
-    monkeypatch.setattr(one_pass, "DEFERRED_CHUNKS", 3)
+    monkeypatch.setattr(sweep, "DEFERRED_CHUNKS", 3)
     with recorded_launches(compiled=False) as launches:
         for op, options in EVERY_CALL:
             for case in (long_case(dtype), make_case((37, 101, 53), dtype, bias=False)):
@@ -145,6 +146,36 @@ def test_a_call_compiles_no_variant_twice(op, options, variants, vocab, monkeypa
             run(op, srft_kernels, case, temperature=case.temperature, **options)
     assert len({launch.variant for launch in launches}) == variants
     assert all({"z_ptr", "dz_ptr", "stride_z", "stride_dz"} <= launch.multiples for launch in launches)
+
+
+@pytest.mark.parametrize(
+    ("op", "options", "most"),
+    [
+        (cross_entropy, {}, 5),
+        (grpo, {}, 5),
+        (srft, {"entropy_scope": "token"}, 5),
+        (srft, {"entropy_scope": "batch"}, 6),
+        (policy, {}, 6),
+        (logprobs, {}, 7),
+    ],
+    ids=lambda x: getattr(x, "__name__", None) or str(x),
+)
+def test_calls_from_an_op_to_a_launch(op, options, most, monkeypatch):
+    """As CONTRIBUTING.md says; the last two are those of ``_launch`` and of the kernel."""
+    package, launch, found = str(ROOT / "srft_kernels"), row_kernels._launch, []
+
+    def watched(*args, **kwargs):
+        names = [frame.name for frame in traceback.extract_stack() if frame.filename.startswith(package)]
+        # before the op there is its door alone; backward is called by autograd
+        starts = [i for i, name in enumerate(names) if name.startswith("linear_")]
+        assert starts == [1] if "once" not in names else not starts
+        found.append(names[2:] if starts else names)
+        return launch(*args, **kwargs)
+
+    monkeypatch.setattr(row_kernels, "_launch", watched)
+    with recorded_launches(compiled=False):
+        run(op, srft_kernels, make_case((5, 33, 8)), **options)
+    assert max(len(calls) for calls in found) + 2 == most, found
 
 
 @pytest.mark.parametrize("formula", sorted(TOKEN_FORMULAS))

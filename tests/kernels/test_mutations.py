@@ -176,7 +176,7 @@ SWEEP_FAULTS = {
     ),
     "lose the part of a coefficient that waits for no scalar": (
         "head/gradients.py",
-        "if fixed is not None:",
+        "if parts.fixed is not None:",
         "if False:",
         srft,
         {"entropy_scope": "batch"},
@@ -204,10 +204,31 @@ SWEEP_FAULTS = {
     ),
     "mix up two chunks of a unit": (
         "head/sweep.py",
-        "own = slice(rows.start - unit.start, rows.stop - unit.start)",
-        "own = slice(0, rows.stop - rows.start)",
+        "slice(rows.start - whole.start, rows.stop - whole.start)",
+        "slice(0, rows.stop - rows.start)",
         srft,
         {"entropy_scope": "batch", "preset": "upt"},
+    ),
+    "forget the second projection": (
+        "head/sweep.py",
+        "again = [(rows, False, True) for rows in reversed(others)]",
+        "again = []",
+        srft,
+        {"entropy_scope": "batch", "preset": "upt"},
+    ),
+    "take what the statistics left for scores": (
+        "head/sweep.py",
+        "is_new and overwrite,",
+        "False,",
+        cross_entropy,
+        {},
+    ),
+    "take the scores of the first rows for those of live ones": (
+        "head/sweep.py",
+        "live.scores(scores)",
+        "scores[: live.of(part).labels.numel()]",
+        grpo,
+        {"clip_low": 0.01, "clip_high": 0.01},
     ),
 }
 FORMULA_FAULTS = {

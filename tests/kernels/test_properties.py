@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import srft_kernels
 from srft_kernels import LoraDelta, reference
 from srft_kernels.head import chunks as chunked_head
-from srft_kernels.head import sweep as one_pass
+from srft_kernels.head import loss as known_loss
+from srft_kernels.head import sweep
 from srft_kernels.rows import cpu as row_cpu
 from srft_kernels.rows import gpu as row_kernels
 from srft_kernels.rows.types import RowArguments
@@ -499,6 +500,6 @@ def test_any_shape_and_options(data):
             options["shaping_gamma"] = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", data.draw(st.sampled_from([0, 2**20])))
-        patch.setattr(one_pass, "CPU_DEFERRED_BYTES", data.draw(st.sampled_from([0, 2**30])))
-        patch.setattr(one_pass, "DEFERRED_CHUNKS", 2)
+        patch.setattr(known_loss, "CPU_DEFERRED_BYTES", data.draw(st.sampled_from([0, 2**30])))
+        patch.setattr(sweep, "DEFERRED_CHUNKS", 2)
         assert_matches_reference(op, case, **options)

@@ -5,7 +5,9 @@ import torch
 
 import srft_kernels
 from srft_kernels.head import chunks as chunked_head
-from srft_kernels.head import sweep as one_pass
+from srft_kernels.head import loss as known_loss
+from srft_kernels.head import sweep
+from srft_kernels.head.sweep import When
 from srft_kernels.rows import gpu as row_kernels
 from tests.kernels.cases import assert_matches_reference, case_id, grpo, make_case, policy, srft, token_loss
 
@@ -53,18 +55,16 @@ def with_ref(case, options):
 
 @pytest.fixture
 def sweeps(monkeypatch):
-    """Chunks of 16 rows, of which three may wait, and the names of the sweeps that ran."""
+    """Chunks of 16 rows, of which three may wait; when coefficients were known, and whether those of several chunks."""
     monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(one_pass, "DEFERRED_CHUNKS", 3)
-    seen = set()
-    for name in ("one_chunk", "stats_first", "deferred"):
-        method = getattr(one_pass._Sweep, name)
+    monkeypatch.setattr(sweep, "DEFERRED_CHUNKS", 3)
+    seen, visits = set(), sweep._visits
 
-        def watched(self, rows, name=name, method=method):
-            seen.add(name)
-            return method(self, rows)
+    def watched(unit, when):
+        seen.add((when, len(unit) > 1))
+        return visits(unit, when)
 
-        monkeypatch.setattr(one_pass._Sweep, name, watched)
+    monkeypatch.setattr(sweep, "_visits", watched)
     return seen
 
 
@@ -73,7 +73,7 @@ def sweeps(monkeypatch):
 @pytest.mark.parametrize("budget", [0, 2**31], ids=["stats-first", "deferred"])
 def test_matches_reference(op, options, dtype, budget, sweeps, monkeypatch):
     """Every scope over chunks of 16 rows, with and without room for weight gradients that wait."""
-    monkeypatch.setattr(one_pass, "CPU_DEFERRED_BYTES", budget)
+    monkeypatch.setattr(known_loss, "CPU_DEFERRED_BYTES", budget)
     # without ignored rows the chunks are where BOUNDS says
     case = long_case(dtype, ignored=0.0)
     assert_matches_reference(op, case, **with_ref(case, options))
@@ -82,8 +82,8 @@ def test_matches_reference(op, options, dtype, budget, sweeps, monkeypatch):
     one_part = op is grpo and "kl_coef" not in options or op is token_loss and "sft_weights" in options
     # a factor with a coefficient of its own for each token is no scalar of a sequence
     waits = (not row_kernels.INTERPRETED or one_part) and (op is not token_loss or "sft_entropy_coefs" in options)
-    assert ("deferred" in sweeps) == (budget > 0 and not entropy_grad and waits)
-    assert "stats_first" in sweeps or options.get("entropy_scope") == "batch"
+    assert ((When.DEFERRED, True) in sweeps) == (budget > 0 and not entropy_grad and waits)
+    assert (When.SEEN, True) in sweeps or options.get("entropy_scope") == "batch"
 
 
 @scopes
@@ -105,7 +105,7 @@ def test_frozen_part_of_a_deferred_unit(frozen, sweeps):
             is_correct=case.is_correct, cu_seqlens=BOUNDS, bias=copies["bias"],
         ).loss.backward()  # fmt: skip
         grads.append({name: x.grad for name, x in copies.items()})
-    assert grads[1][frozen] is None and "deferred" in sweeps
+    assert grads[1][frozen] is None and (When.DEFERRED, True) in sweeps
     for name in set(names) - {frozen}:
         assert torch.equal(grads[0][name], grads[1][name])
 
@@ -116,11 +116,11 @@ def test_units_cover_every_row_once(limit, even):
     """Chunks are at most ``limit`` rows, in order, and split no sequence that would fit."""
     bounds, sizes = BOUNDS.tolist(), chunked_head.Chunking(limit, limit + limit // 2, not even, even)
     for scope in ("token", "sequence", "batch"):
-        units = one_pass._units(scope, bounds, 130, sizes)
+        units = sweep._units(scope, bounds, 130, sizes)
         rows = [row for unit in units for chunk in unit for row in range(chunk.start, chunk.stop)]
         assert rows == list(range(130))
         assert all(chunk.stop - chunk.start <= limit for unit in units for chunk in unit)
         if scope == "sequence":
             assert all(unit[0].start in bounds and unit[-1].stop in bounds for unit in units)
             assert all(len(unit) == 1 or unit[-1].stop - unit[0].start > limit for unit in units)
-    assert one_pass._units("batch", None, 0, sizes) == one_pass._units("token", None, 0, sizes) == []
+    assert sweep._units("batch", None, 0, sizes) == sweep._units("token", None, 0, sizes) == []
