@@ -71,6 +71,8 @@ def formula(function: Callable[..., Any]) -> Formula:
     """Compile ``function`` for the device and attach its torch form as ``.eager``."""
     eager = types.FunctionType(function.__code__, _EAGER_NAMES, function.__name__)
     _EAGER_NAMES[function.__name__] = eager
+    # Triton's interpreter looks for its language among the globals of a device function that does not name it, too
+    function.__globals__.setdefault("tl", tl)
     device: Any = function if triton is None else triton.jit(function)
     device.eager = eager
     return cast(Formula, device)
