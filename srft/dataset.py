@@ -197,10 +197,11 @@ def _with_enough_demos(config: Config, prompts: list[Prompt]) -> tuple[list[Prom
     least = config.train.demos_per_prompt if config.method.needs_demos else 0
     enough = [p for p in prompts if len(p.demo_ids) >= least]
     lacking = len(prompts) - len(enough)
-    if lacking and config.data.bad_rows == "error":
+    if lacking and (config.data.bad_rows == "error" or not enough):
         few = next(p for p in prompts if len(p.demo_ids) < least)
         raise ValueError(
             f"train.demos_per_prompt={least}, but {few.example.id} has only {len(few.demo_ids)} "
-            f"demonstrations, as {lacking} of {len(prompts)} prompts do; lower it, or set data.bad_rows=skip"
+            f"demonstrations, as {lacking} of {len(prompts)} prompts do; lower it"
+            + (", or set data.bad_rows=skip" if enough else "")
         )
     return enough, [f"{lacking} prompts skipped that have too few demonstrations"] if lacking else []

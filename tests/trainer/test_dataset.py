@@ -1,0 +1,82 @@
+"""From the configuration to the prompts of a run: what is left out or changed on the way, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srft.config import Config
+from srft.dataset import Prompts, make_prompts, read_problems
+from srft.policy.model import load_tokenizer
+from srft.rewards.pool import RewardPool
+from tests.trainer.runs import small_config
+
+SKIP = {"data__bad_rows": "skip", "data__bad_demos": "skip", "data__overlong": "skip"}
+
+
+def sums(count: int = 20) -> list[dict[str, Any]]:
+    """Problems of which the last two are held out, each with two demonstrations."""
+    return [{"prompt": f"{a}+1=", "answer": str(a + 1), "demo": [f"#{a + 1}", f"so #{a + 1}"]} for a in range(count)]
+
+
+def config_for(folder: Path, rows: list[dict[str, Any]], **changes: object) -> Config:
+    """A small run on these rows, judged by their number."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return small_config(folder, data__train=path, reward__kind="numeric", **changes)
+
+
+def prompts_of(config: Config) -> Prompts:
+    """The prompts that a run with this configuration would have."""
+    with RewardPool("numeric", 1, 20.0) as pool:
+        return make_prompts(config, read_problems(config), load_tokenizer(config.model), pool)
+
+
+def test_nothing_is_left_out_of_good_rows(tmp_path: Path) -> None:
+    """Every row is a prompt, its demonstrations as they are; the last tenth is held out, without any."""
+    found = prompts_of(config_for(tmp_path, sums()))
+    assert [len(p.demo_ids) for p in found.train] == [2] * 18
+    assert [(p.example.id, p.demo_ids) for p in found.held_out] == [("rows.jsonl:18", []), ("rows.jsonl:19", [])]
+    assert found.note == f"18 training and 2 held-out problems from {tmp_path / 'rows.jsonl'}"
+
+
+def test_what_is_left_out_is_said_and_counted(tmp_path: Path) -> None:
+    """Answers, demonstrations and lengths, each with its number, in the order in which they are looked at."""
+    rows = sums(30)
+    rows[28]["answer"] = "none"
+    rows[1]["demo"] = ["#99", "so #98"]
+    rows[2]["demo"][0] = "#99"
+    rows[3]["prompt"] = "1+" * 40
+    rows[4]["demo"][1] = f"{'so ' * 20} #5"
+    rows[5]["demo"] = ["#6 and more"]
+    rows[29]["prompt"] = "2+" * 40
+    found = prompts_of(config_for(tmp_path, rows, rollout__stop='["and"]', **SKIP))
+    assert found.note.split(", ")[1:] == [
+        "1 rows skipped whose answer 'numeric' cannot read",
+        "1 rows skipped whose demonstration fails its verifier", "of 3 demonstrations",
+        "1 training rows skipped as too long", "1 demonstrations skipped as too long",
+        "1 held-out rows skipped as too long", "1 demonstrations that go on after a text of rollout.stop",
+    ]  # fmt: skip
+    assert [p.example.id for p in found.held_out] == ["rows.jsonl:27"]
+    assert [len(p.demo_ids) for p in found.train] == [2, 1, 1, 1, *[2] * 21]
+
+
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
+def test_more_demonstrations_than_any_prompt_has(bad_rows: str, tmp_path: Path) -> None:
+    """Then nothing is left to skip to, and the only remedy is named."""
+    config = config_for(tmp_path, sums(), train__demos_per_prompt=3, data__bad_rows=bad_rows)
+    with pytest.raises(ValueError, match=r"rows\.jsonl:0 has only 2 demonstrations, as 18 of 18 prompts do; lower it$"):
+        prompts_of(config)
+
+
+def test_prompts_with_too_few_demonstrations_can_be_skipped(tmp_path: Path) -> None:
+    """Where others have enough."""
+    rows = sums()
+    rows[4]["demo"].pop()
+    with pytest.raises(ValueError, match=r"as 1 of 18 prompts do; lower it, or set data\.bad_rows=skip$"):
+        prompts_of(config_for(tmp_path, rows, train__demos_per_prompt=2))
+    found = prompts_of(config_for(tmp_path, rows, train__demos_per_prompt=2, data__bad_rows="skip"))
+    assert len(found.train) == 17 and found.note.endswith(", 1 prompts skipped that have too few demonstrations")
