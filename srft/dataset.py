@@ -165,7 +165,7 @@ def _encoded(
 ) -> tuple[list[Prompt], list[Prompt], list[str]]:
     """Training and held-out prompts, and what was skipped or changed on the way."""
     build = partial(
-        build_prompts, prompts=prompt_format(config, tokenizer), overlong=config.data.overlong,
+        build_prompts, form=prompt_format(config, tokenizer), overlong=config.data.overlong,
         max_prompt_tokens=config.data.max_prompt_tokens, max_demo_tokens=config.rollout.max_new_tokens,
     )  # fmt: skip
     prompts, counts = build(examples)

@@ -30,7 +30,7 @@ class Prompt:
 
 def build_prompts(
     examples: Sequence[Example],
-    prompts: PromptFormat,
+    form: PromptFormat,
     *,
     max_prompt_tokens: int,
     max_demo_tokens: int | None,
@@ -40,7 +40,7 @@ def build_prompts(
 
     Args:
         examples: At least one.
-        prompts: How they are put to the policy.
+        form: How they are put to the policy.
         max_prompt_tokens: Longest prompt kept, in tokens.
         max_demo_tokens: Longest demonstration kept, in tokens, the end token included: the completion limit.
             None leaves demonstrations out.
@@ -56,10 +56,10 @@ def build_prompts(
         ValueError: With ``overlong="error"`` when any example is over a limit; when none is left; without an
             end token.
     """
-    texts = [prompts.render(example.id, example.prompt) for example in examples]
-    frames = [prompts.turn(example.prompt) for example in examples]
+    texts = [form.render(example.id, example.prompt) for example in examples]
+    frames = [form.turn(example.prompt) for example in examples]
     counts: Counter[str] = Counter(overlong_prompts=0, overlong_demos=0)
-    counts["plain_messages"] = sum(isinstance(e.prompt, list) and not prompts.uses_template(e.prompt) for e in examples)
+    counts["plain_messages"] = sum(isinstance(e.prompt, list) and not form.uses_template(e.prompt) for e in examples)
     bodies: list[str] = []
     for example, text, frame in zip(examples, texts, frames, strict=True):
         for demo in example.demos if max_demo_tokens is not None else []:
@@ -68,11 +68,11 @@ def build_prompts(
                 counts[f"{change}_thoughts"] += 1
             bodies.append(f"{frame.head}{body}{frame.tail}")
     # one call, which fast tokenizers spread over the cores: these can be hundreds of millions of tokens
-    encoded = iter(prompts.tokenizer(bodies, add_special_tokens=False)["input_ids"] if bodies else [])
+    encoded = iter(form.tokenizer(bodies, add_special_tokens=False)["input_ids"] if bodies else [])
     built: list[Prompt] = []
     longest = {"prompt": 0, "demo": 0}
     for example, text, frame in zip(examples, texts, frames, strict=True):
-        prompt_ids = prompts.encode(text, example.prompt)
+        prompt_ids = form.encode(text, example.prompt)
         shown = example.demos if max_demo_tokens is not None else []
         demo_ids = [_closed(next(encoded), frame.end) for _ in shown]
         longest["prompt"] = max(longest["prompt"], len(prompt_ids))

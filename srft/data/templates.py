@@ -255,17 +255,17 @@ def completion_text(
     return opened + (text[: min(ends)] if ends else text)
 
 
-def stop_token_ids(prompts: PromptFormat, eos: int | Sequence[int] | None, stop: Sequence[str]) -> tuple[int, ...]:
+def stop_token_ids(form: PromptFormat, eos: int | Sequence[int] | None, stop: Sequence[str]) -> tuple[int, ...]:
     """Return every token that ends a completion.
 
     Args:
-        prompts: Gives the end tokens of its tokenizer and of its chat template.
+        form: Gives the end tokens of its tokenizer and of its chat template.
         eos: ``eos_token_id`` of the model's generation_config: one, several or none.
         stop: Texts that end a completion; one that is a token added to the vocabulary counts here.
     """
-    tokenizer = prompts.tokenizer
+    tokenizer = form.tokenizer
     found = [eos] if isinstance(eos, int) else list(eos or [])
     found += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    found += [prompts.chat_turn.end] if prompts.chat_turn is not None else []
+    found += [form.chat_turn.end] if form.chat_turn is not None else []
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     return tuple(sorted({*found, *(added[words] for words in stop if words in added)}))

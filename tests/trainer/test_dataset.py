@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ def config_for(folder: Path, rows: list[dict[str, Any]], **changes: object) -> C
     return small_config(folder, data__train=path, reward__kind="numeric", **changes)
 
 
-def prompts_of(config: Config) -> Prompts:
-    """The prompts that a run with this configuration would have."""
+@pytest.fixture(scope="module")
+def prompts_of() -> Iterator[Callable[[Config], Prompts]]:
+    """What makes the prompts that a run with a configuration would have."""
     with RewardPool("numeric", 1, 20.0) as pool:
-        return make_prompts(config, read_problems(config), load_tokenizer(config.model), pool)
+        yield lambda config: make_prompts(config, read_problems(config), load_tokenizer(config.model), pool)
 
 
-def test_nothing_is_left_out_of_good_rows(tmp_path: Path) -> None:
+def test_nothing_is_left_out_of_good_rows(prompts_of: Callable, tmp_path: Path) -> None:
     """Every row is a prompt, its demonstrations as they are; the last tenth is held out, without any."""
     found = prompts_of(config_for(tmp_path, sums()))
     assert [len(p.demo_ids) for p in found.train] == [2] * 18
@@ -43,7 +45,7 @@ def test_nothing_is_left_out_of_good_rows(tmp_path: Path) -> None:
     assert found.note == f"18 training and 2 held-out problems from {tmp_path / 'rows.jsonl'}"
 
 
-def test_what_is_left_out_is_said_and_counted(tmp_path: Path) -> None:
+def test_what_is_left_out_is_said_and_counted(prompts_of: Callable, tmp_path: Path) -> None:
     """Answers, demonstrations and lengths, each with its number, in the order in which they are looked at."""
     rows = sums(30)
     rows[28]["answer"] = "none"
@@ -65,14 +67,14 @@ def test_what_is_left_out_is_said_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad_rows", ["error", "skip"])
-def test_more_demonstrations_than_any_prompt_has(bad_rows: str, tmp_path: Path) -> None:
+def test_more_demonstrations_than_any_prompt_has(prompts_of: Callable, bad_rows: str, tmp_path: Path) -> None:
     """Then nothing is left to skip to, and the only remedy is named."""
     config = config_for(tmp_path, sums(), train__demos_per_prompt=3, data__bad_rows=bad_rows)
     with pytest.raises(ValueError, match=r"rows\.jsonl:0 has only 2 demonstrations, as 18 of 18 prompts do; lower it$"):
         prompts_of(config)
 
 
-def test_prompts_with_too_few_demonstrations_can_be_skipped(tmp_path: Path) -> None:
+def test_prompts_with_too_few_demonstrations_can_be_skipped(prompts_of: Callable, tmp_path: Path) -> None:
     """Where others have enough."""
     rows = sums()
     rows[4]["demo"].pop()
