@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -251,3 +252,20 @@ def assert_matches_reference(op, case: Case, module=srft_kernels, **options) -> 
             assert_accurate(
                 name, x, gold[name], baseline[name], gradient=name in ("dhidden", "dweight", "dbias")
             )
+
+
+def grads_of(out: dict) -> list[Tensor]:
+    """The gradients of a run."""
+    return [out[name] for name in ("dhidden", "dweight", "dbias")]
+
+
+def assert_close(actual, expected, tolerance=1e-6):
+    """Relative RMS difference at most ``tolerance``; for tensors of many sums, of which some may cancel but not all."""
+    assert actual.dim() > 0
+    scale = expected.double().square().mean().sqrt().clamp(min=1e-30)
+    assert (actual.double() - expected.double()).square().mean().sqrt() / scale <= tolerance
+
+
+LOSSES = [cross_entropy, grpo, srft, token_loss, policy]
+OPS = [*LOSSES, logprobs]
+each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)

@@ -10,10 +10,9 @@ import srft_kernels
 from srft_kernels.head import chunks as chunked_head
 from srft_kernels.head import loss as known_loss
 from srft_kernels.head import sweep
-from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft, token_loss
+from tests.kernels.cases import LOSSES, grpo, logprobs, make_case, run, srft, token_loss
 
 N, V, D = SHAPE = (320, 257, 64)
-LOSSES = [cross_entropy, grpo, srft, token_loss, policy]
 
 
 def products(call) -> float:

@@ -15,6 +15,7 @@ from srft_kernels.head import sweep
 from srft_kernels.rows import gpu as row_kernels
 from tests.kernels import cases
 from tests.kernels.cases import (
+    OPS,
     assert_matches_reference,
     case_id,
     cross_entropy,
@@ -24,7 +25,6 @@ from tests.kernels.cases import (
     policy,
     run,
     srft,
-    token_loss,
 )
 from tests.kernels.device_path import device_path
 from tests.kernels.test_scopes import SCOPES, with_ref
@@ -36,7 +36,6 @@ def name_of(x):
     return x.__name__ if callable(x) else case_id(x)
 
 
-OPS = [cross_entropy, grpo, srft, token_loss, policy, logprobs]
 interpreted = pytest.mark.skipif(not row_kernels.INTERPRETED, reason="computes what the interpreter runs")
 sizes_only = pytest.mark.skipif(row_kernels.INTERPRETED, reason="computes nothing, so that once is enough")
 

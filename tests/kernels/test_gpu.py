@@ -18,10 +18,10 @@ from tests.kernels.cases import (
     assert_matches_reference,
     case_id,
     cross_entropy,
+    each_op,
     grpo,
     logprobs,
     make_case,
-    policy,
     run,
     srft,
     token_loss,
@@ -31,9 +31,6 @@ from tests.kernels.test_scopes import SCOPES, long_case, scopes, with_ref
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-each_op = pytest.mark.parametrize(
-    "op", [cross_entropy, grpo, srft, token_loss, policy, logprobs], ids=lambda op: op.__name__
-)
 
 
 def on_gpu(case: Case) -> Case:

@@ -13,19 +13,14 @@ from srft_kernels.head import gradients as head_gradients
 from tests.kernels.cases import (
     assert_matches_reference,
     case_id,
-    cross_entropy,
+    each_op,
     grpo,
     logprobs,
     make_case,
-    policy,
     run,
     srft,
-    token_loss,
 )
 from tests.numerics import assert_accurate
-
-OPS = [cross_entropy, grpo, srft, token_loss, policy, logprobs]
-each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 
 
 class NoGroup:

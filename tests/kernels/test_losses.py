@@ -11,16 +11,14 @@ from tests.kernels.cases import (
     assert_matches_reference,
     case_id,
     cross_entropy,
+    each_op,
     grpo,
-    logprobs,
     make_case,
-    policy,
     run,
     srft,
     token_loss,
 )
 
-OPS = [cross_entropy, grpo, srft, token_loss, policy, logprobs]
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"]
 
 
@@ -30,7 +28,7 @@ def workspace_bytes(request, monkeypatch):
     monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", request.param)
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@each_op
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=case_id)
 def test_shapes_and_dtypes(op, shape, dtype):
@@ -38,7 +36,7 @@ def test_shapes_and_dtypes(op, shape, dtype):
     assert_matches_reference(op, make_case(shape, dtype))
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@each_op
 @pytest.mark.parametrize(
     "options",
     [
@@ -54,7 +52,7 @@ def test_logit_options(op, options):
     assert_matches_reference(op, make_case(seed=3), **options)
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@each_op
 def test_temperature_per_token(op):
     """One temperature per token."""
     case = make_case(seed=4)

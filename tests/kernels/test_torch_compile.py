@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +14,20 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import srft_kernels
 from srft_kernels import LoraDelta, VocabParallel
-from srft_kernels.compile.schema import Schema
-from tests.kernels.cases import Case, case_id, cross_entropy, grpo, logprobs, make_case, policy, srft, token_loss
-
-each_op = pytest.mark.parametrize(
-    "op", [cross_entropy, grpo, srft, token_loss, logprobs, policy], ids=lambda op: op.__name__
+from tests.kernels.cases import (
+    OPS,
+    Case,
+    case_id,
+    cross_entropy,
+    each_op,
+    grpo,
+    logprobs,
+    make_case,
+    policy,
+    srft,
+    token_loss,
 )
+from tests.kernels.compiled import assert_as_eager, body, leaves_of, named, outcome
 
 
 @pytest.fixture(autouse=True)
@@ -30,58 +36,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def body(op: Callable, case: Case, options: dict[str, Any]) -> Callable:
-    """A small model around an op: a linear map before it, and a total that scales the loss and adds a term."""
-
-    def model(mixing: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
-        states = hidden @ mixing
-        result = op(srft_kernels, replace(case, hidden=states, weight=weight, bias=bias), **options)
-        loss = result if isinstance(result, Tensor) else result.loss
-        return -1.7 * loss + states.float().square().mean(), result
-
-    return model
-
-
-def leaves_of(case: Case) -> list[Tensor | None]:
-    """Mixing, hidden, weight and bias, which need gradients."""
-    size = case.hidden.shape[1]
-    mixing = (torch.eye(size) + 0.1).to(case.hidden.dtype)
-    inputs = [mixing, case.hidden, case.weight, case.bias]
-    return [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
-
-
-def outcome(model: Callable, case: Case) -> dict[str, Tensor]:
-    """Every value of the op and every gradient by name."""
-    leaves = leaves_of(case)
-    total, result = model(*leaves)
-    total.backward()
-    out = {"total": total.detach()}
-    if not isinstance(result, Tensor):
-        out |= {name: getattr(result, name) for name in ("logprobs", "entropy", "ratio", "clipped")}
-        out |= result.terms
-        assert not any(x.requires_grad for name, x in out.items())
-    names = ("mixing", "hidden", "weight", "bias")
-    return out | {f"d{n}": x.grad for n, x in zip(names, leaves, strict=True) if x is not None}
-
-
-def named(name: str) -> Callable[[str], str]:
-    """What a comparison says where it fails."""
-    return lambda message: f"{name}: {message}"
-
-
-def assert_as_eager(op: Callable, case: Case, *, backend: str = "aot_eager", **options: Any) -> None:
-    """Compile in one graph, and compare bit by bit; a loss that is itself compiled, by a tight tolerance."""
-    eager = outcome(body(op, case, options), case)
-    compiled = outcome(torch.compile(body(op, case, options), fullgraph=True, backend=backend), case)
-    assert eager.keys() == compiled.keys()
-    for name, x in eager.items():
-        if op is policy or backend != "aot_eager":
-            tolerance = 2e-5 if x.dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(compiled[name], x, rtol=tolerance, atol=tolerance, msg=named(name))
-        else:
-            assert torch.equal(compiled[name], x), f"{name} differs"
 
 
 @pytest.mark.parametrize(
@@ -326,7 +280,7 @@ def test_lora_and_rounded_logits(op):
 
 @pytest.mark.parametrize(
     ("op", "backend"),
-    [(op, "aot_eager") for op in (cross_entropy, grpo, srft, token_loss, logprobs, policy)] + [(logprobs, "inductor")],
+    [(op, "aot_eager") for op in OPS] + [(logprobs, "inductor")],
     ids=lambda x: x if isinstance(x, str) else x.__name__,
 )
 def test_weight_grad(op, backend):
@@ -382,63 +336,7 @@ def test_vocab_parallel(op, process_group):
     assert_as_eager(op, make_case(), vocab_parallel=VocabParallel(process_group, 0, 101))
 
 
-# --- the ops as torch sees them ---
-
-
-def op_arguments(name: str, case: Case, **options: Any) -> dict[str, Any]:
-    """Arguments of the op ``name``, after its own."""
-    # the decorator keeps the function
-    function = inspect.unwrap(getattr(srft_kernels, name))
-    given = {"hidden_states": case.hidden, "lm_head_weight": case.weight, "labels": case.labels, "bias": case.bias}
-    given |= {n: getattr(case, n) for n in ("advantages", "is_demo", "is_correct", "cu_seqlens")}
-    signature = inspect.signature(function)
-    given |= {n: case.weights for n in ("policy_weights", "sft_weights")}
-    given = {n: x for n, x in given.items() if n in signature.parameters} | options
-    bound = signature.bind(**given)
-    bound.apply_defaults()
-    return Schema(function).split(bound.arguments)
-
-
-@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_grpo_loss", "linear_srft_loss", "linear_token_loss"])
-@pytest.mark.parametrize("wants", [(True, True, True), (True, False, False), (False, False, False)])
-def test_loss_ops(name, wants):
-    """Schema, shapes and aliases of the losses, and of their twins that write to weight_grad."""
-    case = make_case()
-    ops = torch.ops.srft_kernels
-    wants = [*wants, False, False]
-    torch.library.opcheck(getattr(ops, name).default, (wants, *op_arguments(name, case).values()))
-    if wants[1]:
-        arguments = op_arguments(name, case, weight_grad=torch.zeros(case.weight.shape))
-        torch.library.opcheck(getattr(ops, name + "_into_weight_grad").default, (wants, *arguments.values()))
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_logprobs_op(frozen):
-    """The same of linear_logprobs, with its derivative."""
-    case = make_case()
-    case.hidden.requires_grad_()
-    case.weight.requires_grad_(not frozen)
-    arguments = op_arguments("linear_logprobs", case, entropy_grad=not frozen, temperature=0.7)
-    torch.library.opcheck(torch.ops.srft_kernels.linear_logprobs.default, (frozen, *arguments.values()))
-
-
-def test_logprobs_backward_op():
-    """The same of its backward."""
-    case = make_case()
-    known = torch.ops.srft_kernels.linear_logprobs(False, *op_arguments("linear_logprobs", case).values())
-    first = ([True, True, True, False, False], case.advantages, None, known)
-    ops = torch.ops.srft_kernels
-    arguments = op_arguments("linear_logprobs", case)
-    torch.library.opcheck(ops.linear_logprobs_backward.default, (*first, *arguments.values()))
-    arguments = op_arguments("linear_logprobs", case, weight_grad=torch.zeros(case.weight.shape))
-    torch.library.opcheck(ops.linear_logprobs_backward_into_weight_grad.default, (*first, *arguments.values()))
-
-
-def test_attach_op():
-    """The same of the node that attaches gradients, with its derivative."""
-    inputs = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True)]
-    totals = [torch.randn(3, 4), torch.randn(5)]
-    torch.library.opcheck(torch.ops.srft_kernels.attach.default, (torch.tensor(2.0), totals, inputs, None))
+# --- beyond the first derivative, and beyond Python's numbers ---
 
 
 @each_op

@@ -10,7 +10,7 @@ import torch
 
 import srft_kernels
 from srft_kernels import LoraDelta, _checks, reference
-from tests.kernels.cases import cross_entropy, grpo, logprobs, make_case, policy, run, srft, token_loss
+from tests.kernels.cases import cross_entropy, each_op, grpo, logprobs, make_case, policy, run, srft, token_loss
 
 CASE = make_case((8, 11, 4))
 MODULES = pytest.mark.parametrize("module", [srft_kernels, reference], ids=["op", "reference"])
@@ -24,7 +24,7 @@ class FakeDTensor(torch.Tensor):
 
 
 @MODULES
-@pytest.mark.parametrize("op", [cross_entropy, grpo, srft, token_loss, policy, logprobs], ids=lambda op: op.__name__)
+@each_op
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -50,7 +50,7 @@ def test_head_arguments(module, op, changes, message):
 
 
 @MODULES
-@pytest.mark.parametrize("op", [cross_entropy, grpo, srft, token_loss, policy, logprobs], ids=lambda op: op.__name__)
+@each_op
 @pytest.mark.parametrize(
     ("options", "message"),
     [
