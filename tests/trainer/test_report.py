@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from srft.curves import Curves, Line
 from srft.record.files import open_json_lines, write_json_line
 from srft.record.history import load_record, points, seconds_by_part
 from srft.record.log import RunLog
@@ -232,3 +233,20 @@ def test_points_skip_nulls_and_absent_keys() -> None:
 def test_time_that_no_part_explains(row: dict[str, float], other: float) -> None:
     """The rest of a step is "other", whether or not its time includes the evaluation; never below 0."""
     assert seconds_by_part(row)["other"] == pytest.approx(other)
+
+
+def test_curves_of_a_method_come_from_the_record(tmp_path: Path) -> None:
+    """A figure that a method asks for is drawn from run.json alone; its name is no path."""
+    own = Curves(name="own", title="Of its own", caption="A figure.", ylabel="nats",
+                 lines=(Line(key="loss/own", label="own", color="amber", dashed=True),))  # fmt: skip
+    with RunLog(
+        tmp_path, total_steps=2, config_text="", title="a run", resume_step=None, report=build_report, curves=[own],
+        quiet=True,
+    ) as log:  # fmt: skip
+        for step in (1, 2):
+            log.metrics({"step": step, "loss/own": 0.5})
+        log.finish({})
+    assert (tmp_path / "plots" / "own.png").exists() and (tmp_path / "plots" / "overview.png").exists()
+    assert "Of its own" in Page(tmp_path / "report.html").text
+    with pytest.raises(ValueError, match="should match pattern"):
+        Curves(name="../own", title="", caption="", ylabel="", lines=())
