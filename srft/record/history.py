@@ -141,10 +141,7 @@ def seconds_by_part(row: Mapping[str, Any]) -> dict[str, float]:
 
 def _facts(rows: Sequence[Mapping[str, Any]]) -> list[Fact]:
     facts = []
-    scored = [row for row in rows if isinstance(row.get("eval/accuracy"), int | float)]
-    if scored:
-        best = max(scored, key=lambda row: row["eval/accuracy"])
-        shown = (scored[0], best, scored[-1])
+    if shown := first_best_last(rows):
         facts.append(
             Fact("eval accuracy (at step)", *(percent(row) + f" at {row['step']}" for row in shown))
         )
@@ -163,6 +160,18 @@ def _facts(rows: Sequence[Mapping[str, Any]]) -> list[Fact]:
             top = f"{values.max():{spec}} at {steps[values.argmax()]:.0f}" if has_best else ""
             facts.append(Fact(label, f"{values[:few].mean():{spec}}", top, f"{values[-few:].mean():{spec}}"))
     return facts
+
+
+def first_best_last(rows: Rows) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]] | None:
+    """Return the rows of the first, the best and the last evaluation; None when none had an accuracy.
+
+    Args:
+        rows: Metric rows in order of step.
+    """
+    scored = [row for row in rows if isinstance(row.get("eval/accuracy"), int | float)]
+    if not scored:
+        return None
+    return scored[0], max(scored, key=lambda row: row["eval/accuracy"]), scored[-1]
 
 
 def percent(row: Mapping[str, Any]) -> str:

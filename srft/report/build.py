@@ -11,7 +11,7 @@ from pathlib import Path
 
 from srft.disk import WriteError, writing
 from srft.record.files import write_atomically
-from srft.record.history import RunRecord, interval, load_record, percent, tokens_per_second
+from srft.record.history import RunRecord, first_best_last, interval, load_record, percent, tokens_per_second
 from srft.record.text import format_count
 from srft.report import page
 
@@ -60,10 +60,8 @@ def _cards(record: RunRecord) -> list[tuple[str, str, str]]:
     """Return (label, headline, line below) of the numbers that open the page."""
     cards = []
     by_label = {fact.label: fact for fact in record.facts}
-    scored = [row for row in record.rows if isinstance(row.get("eval/accuracy"), int | float)]
-    if scored:
-        first, last = scored[0], scored[-1]
-        best = max(scored, key=lambda row: row["eval/accuracy"])
+    if shown := first_best_last(record.rows):
+        first, best, last = shown
         below = f"best {percent(best)} at step {best['step']}"
         if interval(last):
             below = f"95% interval {interval(last)}; {below}"
