@@ -27,7 +27,6 @@ FUNCTION_LINES = 80
 ROOMS = ("srft", "srft_kernels", "benchmarks", "tests")
 EXCEPTIONS = {
     "srft_kernels/compile/ops.py logprobs_op": "forward, backward and their shapes are one op, over one schema",
-    "tests/kernels/test_mutations.py": "about to be split",
     "srft_kernels/rows/gpu.py _row_kernel": "one kernel is one pass over the vocabulary; a part of it has no name",
 }
 
