@@ -196,7 +196,7 @@ class StreamArguments(NamedTuple):
             )
         if self.policy == "gspo":
             check_cu_seqlens(self.cu_seqlens, labels.numel(), 'policy="gspo"')
-        if self.entropy_scope == "sequence":
+        if self.mean_over() == "sequence":
             check_cu_seqlens(self.cu_seqlens, labels.numel(), 'entropy_scope="sequence"')
 
     def mean_over(self) -> str:

@@ -167,6 +167,23 @@ def test_srft_presets_by_hand(preset):
     assert terms["sum_entropy_rollout"] == pytest.approx(2 * ENTROPY, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("preset", "gamma", "shaped"),
+    [("paper", None, 0.25), ("upt", None, 0.25 / 0.35), ("upt", 0.0, 0.25), ("paper", 0.3, 0.25 / 0.55)],
+)
+def test_demo_gamma_by_hand(preset, gamma, shaped):
+    """None is the value of the preset, 0 no shaping, and anything else is in its place."""
+    true, false = torch.tensor([True]), torch.tensor([False])
+    result = reference.linear_srft_loss(
+        *two_tokens([0]), torch.tensor([0.7], dtype=torch.float64), is_demo=true, is_correct=false, cu_seqlens=None,
+        entropy_scope="token", preset=preset, demo_gamma=gamma, token_weights=torch.tensor([0.5]).double(),
+        sft_weights=torch.tensor([-3.0]).double(), num_demo_tokens=2, num_rollout_tokens=1,
+    )  # fmt: skip
+    assert result.terms["demo_rl"].item() == pytest.approx(-0.7 * shaped * 0.5 / 2, abs=1e-12)
+    # weights of its own in place of those of the token
+    assert result.terms["demo_sft"].item() == pytest.approx(-3.0 * 0.5 * math.exp(-ENTROPY) * -LOG_P[0] / 2, abs=1e-12)
+
+
 @pytest.mark.parametrize("factor", ["one", "p", "p(1-p)"])
 def test_token_loss_by_hand(factor):
     """Every term of a token with p = 1/4, an advantage of -0.6 and a ratio of 1.1."""
