@@ -181,6 +181,26 @@ def test_srft_coefficients_of_zero():
             assert all(torch.isfinite(x).all() for x in finite)
 
 
+def test_srft_log_likelihood_of_weight_zero_is_out():
+    """sft_weights of 0 keep out a label of probability 0; beside a token_weights of 0 they may be anything."""
+    case = small_case(bias=torch.zeros(33))
+    case.bias[5] = -INF
+    case.labels[3], case.is_demo[3] = 5, True
+    sft_weights = case.weights.clone()
+    for options in ({}, {"entropy_scope": "token", "preset": "upt"}, {"entropy_scope": "batch"}):
+        for module in (srft_kernels, reference):
+            assert torch.isinf(run(srft, module, case, sft_weights=sft_weights, **options)["loss"])
+            sft_weights[3] = 0.0
+            out = run(srft, module, case, sft_weights=sft_weights, **options)
+            assert all(torch.isfinite(x).all() for name, x in out.items() if name == "loss" or name[0] == "d")
+            token_weights = at_out(case.weights, 0.0)
+            given = {"token_weights": token_weights, "num_demo_tokens": 11, "num_rollout_tokens": 9, **options}
+            expected = run(srft, module, case, sft_weights=sft_weights, **given)
+            actual = run(srft, module, case, sft_weights=at_out(sft_weights, NAN), **given)
+            assert all(torch.equal(actual[name], x) for name, x in expected.items())
+            sft_weights[3] = 1.0
+
+
 @pytest.mark.parametrize("old", [-INF, -1e4, 1e4], ids=str)
 @each_loss_type
 def test_ratio_of_a_live_token_is_bounded(loss_type, old):
