@@ -88,12 +88,13 @@ class TokenObjective:
         """The scalars [] of ``parts`` from logp and entropy of ``rows``, which are a whole scope."""
         raise AssertionError("only a scope of several tokens has scalars")
 
-    def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
-        return self.inputs[:, rows]
+    def _inputs(self, entropy: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        """Inputs of the formula at ``rows``, with what their ``entropy`` [n] decides where they are a whole scope."""
+        return tuple(self.inputs[:, rows])
 
     def coefficients(self, logp: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Derivatives of the loss by logp and entropy of ``rows``; None for no entropy gradient."""
-        inputs = self._inputs(logp, entropy, rows)
+        inputs = self._inputs(entropy, rows)
         _, dlogp, dentropy, _, _ = self.formula.eager(logp, entropy, *inputs, *self.params)
         return dlogp, dentropy if self.entropy_grad else None
 

@@ -165,9 +165,12 @@ class GrpoObjective(TokenObjective):
 
     params: GrpoNumbers
 
+    def _token(self, rows: slice) -> GrpoInputs:
+        return GrpoInputs(*self.inputs[:, rows])
+
     def _log_ratio(self, logp: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """See ``policy_log_ratio``."""
-        token, number = GrpoInputs(*self.inputs[:, rows]), self.params
+        token, number = self._token(rows), self.params
         return policy_log_ratio(
             logp, token.advantage, token.old_logp, token.rollout_weight, number.off_policy, number.max_log_ratio,
             self.valid[rows], local_offsets(self.offsets, rows) if self.scope == "sequence" else None,
@@ -178,18 +181,18 @@ class GrpoObjective(TokenObjective):
         if self.scope == "token":
             return super().coefficients(logp, entropy, rows)
         dlogp = self._sequence_derivative(logp, rows) + self._kl_derivative(logp, rows)
-        return dlogp, -self.inputs[0, rows] * self.params.entropy_coef if self.entropy_grad else None
+        return dlogp, -self._token(rows).weight * self.params.entropy_coef if self.entropy_grad else None
 
     def _sequence_derivative(self, logp: Tensor, rows: slice) -> Tensor:
         """Derivative of the policy term by each logp: one number a sequence, 0 at tokens that do not move."""
-        token = GrpoInputs(*self.inputs[:, rows])
+        token = self._token(rows)
         log_ratio, heard_of, factor = self._log_ratio(logp, rows)
         dpolicy = sequence_derivative(self.formula.chosen, log_ratio, token.advantage, *self.params.bounds)
         share = weighted.eager(token.weight * factor, dpolicy)
         return shared_by_sequence(share, heard_of, logp, local_offsets(self.offsets, rows))
 
     def _kl_derivative(self, logp: Tensor, rows: slice) -> Tensor:
-        token, number = GrpoInputs(*self.inputs[:, rows]), self.params
+        token, number = self._token(rows), self.params
         dkl = k3.eager(logp, log_ratio_if.eager(number.with_ref, token.ref_logp, logp), number.max_log_ratio)[1]
         return weighted.eager(token.weight, number.kl_coef * dkl)
 

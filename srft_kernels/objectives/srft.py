@@ -213,13 +213,11 @@ class SrftObjective(TokenObjective):
     params: SrftNumbers
     is_demo: Tensor = field(kw_only=True)
 
-    def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
-        # the last input, scope_entropy, is known only now
-        inputs = self.inputs[:, rows]
+    def _inputs(self, entropy: Tensor, rows: slice) -> SrftInputs:
+        token = SrftInputs(*self.inputs[:, rows])
         if self.scope == "token":
-            return inputs
-        mean = scope_mean(entropy, self.valid[rows], self.scope, self.offsets, rows)
-        return torch.cat([inputs[:-1], mean[None]])
+            return token
+        return token._replace(scope_entropy=scope_mean(entropy, self.valid[rows], self.scope, self.offsets, rows))
 
     @property
     def deferred(self) -> int:
@@ -250,11 +248,11 @@ class SrftObjective(TokenObjective):
 
     def scalars(self, logp: Tensor, entropy: Tensor, rows: slice) -> list[Tensor]:
         """See TokenObjective; logp and entropy of ``rows``, which are one sequence, or all."""
-        return list(self._weights(SrftInputs(*self._inputs(logp, entropy, rows)).scope_entropy[0]))
+        return list(self._weights(self._inputs(entropy, rows).scope_entropy[0]))
 
     def evaluate(self, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """See TokenObjective; from logp and entropy of all rows."""
-        token, number = SrftInputs(*self._inputs(logp, entropy, slice(0, logp.numel()))), self.params
+        token, number = self._inputs(entropy, slice(0, logp.numel())), self.params
         h = token.scope_entropy + number.own_entropy * entropy
         log_ratio = log_ratio_if.eager(number.off_policy, logp, token.old_logp)
         is_demo, is_rollout = self.is_demo & self.valid, ~self.is_demo & self.valid

@@ -299,12 +299,11 @@ class StreamObjective(TokenObjective):
     has_fixed: bool = True
     fixed_waits: bool = True
 
-    def _inputs(self, logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
-        inputs = self.inputs[:, rows]
+    def _inputs(self, entropy: Tensor, rows: slice) -> StreamInputs:
+        token = StreamInputs(*self.inputs[:, rows])
         if self.mean_over in ("token", "given"):
-            return inputs
-        mean = scope_mean(entropy, self.valid[rows], self.mean_over, self.offsets, rows)
-        return torch.cat([inputs[:-1], mean[None]])
+            return token
+        return token._replace(scope_entropy=scope_mean(entropy, self.valid[rows], self.mean_over, self.offsets, rows))
 
     def _offsets(self, rows: slice) -> Tensor | None:
         return local_offsets(self.offsets, rows) if self.sequence_policy else None
@@ -322,7 +321,7 @@ class StreamObjective(TokenObjective):
 
     def _terms(self, logp: Tensor, entropy: Tensor, rows: slice, policy: _Policy) -> _Terms:
         """Every term of ``rows``, which are whole scopes."""
-        token, number = StreamInputs(*self._inputs(logp, entropy, rows)), self.params
+        token, number = self._inputs(entropy, rows), self.params
         terms = stream_terms.eager(
             logp, entropy, policy.term, policy.dterm, token.policy_weight, token.sft_weight, token.shaped_weight,
             token.kl_weight, token.entropy_weight, token.advantage, token.ref_logp, token.policy_entropy_coef,
