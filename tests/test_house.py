@@ -13,6 +13,7 @@ An exception stands in `EXCEPTIONS` with its reason, and goes when it is no long
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,21 @@ def test_kernels_need_torch_and_triton_alone() -> None:
         if name.partition(".")[0] not in allowed
     }
     assert not others
+
+
+def test_the_map_in_the_readme_is_of_this_house() -> None:
+    """It names every room, every file beside the rooms, and nothing that is not there."""
+    drawn = (ROOT / "README.md").read_text().partition("\n## Files\n")[2].split("```")[1]
+    named = set(re.findall(r"[\w/]+(?:\.py|/)(?= |:|;|,|\n)", drawn))
+    there = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for package in ("srft", "srft_kernels")
+        for path in (ROOT / package).iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    } - {"__init__.py"}
+    assert named >= there, f"not on the map: {sorted(there - named)}"
+    strangers = {n for n in named if not ((ROOT / n).exists() or any(f for r in ROOMS for f in (ROOT / r).rglob(n)))}
+    assert not strangers, f"on the map alone: {sorted(strangers)}"
 
 
 def test_make_lint_checks_order_and_sizes() -> None:
