@@ -79,8 +79,9 @@ def linear_token_loss(
     sequence, unless its own is NaN or not within the bound. To leave a token out of everything give it the label
     ``ignore_index``. A log-ratio stays within ``max_log_ratio``, as in ``linear_grpo_loss``.
 
-    It costs 6NDV, 4NDV with a frozen head. Factors whose H is a mean over a sequence longer than a chunk of logits, or
-    over the batch, need its logits twice, but for the last chunk's: up to 8NDV. ``batch_entropy`` spares that.
+    It costs 6NDV, 4NDV with a frozen head. Where a gradient depends on a sequence longer than a chunk of logits (gspo,
+    factors of its mean H) or on the batch, logits are computed twice, but for the last chunk's: up to 8NDV. On a CPU
+    gspo goes without, unless factors of the log-likelihood depend on H; ``batch_entropy`` spares the factors it.
 
     Args:
         hidden_states: [N, D], see ``linear_logprobs``, as for every argument that is not described here.
