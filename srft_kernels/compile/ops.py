@@ -132,7 +132,7 @@ def loss_op(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make the loss of ``record``, whose terms a graph must know before there is a loss, a node.
 
-    ``unreduced`` is traced in the function's place for its reduction "none".
+    ``unreduced``, of its arguments by name, is traced in its place for the reduction "none".
     """
     terms = record.terms
 
@@ -168,7 +168,7 @@ def loss_op(
 
         def traced(values: dict[str, Any]) -> Any:
             if unreduced is not None and values["reduction"] == "none":
-                return unreduced(**values)
+                return unreduced(values)
             parts = schema.split(values)
             wants = _wants(parts)
             # torch 2.11 compiles no index that is a bool
@@ -196,8 +196,9 @@ def logprobs_op(function: Callable[P, R]) -> Callable[P, R]:
     def head_of(flat: Sequence[Any]) -> tuple[Any, Any, Any]:
         values = schema.join(schema.named(flat))
         del values["entropy_grad"]
-        options = HeadOptions(*(values.pop(name) for name in HeadOptions._fields))
-        return make_head(**values, options=options)
+        if "options" not in values:
+            values["options"] = HeadOptions(*(values.pop(name) for name in HeadOptions._fields))
+        return make_head(**values)
 
     @torch.no_grad()
     def forward(frozen: bool, *flat: Any) -> list[Tensor]:

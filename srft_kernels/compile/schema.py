@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..types import HeadOptions
+
 # torch has one table of ops for a process, and a copy of this package must not take the place of its original
 NAMESPACE = __name__.rsplit(".", 2)[0].replace(".", "_")
 # a captured graph would keep the workspace of logits, and the numbers that come from the host
@@ -25,6 +27,7 @@ class Argument:
     A number that is or may be a float, or that may be a tensor, becomes a 0-d float64 tensor on the CPU, which
     holds it exactly: a graph is compiled again for each value of a float, but not of a tensor. What may be a
     number or a string becomes an argument for each; a named tuple, one for each field; a process group, its name.
+    The fields of HeadOptions have the names that they have as arguments of a public op.
     """
 
     name: str
@@ -42,7 +45,8 @@ class Argument:
         fields: tuple[Argument, ...] = ()
         if issubclass(members[0], tuple):
             inner = typing.get_type_hints(members[0])
-            fields = tuple(Argument.of(f"{name}_{field}", x, optional) for field, x in inner.items())
+            prefix = "" if members[0] is HeadOptions else f"{name}_"
+            fields = tuple(Argument.of(f"{prefix}{field}", x, optional) for field, x in inner.items())
         return Argument(name, tuple(kinds), optional, fields)
 
     def parts(self) -> dict[str, Any]:
@@ -74,7 +78,7 @@ class Argument:
         """Inverse of ``split``, in the op; takes its arguments from ``rest``."""
         if self.fields:
             values = [field.join(rest) for field in self.fields]
-            return None if values[0] is None else self.kinds[0](*values)
+            return None if self.optional and values[0] is None else self.kinds[0](*values)
         value: Any = next((x for x in [next(rest) for _ in self.kinds] if x is not None), None)
         if self.kinds[0] is dist.ProcessGroup and value is not None:
             return dist.distributed_c10d._resolve_process_group(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,68 +25,49 @@ def smoothed_logprobs(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
     labels: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    logit_softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    lora: LoraDelta | None,
-    vocab_parallel: VocabParallel | None,
-    weight_grad: Tensor | None,
-    logits_dtype: torch.dtype | None,
+    options: HeadOptions,
     label_smoothing: float,
     z_loss_coef: float,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The negative loss of each token, [N], in place of its log-probability; the second result means nothing.
 
-    hidden_states, lm_head_weight, labels, bias, temperature, logit_softcap, logit_scale, ignore_index, lora,
-    vocab_parallel, weight_grad, logits_dtype, label_smoothing, z_loss_coef: as in ``linear_cross_entropy``.
+    hidden_states, lm_head_weight, labels, label_smoothing, z_loss_coef: as in ``linear_cross_entropy``.
+    options: Its last arguments.
     entropy_grad: False.
     """
-    options = HeadOptions(
-        bias, temperature, logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, weight_grad, logits_dtype
-    )
     inputs, head, tokens = make_head(hidden_states, lm_head_weight, labels, options, label_smoothing, z_loss_coef)
-    return differentiable_logprobs(inputs, head, tokens, weight_grad, entropy_grad)
+    return differentiable_logprobs(inputs, head, tokens, options.weight_grad, entropy_grad)
 
 
 def token_cross_entropy(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    labels: Tensor,
-    *,
-    num_tokens: int | Tensor | None,
-    label_smoothing: float,
-    z_loss_coef: float,
-    token_weights: Tensor | None,
-    reduction: str,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    logit_softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    lora: LoraDelta | None,
-    vocab_parallel: VocabParallel | None,
-    weight_grad: Tensor | None,
-    logits_dtype: torch.dtype | None,
+    hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, own: CrossEntropyArguments, options: HeadOptions
 ) -> Tensor:
-    """``linear_cross_entropy`` with reduction "none"; traced under torch.compile."""
-    CrossEntropyArguments(num_tokens, label_smoothing, z_loss_coef, token_weights, reduction).check(labels)
+    """``linear_cross_entropy`` with reduction "none", of arguments that fit together; traced under torch.compile.
+
+    hidden_states, lm_head_weight, labels: as there.
+    own: Its arguments that no other op has.
+    options: Its last arguments.
+    """
+    kept = taking_part(labels, own.token_weights, options.ignore_index)
     negative, _ = smoothed_logprobs(
-        hidden_states, lm_head_weight, taking_part(labels, token_weights, ignore_index),
-        bias=bias, temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale,
-        ignore_index=ignore_index, lora=lora, vocab_parallel=vocab_parallel, weight_grad=weight_grad,
-        logits_dtype=logits_dtype, label_smoothing=label_smoothing, z_loss_coef=z_loss_coef,
-    )  # fmt: skip
-    if token_weights is None:
+        hidden_states, lm_head_weight, kept, options, own.label_smoothing, own.z_loss_coef
+    )
+    if own.token_weights is None:
         return -negative
-    weights = torch.where(labels == ignore_index, 0.0, token_weights.detach().to(negative.dtype))
+    weights = torch.where(labels == options.ignore_index, 0.0, own.token_weights.detach().to(negative.dtype))
     return -weights * negative
 
 
-@loss_op(CROSS_ENTROPY, unreduced=token_cross_entropy)
+def _traced_token_cross_entropy(values: dict[str, Any]) -> Tensor:
+    """The same of the arguments of ``linear_cross_entropy`` by name."""
+    own = CrossEntropyArguments(*(values[name] for name in CrossEntropyArguments._fields))
+    own.check(values["labels"])
+    options = HeadOptions(*(values[name] for name in HeadOptions._fields))
+    return token_cross_entropy(values["hidden_states"], values["lm_head_weight"], values["labels"], own, options)
+
+
+@loss_op(CROSS_ENTROPY, unreduced=_traced_token_cross_entropy)
 def linear_cross_entropy(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -143,18 +126,13 @@ def linear_cross_entropy(
 
     Eager twin: ``reference.linear_cross_entropy``.
     """
-    CrossEntropyArguments(num_tokens, label_smoothing, z_loss_coef, token_weights, reduction).check(labels)
-    if reduction == "none":
-        return token_cross_entropy(
-            hidden_states, lm_head_weight, labels, num_tokens=num_tokens, label_smoothing=label_smoothing,
-            z_loss_coef=z_loss_coef, token_weights=token_weights, reduction=reduction, bias=bias,
-            temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale,
-            ignore_index=ignore_index, lora=lora, vocab_parallel=vocab_parallel, weight_grad=weight_grad,
-            logits_dtype=logits_dtype,
-        )  # fmt: skip
+    own = CrossEntropyArguments(num_tokens, label_smoothing, z_loss_coef, token_weights, reduction)
+    own.check(labels)
     options = HeadOptions(
         bias, temperature, logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, weight_grad, logits_dtype
     )
+    if reduction == "none":
+        return token_cross_entropy(hidden_states, lm_head_weight, labels, own, options)
     kept = taking_part(labels, token_weights, ignore_index)
     inputs, head, tokens = make_head(hidden_states, lm_head_weight, kept, options, label_smoothing, z_loss_coef)
     dtype = compute_dtype(hidden_states.dtype)
