@@ -65,7 +65,7 @@ def prepared(config: Config) -> Iterator[Run]:
     What ends the body closes all that was opened; a signal saves the last whole step first.
 
     Args:
-        config: From ``config.load_config``.
+        config: From ``options.load_config``.
 
     Raises:
         ValueError: For anything wrong with the options or the data, before a model is loaded.

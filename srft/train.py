@@ -31,7 +31,7 @@ def fit(config: Config) -> None:
     """Train: prompts, rollouts, rewards, advantages, packed fused loss, update, weights to the engine, log.
 
     Args:
-        config: From ``config.load_config``.
+        config: From ``options.load_config``.
 
     Raises:
         ValueError: For anything wrong with the options or the data, before a model is loaded.

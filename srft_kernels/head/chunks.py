@@ -66,7 +66,7 @@ class HeadRows(NamedTuple):
         inv_temperature = None if self.inv_temperature is None else self.inv_temperature[rows]
         return self._replace(hidden=hidden, labels=labels, inv_temperature=inv_temperature)
 
-    def rows(self, grad_scale: float = 1.0) -> RowArguments:
+    def row_arguments(self, grad_scale: float = 1.0) -> RowArguments:
         """The part of the arguments that the row kernel needs."""
         return RowArguments(
             self.labels, self.inv_temperature, self.bias, self.softcap, self.ignore_index,
@@ -342,8 +342,8 @@ def project(head: HeadRows, space: Tensor) -> Tensor:
 def row_stats(head: HeadRows, scores: Tensor, overwrite: bool) -> Stats:
     """Statistics of whole rows from the scores of this rank's columns, [C, V]; see the backends' ``stats``."""
     if head.vocab_parallel is None:
-        return rows_backend(scores).stats(scores, head.rows(), overwrite)
-    rows, stats = head.rows()._replace(smoothing=None), rows_backend(scores).stats
+        return rows_backend(scores).stats(scores, head.row_arguments(), overwrite)
+    rows, stats = head.row_arguments()._replace(smoothing=None), rows_backend(scores).stats
     known = merge(stats(scores, rows, overwrite=False), head.labels >= 0, head.vocab_parallel)
     if head.smoothing is None:
         return known

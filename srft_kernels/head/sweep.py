@@ -107,7 +107,7 @@ def sweep(
                 if one_launch and isinstance(loss, TokenObjective):
                     assert gathered is not None
                     stats, dscores = row_kernels.objective_gradient(
-                        scores, part.rows(1 / alpha), loss.formula, loss.inputs[:, rows], loss.params,
+                        scores, part.row_arguments(1 / alpha), loss.formula, loss.inputs[:, rows], loss.params,
                         loss.entropy_grad, gathered.memory(rows),
                     )  # fmt: skip
                     known.put(rows, stats)
@@ -126,7 +126,7 @@ def sweep(
                         assert isinstance(loss, TokenObjective)
                         parts = Parts(*loss.parts(logp[own], rows))
                     dscores = backend.gradient(
-                        scores, part.rows(1.0 if parts else 1 / alpha), live.of(known.at(rows)),
+                        scores, part.row_arguments(1.0 if parts else 1 / alpha), live.of(known.at(rows)),
                         *live.of(coefficients.at(own)), is_new and overwrite, gathered.memory(rows),
                     )  # fmt: skip
                 gathered.add(part, dscores, rows, live, parts)
