@@ -83,7 +83,7 @@ def shaping(gamma: float | None) -> tuple[float, float]:
     return (1.0, gamma) if gamma else (0.0, 1.0)
 
 
-# --- ratios: max_log_ratio bounds them above and below, and a ratio at a bound does not move with logp ---
+# ratios: max_log_ratio bounds them above and below, and a ratio at a bound does not move with logp
 
 
 @formula
@@ -115,7 +115,7 @@ def still(logp, log_ratio, max_log_ratio):
     return beyond(log_ratio, max_log_ratio) | (logp < -1e30)
 
 
-# --- policy terms: (loss, dloss/dlogp, ratio, clipped); log_ratio is logp - old_logp, or its sequence mean
+# policy terms: (loss, dloss/dlogp, ratio, clipped); log_ratio is logp - old_logp, or its sequence mean
 # (GSPO) ---
 
 
@@ -193,7 +193,7 @@ def fixed_factor(entropy_coef, weight_entropy, logp, by_p, by_rest):
     return tl.exp(weighted(entropy_coef, weight_entropy)) * (1.0 - by_p + by_p * p * (1.0 - by_rest * p))
 
 
-# --- SRFT terms ---
+# SRFT terms
 
 
 @formula

@@ -1,4 +1,4 @@
-"""The house keeps its order: what imports what, and how long a file and a function may be.
+"""The house keeps its order: what imports what, how long a file and a function may be, what the README draws.
 
 Of imports, pyproject.toml has the contracts, which lint-imports checks; here each of them is broken on purpose.
 Sizes are counted so:
@@ -61,6 +61,18 @@ def test_what_is_too_long_is_told(tmp_path: Path) -> None:
         "srft/gone.py needs no exception",
         "srft/parts.py f needs no exception",
     ]
+
+
+def test_no_comment_is_a_banner() -> None:
+    """A heading is a comment like any other."""
+    banners = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*.py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.match(r"\s*#\s*[-=#*~]{3}", line)
+    ]
+    assert not banners
 
 
 def test_kernels_need_torch_and_triton_alone() -> None:

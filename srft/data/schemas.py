@@ -54,7 +54,7 @@ class Schema:
     identity: Callable[[Row], Any] | None = None
 
 
-# ---- what a layout makes of its columns ----
+# what a layout makes of its columns
 
 
 def _after_hashes(answer: Any, row: Row) -> str | None:
@@ -91,7 +91,7 @@ def _countdown_problem(row: Row) -> Any:
     return [sorted(map(str, nums)) if isinstance(nums, list | tuple) else nums, row["target"]]
 
 
-# ---- the layouts, of which the first that fits counts ----
+# the layouts, of which the first that fits counts
 
 SCHEMAS = (
     # verl's layout; OpenR1-Math and LUFFY keep worked answers in target, verl's GSM8K in extra_info

@@ -87,7 +87,7 @@ def test_two_scales_are_refused():
         logit_options(config)
 
 
-# --- what becomes of a model's lm_head ---
+# what becomes of a model's lm_head
 
 
 def granite(*, tied: bool = False) -> transformers.PreTrainedModel:

@@ -96,7 +96,7 @@ def test_denominator_tensor():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-# --- graphs ---
+# graphs
 
 
 @each_op
@@ -166,7 +166,7 @@ def test_function_itself_compiles():
     assert torch.equal(result.loss, eager.loss)
 
 
-# --- what is wanted ---
+# what is wanted
 
 
 @each_op
@@ -254,7 +254,7 @@ def test_user_loss_must_be_a_scalar():
         torch.compile(model, fullgraph=True, backend="aot_eager")(case.hidden)
 
 
-# --- options of the head ---
+# options of the head
 
 
 @pytest.mark.parametrize("op", [grpo, logprobs], ids=lambda op: op.__name__)
@@ -336,7 +336,7 @@ def test_vocab_parallel(op, process_group):
     assert_as_eager(op, make_case(), vocab_parallel=VocabParallel(process_group, 0, 101))
 
 
-# --- beyond the first derivative, and beyond Python's numbers ---
+# beyond the first derivative, and beyond Python's numbers
 
 
 @each_op

@@ -22,7 +22,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-# ---- schemas ----
+# schemas
 
 GSM8K_ROW = {"question": "What is 48/2?", "answer": "It is 48/2 = <<48/2=24>>24 clips.\n#### 24"}
 OPENR1_ROW = {
@@ -123,7 +123,7 @@ def test_columns_map_wins_over_the_schema(tmp_path: Path) -> None:
     assert (loaded.answer, (loaded.demos or [None])[0]) == ("24", "by <<hand>> 24")
 
 
-# ---- what a user can get wrong ----
+# what a user can get wrong
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def rows_of(source: Path | str, split: str = "train", limit: int | None = None) 
     return [row for _, row in read_files(str(source), split, limit)]
 
 
-# ---- read ----
+# read
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_csv_fields_may_be_long_and_hold_anything(tmp_path: Path) -> None:
         load_examples(str(tmp_path / "b.csv"))
 
 
-# ---- folders and globs ----
+# folders and globs
 
 
 def test_shards_of_a_folder_and_of_a_glob(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_what_is_taken_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load_examples("nothing/*.jsonl")
 
 
-# ---- what cannot be read ----
+# what cannot be read
 
 
 def cut(content: bytes) -> bytes:

@@ -37,7 +37,7 @@ def rendered(tokenizer: PreTrainedTokenizerFast, prompt: Any = "2+3=", **options
     return PromptFormat(tokenizer, **options).render("t:0", prompt)
 
 
-# ---- templates ----
+# templates
 
 
 def test_plain_prompt_is_taken_as_it_is() -> None:
@@ -179,7 +179,7 @@ def test_real_chat_template() -> None:
     assert text_of(tokenizer, prompt.demo_ids[0]) == "5<|im_end|>"
 
 
-# ---- thoughts ----
+# thoughts
 
 
 @pytest.mark.parametrize("thoughts", ["text", "token", "special"])
@@ -248,7 +248,7 @@ def test_nothing_after_a_stop_text_is_judged() -> None:
     assert completion_text(tokenizer, ids, "", ("</answer>", "c")) == "a</answer>"
 
 
-# ---- limits ----
+# limits
 
 
 def test_build_prompts_skips_and_counts_overlong_examples() -> None:

@@ -202,7 +202,7 @@ def test_unreadable_answers_are_named() -> None:
         assert check_answers(examples, pool) == {}
 
 
-# ---- whole runs ----
+# whole runs
 
 
 def rows_file(folder: Path, answers: list[str]) -> Path:

@@ -29,7 +29,7 @@ def load(folder: Path, *rows: dict[str, Any], **options: Any) -> list[Example]:
     return load_examples(str(path), **options)
 
 
-# ---- the last turn of the assistant ----
+# the last turn of the assistant
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_text_that_only_looks_like_json_stays_text(tmp_path: Path, prompt: str) 
     assert example.prompt == prompt
 
 
-# ---- several demonstrations ----
+# several demonstrations
 
 
 def test_generations_are_several_demonstrations(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_generations_are_several_demonstrations(tmp_path: Path) -> None:
     assert load(tmp_path, row, columns=columns)[0].demos == ["#1", "so #1"]
 
 
-# ---- what judges ----
+# what judges
 
 
 def verl_row(instruction: str, gold: Any = "18") -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_long_completions_are_read_in_one_pass(text: str) -> None:
     assert read_quantity(text) is None
 
 
-# ---- numbers, by their properties ----
+# numbers, by their properties
 
 FORMS = [
     "{n}/{d}", "$\\frac{{{n}}}{{{d}}}$", "\\dfrac{{{n}}}{{{d}}}", " {n} / {d} ", "({n}/{d})", "x = {n}/{d}",
@@ -187,7 +187,7 @@ def test_mixed_numbers_are_sums(whole: int, top: int, bottom: int) -> None:
     assert (negative and negative.value) == (-whole - Fraction(top, bottom) if top < bottom else None)
 
 
-# ---- real data ----
+# real data
 
 
 def answers_of(file: str) -> list[str]:

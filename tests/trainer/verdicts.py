@@ -14,7 +14,7 @@ import numpy as np
 
 Row = tuple[Any, str, int | None]
 
-# ---- numeric: what is in the box ----
+# numeric: what is in the box
 NUMERIC_BOXED: list[Row] = [
     # exact reading: no digit is lost and none is passed over
     ("5e-05", "5", 0), ("5e-05", "0.00005", 1), ("5e-05", r"5\times10^{-5}", 1), (5e-05, "0.00005", 1),
@@ -66,7 +66,7 @@ NUMERIC_BOXED: list[Row] = [
     ("1/0", "1", None), ("May 5, 2020", "5", None),
 ]  # fmt: skip
 
-# ---- numeric: whole completions ----
+# numeric: whole completions
 NUMERIC: list[Row] = [
     ("18", "#### 18", 1), ("18", "so 18\n#### 19", 0), ("18", "#### 18 or 19", 0),
     ("18", "## Step 18\nThe total is 20.", 0), ("20", "## Step 2\nThe total is 20.", 1),
@@ -111,7 +111,7 @@ NUMERIC: list[Row] = [
     ("5", "5 mod 7", 0), ("5", "five", 0),
 ]  # fmt: skip
 
-# ---- exact ----
+# exact
 EXACT: list[Row] = [
     ("8", "#8", 1), ("8", "8.0", 1), ("8.0", "8", 1), (8.0, "8", 1), (8.0, "8.0", 1), (8, "8", 1), ("8", "#8.5", 0),
     (True, "true", 1), (True, "True", 1), ("True", "true", 1), (True, "1", 0), (False, "false", 1),
@@ -127,7 +127,7 @@ EXACT: list[Row] = [
     (2.0**53, "9007199254740992", 1), (1e20, "100000000000000000000", 1), (-0.5, "-0.5", 1),
 ]  # fmt: skip
 
-# ---- the same answer in every type a column can have, and what is said ----
+# the same answer in every type a column can have, and what is said
 EIGHTEEN = [
     "18", 18, 18.0, b"18", [18], (18.0,), ["18"], np.int64(18), np.float32(18), np.array([18]), Decimal("18.0"),
     Fraction(18),
@@ -137,7 +137,7 @@ TYPES: list[tuple[list[Any], str, int]] = [
     (EIGHTEEN, "18", 1), (EIGHTEEN, "1", 0), (SMALL, "0.00001", 1), (SMALL, "1", 0), (SMALL, "0.0001", 0),
 ]  # fmt: skip
 
-# ---- math: what is in the box ----
+# math: what is in the box
 MATH_BOXED: list[Row] = [
     # equal only after rounding is not equal
     (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}", 0), (r"1/2^{99}", r"1/2^{98}", 0),
@@ -302,7 +302,7 @@ MATH_BOXED: list[Row] = [
     ("we show that there is no such number in the end", "x", None),
 ]  # fmt: skip
 
-# ---- math: what 5 is, and what 5 is not ----
+# math: what 5 is, and what 5 is not
 FIVE = [
     r"5\degree", r"5{\rm cm}", r"5 {\rm\ cm}", r"5 \approx 5.0001", "+5", r"5 \quad", "|5|", r"\lceil 5\rceil",
     r"\lceil 4.5 \rceil", "(5)", "((5))", "5x^0", "-5i^2", r"5\cos 0", r"5\ln e", r"\min(5,6)", r"\gcd(5,10)",
@@ -327,7 +327,7 @@ NOT_FIVE = [
     "5+10^{-9}", "(,5)", r"\boxed{5} \boxed{6}", "$5$ or $6$", "$5$, $6$",
 ]  # fmt: skip
 
-# ---- right answers that earn nothing, and why ----
+# right answers that earn nothing, and why
 # a base is part of a number: "2516" for 2516_8 is another number, though a problem may have said "in base 8"
 # "13th" and "13 (thirteen)" say more than a number; what is said beside it is not weighed
 # an integral is not worked out: it may take for ever
@@ -335,7 +335,7 @@ FALSE_NEGATIVES: list[Row] = [
     ("2516_8", "2516", 0), ("13", "13 (thirteen)", 0), (r"\frac{1}{2}", r"\int_0^1 x \, dx", 0),
 ]  # fmt: skip
 
-# ---- math: whole completions ----
+# math: whole completions
 MATH: list[Row] = [
     ("5", "5", 0), ("5", "5 5 5", 0), ("6", r"\boxed{5} then \boxed{6}", 1), ("5", r"\boxed{5} then \boxed{6}", 0),
     ("5", r"\boxed{5} or \boxed{6}", 0), ("6", r"\boxed{5} or \boxed{6}", 0), ("5,6", r"\boxed{5} and \boxed{6}", 1),
