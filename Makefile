@@ -33,7 +33,7 @@ lint: $(TRAIN)
 	$(RUN) -m pytest -q -o addopts= tests/test_docstrings.py tests/test_house.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # No stamp means no environment, or one whose installation did not end: it is built from nothing.

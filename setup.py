@@ -39,7 +39,7 @@ setup(
         "gym": ["reasoning-gym>=0.1.25"],
         "dev": [
             "hypothesis",
-            "import-linter>=2.8",
+            "import-linter>=2.17",
             "mypy",
             "psutil",
             "pytest>=9",
