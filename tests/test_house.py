@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,6 +110,21 @@ def test_make_lint_checks_order_and_sizes() -> None:
     assert "lint-imports" in commands and "tests/test_house.py" in commands
 
 
+def test_no_module_imports_a_room_that_imports_it() -> None:
+    """The circle that no contract sees: by way of an `__init__` that imports the module in its turn."""
+    grimp = pytest.importorskip("grimp", reason="needs import-linter: pip install 'srft[dev]'")
+    assert not own_rooms(grimp.build_graph("srft", "srft_kernels", cache_dir=None))
+    graph = grimp.ImportGraph()
+    graph.add_import(importer="a.b.c", imported="a.b.d")
+    graph.add_import(importer="a.bb", imported="a.b")
+    assert not own_rooms(graph)
+    graph.add_import(importer="a.b.c", imported="a")
+    assert not own_rooms(graph)
+    graph.add_import(importer="a", imported="a.bb")
+    graph.add_import(importer="a.b", imported="a.b.c")
+    assert own_rooms(graph) == ["a.b.c imports a, which imports a.bb, which imports a.b, which imports a.b.c"]
+
+
 INSIDE = "\ndef planted():\n    {}\n"
 TYPES_ONLY = "\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {}\n"
 
@@ -181,6 +197,16 @@ def functions(node: ast.AST, prefix: str) -> Iterator[tuple[str, int]]:
 def first_line(statement: ast.stmt) -> int:
     """Return the line at which a statement begins, its decorators included."""
     return min([statement.lineno, *(each.lineno for each in getattr(statement, "decorator_list", []))])
+
+
+def own_rooms(graph: Any) -> list[str]:
+    """Name the modules of an import graph that import a package they lie in and that comes back to them."""
+    return [
+        f"{module} imports " + ", which imports ".join(chain)
+        for module in sorted(graph.modules)
+        for package in sorted(graph.find_modules_directly_imported_by(module))
+        if module.startswith(package + ".") and (chain := graph.find_shortest_chain(package, module))
+    ]
 
 
 def imported(tree: ast.Module) -> set[str]:
