@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_head, check_rows
+from ..formulas import Formula
 from ..types import HeadOptions, PolicyLoss
 
 
@@ -86,6 +87,67 @@ def log_ratio_of(logp: Tensor, other: Tensor) -> Tensor:
 def at_least_one(given: int | Tensor | None, counted: Tensor) -> Tensor:
     count = counted.sum() if given is None else torch.as_tensor(given, device=counted.device)
     return torch.where(count > 0, count, 1)
+
+
+def policy_term(
+    formula: Formula,
+    logp: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    in_policy: Tensor,
+    valid: Tensor,
+    cu_seqlens: Tensor | None,
+    bounds: tuple[float, float, float | None, float],
+    *,
+    fixed_ratio: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A policy term without its weight, the ratio and whether it was clipped, [N] each.
+
+    Args:
+        formula: The term.
+        logp: [N].
+        old_logprobs: [N]; None for on-policy.
+        advantages: [N].
+        in_policy: [N] bool, something multiplies the term.
+        valid: [N] bool.
+        cu_seqlens: [B+1] bounds of sequences that share a ratio; None where a token has its own.
+        bounds: clip_low, clip_high, dual_clip and max_log_ratio.
+        fixed_ratio: No gradient goes through the ratio.
+    """
+    clip_low, clip_high, dual_clip, max_log_ratio = bounds
+    log_ratio = log_ratio_of(logp, logp.detach() if old_logprobs is None else at_valid(old_logprobs, valid, logp))
+    # what multiplies nothing, and is no usable ratio
+    unheard = ~in_policy & ~(log_ratio.detach().abs() < max_log_ratio)
+    if cu_seqlens is not None:
+        log_ratio = sequence_mean(log_ratio.clamp(-1e30, 1e30), valid & ~unheard, cu_seqlens)
+    log_ratio = torch.where(unheard, 0.0, log_ratio)
+    term, _, ratio, clipped = formula.eager(
+        logp, log_ratio.detach() if fixed_ratio else log_ratio, torch.where(in_policy, advantages, 0.0), clip_low,
+        clip_high, torch.inf if dual_clip is None else dual_clip, max_log_ratio,
+    )  # fmt: skip
+    return term, torch.where(valid & ~unheard, ratio, 1.0), clipped & valid
+
+
+def clip_counts(clipped: Tensor, ratio: Tensor) -> dict[str, Tensor]:
+    """The terms that count ``clipped`` tokens."""
+    return {
+        "clip_low_sum": (clipped & (ratio < 1)).sum().to(ratio.dtype),
+        "clip_high_sum": (clipped & (ratio > 1)).sum().to(ratio.dtype),
+    }
+
+
+def scope_entropy(
+    entropy: Tensor, valid: Tensor, scope: str, batch_entropy: float | Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """H of ``scope`` at each token, [N], without a gradient."""
+    h = entropy.detach()
+    if scope == "sequence":
+        return sequence_mean(h, valid, cu_seqlens)
+    if scope == "token":
+        return h
+    if batch_entropy is None:
+        batch_entropy = h.sum() / at_least_one(None, valid)
+    return torch.as_tensor(batch_entropy, dtype=h.dtype, device=h.device).expand(h.shape)
 
 
 def sequence_mean(values: Tensor, valid: Tensor, cu_seqlens: Tensor | None) -> Tensor:

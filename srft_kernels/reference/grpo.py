@@ -10,7 +10,7 @@ from ..formulas import k3
 from ..head.chunks import taking_part
 from ..objectives.grpo import GRPO, GrpoArguments
 from ..types import HeadOptions, LoraDelta, PolicyLoss
-from ._tokens import at_least_one, at_valid, log_ratio_of, result, sequence_mean, token_statistics
+from ._tokens import at_least_one, at_valid, clip_counts, log_ratio_of, policy_term, result, token_statistics
 
 __all__ = ["linear_grpo_loss"]
 
@@ -62,22 +62,13 @@ def linear_grpo_loss(
     w = at_valid(token_weights, valid, logp, fill=1.0) / at_least_one(num_tokens, labels != ignore_index)
     rho = at_valid(rollout_weights, valid, logp, fill=1.0)
 
-    old = logp.detach() if old_logprobs is None else at_valid(old_logprobs, valid, logp)
-    log_ratio = log_ratio_of(logp, old)
     in_policy = (advantages != 0) & (rho != 0)
-    advantages, rho = (torch.where(in_policy, x, 0.0) for x in (advantages, rho))
-    # what multiplies nothing, and is no usable ratio
-    unheard = ~in_policy & ~(log_ratio.detach().abs() < max_log_ratio)
-    if loss_type == "gspo":
-        log_ratio = sequence_mean(log_ratio.clamp(-1e30, 1e30), valid & ~unheard, cu_seqlens)
-    log_ratio = torch.where(unheard, 0.0, log_ratio)
-    if loss_type == "cispo":
-        log_ratio = log_ratio.detach()
-    dual_clip = float("inf") if dual_clip is None else dual_clip
-    policy, _, ratio, clipped = GRPO.formulas[loss_type].chosen.eager(
-        logp, log_ratio, advantages, clip_low, clip_high, dual_clip, max_log_ratio
-    )
-
+    rho = torch.where(in_policy, rho, 0.0)
+    policy, ratio, clipped = policy_term(
+        GRPO.formulas[loss_type].chosen, logp, old_logprobs, advantages, in_policy, valid,
+        cu_seqlens if loss_type == "gspo" else None, (clip_low, clip_high, dual_clip, max_log_ratio),
+        fixed_ratio=loss_type == "cispo",
+    )  # fmt: skip
     terms = {"policy": torch.where(in_policy, w * rho * policy, 0.0).sum()}
     kl = torch.zeros_like(logp)
     if ref_logprobs is not None and kl_coef != 0:
@@ -85,8 +76,6 @@ def linear_grpo_loss(
     terms["kl"] = kl_coef * (w * kl).sum()
     terms["entropy_bonus"] = -entropy_coef * (w * entropy).sum()
     loss = terms["policy"] + terms["kl"] + terms["entropy_bonus"]
-    clipped = clipped & valid
-    terms["clip_low_sum"] = (clipped & (ratio < 1)).sum().to(loss.dtype)
-    terms["clip_high_sum"] = (clipped & (ratio > 1)).sum().to(loss.dtype)
+    terms |= clip_counts(clipped, ratio)
     terms["sum_entropy"] = entropy.sum()
-    return result(loss, logp, entropy, torch.where(valid & ~unheard, ratio, 1.0), clipped, terms)
+    return result(loss, logp, entropy, ratio, clipped, terms)

@@ -10,7 +10,7 @@ from ..formulas import shaping, srft_demo
 from ..head.chunks import taking_part
 from ..objectives.srft import SRFT, SrftArguments
 from ..types import HeadOptions, LoraDelta, PolicyLoss
-from ._tokens import at_least_one, at_valid, log_ratio_of, result, sequence_mean, token_statistics
+from ._tokens import at_least_one, at_valid, log_ratio_of, result, scope_entropy, token_statistics
 
 __all__ = ["linear_srft_loss"]
 
@@ -76,14 +76,7 @@ def linear_srft_loss(
     w_rollout = torch.where(rollout, w, 0.0) / at_least_one(num_rollout_tokens, rollout)
 
     # H of the weights s and c
-    h = entropy.detach()
-    if switches.entropy_scope == "sequence":
-        h = sequence_mean(h, valid, cu_seqlens)
-    elif switches.entropy_scope == "batch" and batch_entropy is None:
-        h = (h.sum() / at_least_one(None, valid)).expand(h.shape)
-    elif switches.entropy_scope == "batch":
-        h = torch.as_tensor(batch_entropy, dtype=h.dtype, device=h.device).expand(h.shape)
-
+    h = scope_entropy(entropy, valid, switches.entropy_scope, batch_entropy, cu_seqlens)
     log_ratio = torch.zeros_like(logp)
     if old_logprobs is not None:
         log_ratio = torch.where(rollout, log_ratio_of(logp, at_valid(old_logprobs, rollout, logp)), 0.0)

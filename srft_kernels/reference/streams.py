@@ -9,7 +9,7 @@ from .._numbers import plain_numbers
 from ..formulas import k3
 from ..objectives.streams import STREAMS, StreamArguments
 from ..types import HeadOptions, LoraDelta, PolicyLoss
-from ._tokens import at_least_one, at_valid, log_ratio_of, result, sequence_mean, token_statistics
+from ._tokens import at_valid, clip_counts, log_ratio_of, policy_term, result, scope_entropy, token_statistics
 
 __all__ = ["linear_token_loss"]
 
@@ -70,27 +70,15 @@ def linear_token_loss(
     )
     advantages = at_valid(advantages, valid, logp)
 
-    h = entropy.detach()
-    if entropy_scope == "sequence":
-        h = sequence_mean(h, valid, cu_seqlens)
-    elif entropy_scope == "batch" and batch_entropy is None:
-        h = (h.sum() / at_least_one(None, valid)).expand(h.shape)
-    elif entropy_scope == "batch":
-        h = torch.as_tensor(batch_entropy, dtype=h.dtype, device=h.device).expand(h.shape)
+    h = scope_entropy(entropy, valid, entropy_scope, batch_entropy, cu_seqlens)
     g_policy = _factor(policy_entropy_coefs, policy_prob_factor, h, logp, valid)
     g_sft = _factor(sft_entropy_coefs, sft_prob_factor, h, logp, valid)
 
     in_policy = (a != 0) & (advantages != 0)
-    old = logp.detach() if old_logprobs is None else at_valid(old_logprobs, valid, logp)
-    log_ratio = log_ratio_of(logp, old)
-    # what multiplies nothing, and is no usable ratio
-    unheard = ~in_policy & ~(log_ratio.detach().abs() < max_log_ratio)
-    if policy == "gspo":
-        log_ratio = sequence_mean(log_ratio.clamp(-1e30, 1e30), valid & ~unheard, cu_seqlens)
-    log_ratio = torch.where(unheard, 0.0, log_ratio)
-    policy_loss, _, ratio, clipped = STREAMS.formulas[policy].chosen.eager(
-        logp, log_ratio.detach() if policy == "cispo" else log_ratio, torch.where(in_policy, advantages, 0.0),
-        clip_low, clip_high, float("inf") if dual_clip is None else dual_clip, max_log_ratio,
+    policy_loss, ratio, clipped = policy_term(
+        STREAMS.formulas[policy].chosen, logp, old_logprobs, advantages, in_policy, valid,
+        cu_seqlens if policy == "gspo" else None, (clip_low, clip_high, dual_clip, max_log_ratio),
+        fixed_ratio=policy == "cispo",
     )  # fmt: skip
     p = logp.exp()
     shaped = p if shaping_gamma is None else p / (p + shaping_gamma)
@@ -105,11 +93,9 @@ def linear_token_loss(
         "entropy_bonus": _weighted(e, e != 0, torch.ones_like(e), -entropy),
     }
     loss = sum(terms.values(), start=logp.new_zeros(()))
-    clipped = clipped & valid & in_policy
-    terms["clip_low_sum"] = (clipped & (ratio < 1)).sum().to(loss.dtype)
-    terms["clip_high_sum"] = (clipped & (ratio > 1)).sum().to(loss.dtype)
+    terms |= clip_counts(clipped, ratio)
     terms["sum_entropy"] = entropy.sum()
-    return result(loss, logp, entropy, torch.where(valid & ~unheard, ratio, 1.0), clipped, terms)
+    return result(loss, logp, entropy, ratio, clipped, terms)
 
 
 def _factor(coefs: Tensor | None, name: str, h: Tensor, logp: Tensor, valid: Tensor) -> Tensor:
@@ -120,5 +106,7 @@ def _factor(coefs: Tensor | None, name: str, h: Tensor, logp: Tensor, valid: Ten
 
 
 def _weighted(weight: Tensor, counts: Tensor, factor: Tensor, x: Tensor) -> Tensor:
-    """Sum of weight factor x over the tokens that count; nothing of the others reaches a gradient."""
-    return (weight * factor)[counts].detach() @ x[counts]
+    """Sum of weight factor x over the tokens that count; nothing of the others, or beside a 0, reaches a gradient."""
+    scale = (weight * factor).detach()
+    counts = counts & (scale != 0)
+    return scale[counts] @ x[counts]

@@ -179,6 +179,18 @@ def test_a_zero_takes_out_what_it_multiplies_alone(module, zero, spoiled, value)
     assert expected["dhidden"][OUT].any(1).all() and torch.isfinite(actual["ratio"]).all()
 
 
+@MODULES
+@pytest.mark.parametrize("factor", ["p", "p(1-p)"])
+def test_factors_take_out_what_cannot_be(module, factor):
+    """A label that a bias of -inf removes has p = 0, and p log p is 0, with no gradient."""
+    case = make_case((14, 33, 8), seed=2, ignored=0.0)
+    case.bias[case.labels[3]] = -INF
+    out = run(filled, module, case, sft_weights=case.weights, sft_prob_factor=factor)
+    gone = out["logprobs"] == -INF
+    assert gone[3] and torch.isfinite(out["loss"]) and not out["dhidden"][gone].any()
+    assert all(torch.isfinite(out[name]).all() for name in ("dhidden", "dweight"))
+
+
 @pytest.mark.parametrize("name", ["policy_weights", "sft_weights", "shaped_weights", "kl_weights", "old_logprobs"])
 def test_nan_of_a_live_token_is_seen(name):
     """What counts and is NaN makes the loss NaN."""
