@@ -182,7 +182,7 @@ def check_mechanism(hidden_states: Tensor, lm_head_weight: Tensor, options: Head
 
 
 def check_vectors(labels: Tensor, **vectors: Tensor | None) -> None:
-    """Raise ValueError unless each of ``vectors`` that is given is [N] on the device of ``labels`` [N]."""
+    """Raise ValueError unless each of ``vectors`` that is given is real and [N], on the device of ``labels`` [N]."""
     for name, x in vectors.items():
         if x is None:
             continue
@@ -193,6 +193,8 @@ def check_vectors(labels: Tensor, **vectors: Tensor | None) -> None:
                 f"{name} must be [N]=[{labels.numel()}], got {list(x.shape)}; give one value per token, "
                 "also where labels are ignored"
             )
+        if x.is_complex():
+            raise ValueError(f"{name} must be real, got {x.dtype}; pass {name}.real")
         if x.device != labels.device:
             raise ValueError(f"{name} must be on {labels.device}, got {x.device}; move it")
 
@@ -222,9 +224,9 @@ def check_count(name: str, value: float | Tensor | None) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
             got = f"{value.dtype} {list(value.shape)}"
-            raise ValueError(f"{name} must be a number >= 0 or a 0-d tensor of one, got {got}; sum it")
+            raise ValueError(f"{name} must be a number >= 0 or a 0-d tensor of one, got {got}; reduce it")
         wrong = ~((value >= 0) & (value < math.inf))
-        _refuse(name, "a number >= 0 or a 0-d tensor of one", value, wrong, "count the tokens of all micro-batches")
+        _refuse(name, "a number >= 0 or a 0-d tensor of one", value, wrong, "take it over all micro-batches")
     elif value is not None and not (is_number(value) and 0 <= value < math.inf):
         raise ValueError(f"{name} must be a number >= 0 or a 0-d tensor of one, got {value!r}")
 

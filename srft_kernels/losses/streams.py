@@ -96,16 +96,17 @@ def linear_token_loss(
         shaped_weights: [N] d. None: no term of probabilities.
         kl_weights: [N] k. None: no KL term.
         entropy_weights: [N] e; the entropy bonus has a gradient. None: no entropy bonus.
-        policy: "clip", "cispo", "reinforce" or "gspo".
+        policy: "clip", "cispo", "reinforce" or "gspo". Any but "clip" needs ``policy_weights``, as do ``dual_clip`` and
+            ``policy_prob_factor``.
         clip_low: > 0; the ratio is kept above 1 - clip_low. May be inf.
         clip_high: > 0; the ratio is kept below 1 + clip_high. May be inf.
-        dual_clip: > 1, largest ratio for a negative advantage; None: no such bound.
+        dual_clip: > 1, largest ratio of clip and gspo for a negative advantage; None: no such bound.
         max_log_ratio: > 0, nats; bounds logp - old_logp (in gspo its mean) and ref_logp - logp from both sides,
             against overflow. May be inf.
         policy_entropy_coefs: [N] u of g; 0, or None for all tokens: no factor exp(u H).
         sft_entropy_coefs: [N] u of h.
         policy_prob_factor: q of g: "one", "p" or "p(1-p)".
-        sft_prob_factor: q of h.
+        sft_prob_factor: q of h; needs ``sft_weights``.
         shaping_gamma: gamma > 0 of f; None: f(p) = p.
         entropy_scope: H in g and h: "token" its own; "sequence" the mean over the valid tokens of its sequence;
             "batch" the mean over all valid tokens of this call, or ``batch_entropy``. Not read without
@@ -130,7 +131,8 @@ def linear_token_loss(
         "sum_entropy" over the tokens that are not ignored. Each adds up over micro-batches.
 
     Raises:
-        ValueError: As ``linear_logprobs``, or for an argument out of the ranges above.
+        ValueError: As ``linear_logprobs``, for an argument out of the ranges above, or for one that says how a term is
+        formed whose weights are None (bounds of ratios apart).
 
     Reference: the ops of this package for the terms; factors exp(u H) https://arxiv.org/abs/2506.19767, p(1 - p)
     https://arxiv.org/abs/2508.11408, p https://arxiv.org/abs/2508.05629, f https://arxiv.org/abs/2504.14945. Eager
@@ -176,6 +178,6 @@ def linear_token_loss(
         mean_over=mean_over,
         sequence_policy=by_sequence,
         has_fixed=any(x is not None for x in (sft_weights, shaped_weights, kl_weights)),
-        fixed_waits=sft_entropy_coefs is not None,
+        fixed_waits=sft_entropy_coefs is not None and mean_over != "given",
     )
     return loss_with_gradients(inputs, head, tokens, objective, host_bounds(objective, cu_seqlens), weight_grad)

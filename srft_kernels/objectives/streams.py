@@ -36,11 +36,15 @@ PROB_FACTORS = {"one": (0.0, 0.0), "p": (1.0, 0.0), "p(1-p)": (1.0, 1.0)}
 _WEIGHTS = ("policy_weights", "sft_weights", "shaped_weights", "kl_weights", "entropy_weights")
 # argument, weights that cannot do without it
 _NEEDED = (("advantages", "policy_weights"), ("advantages", "shaped_weights"), ("ref_logprobs", "kl_weights"))
-# argument, weights without which it says nothing
+# argument, what it is where it is left out, weights without which it says nothing
 _READ_WITH = (
-    ("policy_entropy_coefs", "policy_weights"),
-    ("sft_entropy_coefs", "sft_weights"),
-    ("shaping_gamma", "shaped_weights"),
+    ("policy", "clip", "policy_weights"),
+    ("dual_clip", None, "policy_weights"),
+    ("policy_entropy_coefs", None, "policy_weights"),
+    ("policy_prob_factor", "one", "policy_weights"),
+    ("sft_entropy_coefs", None, "sft_weights"),
+    ("sft_prob_factor", "one", "sft_weights"),
+    ("shaping_gamma", None, "shaped_weights"),
 )
 
 
@@ -187,8 +191,10 @@ class StreamArguments(NamedTuple):
         for needed, by in _NEEDED:
             if getattr(self, needed) is None and getattr(self, by) is not None:
                 raise ValueError(f"{needed} is required by {by}; pass it or drop {by}")
-        for name, by in _READ_WITH:
-            if getattr(self, name) is not None and getattr(self, by) is None:
+        for name, absent, by in _READ_WITH:
+            value = getattr(self, name)
+            # a tensor is not compared: it was given
+            if (isinstance(value, Tensor) or value != absent) and getattr(self, by) is None:
                 raise ValueError(f"{name} is read only with {by}; pass {by} or drop {name}")
         if self.batch_entropy is not None and self.entropy_scope != "batch":
             raise ValueError(

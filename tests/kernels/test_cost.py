@@ -92,6 +92,9 @@ def test_scopes_without_a_second_projection(monkeypatch):
     # the log-likelihood of every token has a product of its own
     beside = {**alone, "sft_weights": case.weights}
     assert products(lambda: token_loss(srft_kernels, case, **unclipped, **beside)) == 8
+    # factors of an entropy that is given do not wait
+    few = {"sft_weights": case.weights * (torch.arange(N) < 64), "entropy_scope": "batch", "batch_entropy": 0.7}
+    assert products(lambda: token_loss(srft_kernels, case, **unclipped, **few)) == pytest.approx(6 + 2 * 64 / N)
     monkeypatch.setattr(known_loss, "CPU_DEFERRED_BYTES", 0)
     # the last chunk is still there when the scalars are known
     assert products(lambda: srft(srft_kernels, case, entropy_scope="batch")) == 8 - 2 * 16 / N

@@ -29,6 +29,7 @@ SCOPES = [
     (token_loss, {"policy": "gspo", "sft_entropy_coefs": None, "policy_prob_factor": "p"}),
     (token_loss, {"policy": "gspo", "sft_weights": None, "sft_entropy_coefs": None}),
     (token_loss, {"policy": "gspo", "everything": True}),
+    (token_loss, {"policy": "gspo", "entropy_scope": "batch", "batch_entropy": 0.8}),
     (policy, {}),
 ]
 scopes = pytest.mark.parametrize(
@@ -80,8 +81,9 @@ def test_matches_reference(op, options, dtype, budget, sweeps, monkeypatch):
     entropy_grad = op is policy or options.get("preset") == "upt" or bool(options.get("everything") and op is grpo)
     # the Triton path keeps dead rows: two parts would cost as much as a second projection
     one_part = op is grpo and "kl_coef" not in options or op is token_loss and "sft_weights" in options
-    # a factor with a coefficient of its own for each token is no scalar of a sequence
-    waits = (not row_kernels.INTERPRETED or one_part) and (op is not token_loss or "sft_entropy_coefs" in options)
+    # a factor with a coefficient of its own for each token is no scalar of a sequence, unless H is given
+    own_factors = op is token_loss and not {"sft_entropy_coefs", "batch_entropy"} & options.keys()
+    waits = (not row_kernels.INTERPRETED or one_part) and not own_factors
     assert ((When.DEFERRED, True) in sweeps) == (budget > 0 and not entropy_grad and waits)
     assert (When.SEEN, True) in sweeps or options.get("entropy_scope") == "batch"
 
