@@ -112,8 +112,8 @@ def linear_logprobs(
 
     Use it for a loss that is not known in advance: forward costs 2NDV, backward computes the logits again
     (6NDV). Where only the hidden states need a gradient and ``entropy_grad`` is off, forward costs 4NDV and
-    backward nothing. Where the loss is known, ``linear_grpo_loss``, ``linear_srft_loss`` or
-    ``linear_policy_loss`` cost 6NDV in all, and 4NDV with a frozen head.
+    backward nothing. A loss that is known costs 6NDV in all as an op of its own, and 4NDV with a frozen head;
+    ``linear_policy_loss``, which takes any, up to 8NDV.
 
     Args:
         hidden_states: [N, D] bf16, fp16, fp32 (fp64 on CPU); final normed states, batch and time flattened.

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .rows.cpu import Smoothing, Stats, smoothed
+from .rows.cpu import smoothed
+from .rows.types import Smoothing, Stats
 from .types import VocabParallel
 
 __all__ = ["VocabParallel"]

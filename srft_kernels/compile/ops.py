@@ -35,6 +35,7 @@ R = TypeVar("R")
 # arguments of an op that may have a gradient, in the order of Inputs
 _DIFFERENTIABLE = ("hidden_states", "lm_head_weight", "bias", "lora_a", "lora_b")
 
+
 def _dispatch(function: Callable[P, R], traced: Callable[[dict[str, Any]], Any]) -> Callable[P, R]:
     """``function``, and under torch.compile ``traced`` of its arguments by name."""
     signature = inspect.signature(function)
@@ -116,7 +117,7 @@ def _scale_totals(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
         torch._assert_async(
             dloss == 1,
             "the gradient of the weight is in weight_grad already, for a loss that enters backward with factor 1; "
-            "put the factor into token_weights, or drop weight_grad",
+            "put the factor into the weights of the tokens, or drop weight_grad",
         )
     totals, leaves = ctx.saved_tensors[: len(ctx.dtypes)], ctx.saved_tensors[len(ctx.dtypes) :]
     with torch.no_grad():

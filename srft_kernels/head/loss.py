@@ -40,7 +40,7 @@ class _AttachGradients(torch.autograd.Function):
         if gradients.external and dloss.device.type == "cpu" and not is_one:
             raise RuntimeError(
                 f"the gradient of the weight is in weight_grad already, for a loss that enters backward with "
-                f"factor 1, got {dloss.item()}; put the factor into token_weights, or drop weight_grad"
+                f"factor 1, got {dloss.item()}; put the factor into the weights of the tokens, or drop weight_grad"
             )
         if gradients.external and dloss.is_cuda:
             torch._assert_async(dloss == 1)

@@ -54,7 +54,7 @@ def local_offsets(offsets: Tensor | None, rows: slice) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenObjective:
-    """A loss that is a sum over tokens; the objectives below change what one token sees of the others.
+    """A loss that is a sum over tokens; its subclasses change what one token sees of the others.
 
     ``inputs`` [K, n] and ``params`` are the arguments of ``formula`` after logp and entropy; ``valid`` [n]
     marks the tokens that count. ``scope`` says what must be known before a gradient: "token" nothing,

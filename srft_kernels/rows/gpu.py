@@ -364,7 +364,7 @@ def objective_gradient(
     Args:
         z: [C, V] fp32, bf16 or fp16 scores.
         rows: Labels and logit transforms.
-        formula: A token formula of ``formulas``.
+        formula: Of a loss in ``objectives``.
         inputs: [K, C] fp32, per-token arguments of ``formula``.
         params: Its scalar arguments.
         entropy_grad: The formula has a derivative by the entropy that is not zero.

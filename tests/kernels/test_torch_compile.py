@@ -318,7 +318,7 @@ def test_weight_grad_refuses_a_factor():
 
     leaves = [x.detach().clone().requires_grad_() for x in (case.hidden, case.weight)]
     loss = torch.compile(model, fullgraph=True, backend="aot_eager")(*leaves, torch.zeros(case.weight.shape))
-    with pytest.raises(RuntimeError, match="put the factor into token_weights"):
+    with pytest.raises(RuntimeError, match="put the factor into the weights of the tokens"):
         loss.backward()
 
 
