@@ -231,6 +231,11 @@ class Config(Section):
                 f"vLLM samples at temperatures between 0.01 and 2, got rollout.temperature={self.rollout.temperature}"
             )
         method = self.method
+        if not (method.needs_rollouts or method.needs_demos):
+            raise ValueError(
+                f'method.name="{method.name}" needs neither rollouts nor demonstrations, so it would learn nothing; '
+                "set its needs_rollouts or needs_demos to True"
+            )
         if method.needs_demos and train.demos_per_prompt == 0:
             raise ValueError(
                 f'method.name="{method.name}" learns from demonstrations but train.demos_per_prompt=0; set it to 1'

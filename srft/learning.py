@@ -52,6 +52,7 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
 
     Raises:
         FloatingPointError: When the gradient is not finite; the weights are left as they were.
+        ValueError: When the method's loss is no op.
     """
     config, model, optimizer = learner.config, learner.model, learner.optimizer
     batches = pack(sequences, config.train.tokens_per_microbatch, model.device)
@@ -64,10 +65,7 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
     balance = torch.zeros((), device=model.device)
     for batch in batches:
         hidden_states, gates = run_body(model, batch, dtype, router_logits=router is not None)
-        loss = partial(
-            config.method.loss(batch, whole), labels=batch.labels, temperature=config.rollout.temperature
-        )
-        out = head_of(model)(hidden_states, loss)
+        out = _fused_loss(learner, batch, whole, hidden_states)
         aux = router.loss(gates, load or router.load(gates)) if router is not None else balance.new_zeros(())
         (out.loss + aux).backward()
         balance += aux.detach()
@@ -86,6 +84,19 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
         figures["loss/router_aux"] = Figure(balance.item())
         figures["loss/total"] = replace(figures["loss/total"], value=figures["loss/total"].value + balance.item())
     return {"lr": Figure(lr, "last"), "grad_norm": Figure(norm.item()), **figures}
+
+
+def _fused_loss(learner: Learner, batch: Batch, whole: UpdateInfo, hidden_states: torch.Tensor) -> PolicyLoss:
+    config = learner.config
+    about = f"loss of method.name={config.method.name} must return an op of srft_kernels, bound by functools.partial, "
+    loss = config.method.loss(batch, whole)
+    if not callable(loss):
+        raise ValueError(f"{about}got {loss!r}; return partial(linear_token_loss, ...)")
+    loss = partial(loss, labels=batch.labels, temperature=config.rollout.temperature)
+    out = head_of(learner.model)(hidden_states, loss)
+    if not isinstance(out, PolicyLoss):
+        raise ValueError(f"{about}and this one gave {type(out).__name__}; take linear_token_loss or its kin")
+    return out
 
 
 @torch.no_grad()

@@ -307,6 +307,9 @@ def _reject_unknown_keys(root: type[BaseModel], tree: dict[str, Any], path: tupl
 def _explain(error: Any, root: type[BaseModel]) -> str:
     known = {part for key in _all_keys(root) for part in key.split(".")}
     dotted = ".".join(str(part) for part in error["loc"] if part in known)
+    # of a list too short pydantic says "missing" as well
+    if error["type"] == "missing" and error["loc"][-1] in known:
+        return f"{dotted} has no default; set {dotted}=…"
     message = error["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}, got {error['input']!r}" if dotted else message
 

@@ -22,7 +22,8 @@ from srft.policy.learner import Learner
 from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy
 from srft.policy.optimizer import make_optimizer
 from srft.policy.proof import Proof, prove
-from srft.record.folder import refuse_other_data, run_folder
+from srft.record.files import write_atomically
+from srft.record.folder import METHOD_FILE, refuse_other_data, run_folder
 from srft.record.log import RunLog
 from srft.record.progress import Progress
 from srft.report.build import build_report
@@ -96,6 +97,8 @@ def prepared(config: Config) -> Iterator[Run]:
                    curves=config.method.curves) as log,
             progress.saved_when_stopped(),
         ):  # fmt: skip
+            if config.method.file_text:
+                write_atomically(run_dir / METHOD_FILE, config.method.file_text)
             log.say(f"{describe_step(learner, prompts.note)} {describe_ends(sampling, tokenizer)}")
             log.say(proof.sentence())
             sync = WeightSync(learner.model, engine, _probe(prompts.train, config), config)

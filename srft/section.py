@@ -9,5 +9,6 @@ class Section(BaseModel):
     """A group of options: unknown names are errors, the text under each field is its help."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False
-    )
+        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False,
+        validate_default=True,
+    )  # fmt: skip

@@ -19,6 +19,7 @@ from srft.data.sampler import sample_seed
 from srft.engine.base import EngineError
 from srft.evaluate import evaluate
 from srft.learning import learn
+from srft.methods import place_in_method
 from srft.options import exit_on_help, load_config
 from srft.policy.checkpoint import export_model
 from srft.prepare import Run, prepared
@@ -53,7 +54,7 @@ def fit(config: Config) -> None:
             with clock("train"):
                 figures = learn(run.learner, groups, step)
             if not figures:
-                run.log.say(f"Step {step}: no sample was judged, so nothing was learned.")
+                run.log.say(f"Step {step}: no sample was judged, or the method took none, so nothing was learned.")
             with clock("sync"):
                 canary = run.sync.push(step)
             run.log.samples(step, sample_rows(groups))
@@ -100,8 +101,10 @@ def main() -> None:
 
 
 def _with_notes(error: BaseException) -> str:
-    text = str(error)
-    return ("\n" if "\n" in text else "; ").join([text, *getattr(error, "__notes__", [])])
+    text, notes = str(error), getattr(error, "__notes__", [])
+    if place := place_in_method(error):
+        notes = [f"raised at {place}", *notes]
+    return ("\n" if "\n" in text else "; ").join([text, *notes])
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import difflib
 import functools
 import importlib
 import pkgutil
+import reprlib
 import sys
 import traceback
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,8 @@ from srft_kernels import PolicyLoss
 
 __all__ = [
     "DEFAULT", "Aggregation", "BaseMethod", "Curves", "Figure", "Line", "Loss", "UpdateInfo", "absolute_name",
-    "assign_advantages", "compared", "find_method", "group_advantages", "judged", "method_names", "token_weights",
+    "assign_advantages", "compared", "find_method", "group_advantages", "judged", "method_names", "place_in_method",
+    "token_weights",
 ]  # fmt: skip
 DEFAULT = "srft"
 Aggregation = Literal["token-mean", "sequence-mean", "constant", "sum"]
@@ -80,6 +83,8 @@ class BaseMethod(Section, ABC):
     """Fewest rollouts of a prompt that it can learn from, where it needs any."""
     curves: ClassVar[tuple[Curves, ...]] = ()
     """Figures of its own in the report."""
+    file_text: ClassVar[str] = ""
+    """The text of the file it was read from, which a run keeps; empty where it is built-in."""
 
     name: str
     """The objective that is trained; --help method.name=… shows the options of another. Your own is a Python file with
@@ -129,7 +134,17 @@ def assign_advantages(groups: Sequence[Group], method: BaseMethod) -> list[Respo
         groups: Prompt groups with rewards; modified in place.
         method: The method.
     """
-    return [response for group in groups for response in method.learn_from(group)]
+    return [response for group in groups for response in _taught_by(group, method)]
+
+
+def _taught_by(group: Group, method: BaseMethod) -> list[Response]:
+    responses = method.learn_from(group)
+    if not (isinstance(responses, list) and all(isinstance(response, Response) for response in responses)):
+        raise ValueError(
+            f"learn_from of method.name={method.name} must return a list of the group's responses, "
+            f"got {reprlib.repr(responses)}; return those that are learned from"
+        )
+    return responses
 
 
 def judged(responses: Sequence[Response]) -> list[Response]:
@@ -255,18 +270,52 @@ def _load(path: Path, _changed_ns: int, _size: int) -> type[BaseMethod]:
     """The class ``Method`` of a file, once for each of its versions."""
     module = ModuleType(str(path))
     module.__file__ = str(path)
-    # where pydantic looks up the types of the options
+    # where pydantic looks up the types of the options, and ``place_in_method`` what is a method's
     sys.modules[module.__name__] = module
     try:
-        # no importlib: its cache beside the file would hide a change within the same second
-        exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        place = f"{path}:{lines[-1]}" if lines else path
-        raise ValueError(f"method.name: {place} raised {type(error).__name__}: {error}; mend the file") from error
+        source = path.read_bytes()
+        with warnings.catch_warnings():
+            # refused in one line below
+            warnings.filterwarnings("ignore", "Field name .* shadows an attribute", UserWarning)
+            # no importlib: its cache beside the file would hide a change within the same second
+            exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"method.name: {place_in_method(error) or path} raised {type(error).__name__}: "
+            f"{' '.join(str(error).split())}; mend the file"
+        ) from error
     method = getattr(module, "Method", None)
     if not (isinstance(method, type) and issubclass(method, BaseMethod)):
         raise ValueError(f"method.name: {path} has no class Method(srft.methods.BaseMethod); name yours so")
+    _refuse_slips(method, path)
+    method.file_text = source.decode(errors="replace")
+    return method
+
+
+def _refuse_slips(method: type[BaseMethod], path: Path) -> None:
+    """What pydantic lets a class do and a method must not."""
+    taken = [option for option in method.model_fields if option != "name" and hasattr(BaseMethod, option)]
+    if method.model_fields["name"].annotation is not str:
+        taken.append("name")
+    if taken:
+        raise ValueError(
+            f"method.name: class Method of {path} has an option {taken[0]}, which every method has already; rename the "
+            "option, or leave out its type to set what every method has"
+        )
     if missing := sorted(method.__abstractmethods__):
         raise ValueError(f"method.name: class Method of {path} lacks {' and '.join(missing)}; define it")
-    return method
+    if not (isinstance(method.curves, tuple) and all(isinstance(figure, Curves) for figure in method.curves)):
+        raise ValueError(
+            f"method.name: curves of class Method of {path} must be a tuple of Curves, got "
+            f"{reprlib.repr(method.curves)}; a tuple of one ends with a comma"
+        )
+
+
+def place_in_method(error: BaseException) -> str | None:
+    """Return file and line of a user's method where an error arose in one, else None.
+
+    Args:
+        error: As caught.
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in sys.modules]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None

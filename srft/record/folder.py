@@ -15,6 +15,8 @@ from srft.options import changed_keys, load_config_text
 from srft.policy.checkpoint import newest_checkpoint, read_state, whole_checkpoint
 
 _LOCK = ".lock"
+METHOD_FILE = "method.py"
+"""The file of a user's method as the run was started with it."""
 # options that may change when a run is resumed without making it another run
 _FREE_ON_RESUME = (
     "train.steps", "train.resume", "train.eval_every", "train.save_every", "train.keep_checkpoints",
@@ -113,6 +115,12 @@ def _lock(folder: Path) -> TextIO | None:
 
 def _checkpoint(config: Config, folder: Path) -> Path | None:
     """Newest whole checkpoint, after checking that it and the options belong to one run."""
+    kept = folder / METHOD_FILE
+    if config.method.file_text and kept.is_file() and kept.read_bytes() != config.method.file_text.encode():
+        raise ValueError(
+            f"method.name={config.method.name} differs from the file that {folder} was made with; "
+            f"restore that, which is kept as {kept}, or set another name"
+        )
     checkpoint, notes = whole_checkpoint(folder)
     for note in notes:
         print(note, file=sys.stderr)
@@ -125,7 +133,9 @@ def _checkpoint(config: Config, folder: Path) -> Path | None:
     try:
         before = load_config_text(made_with)
     except ValueError as error:
-        raise ValueError(f"{checkpoint or folder} was made with options that cannot be read: {error}") from None
+        raise ValueError(
+            f"{checkpoint or folder} was made with options that cannot be read: {error}; set another name"
+        ) from None
     changed = {
         key: values
         for key, values in changed_keys(before, config).items()

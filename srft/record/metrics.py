@@ -14,6 +14,9 @@ from srft.batch import Batch, Group
 from srft.methods import BaseMethod, Figure, UpdateInfo
 from srft_kernels import PolicyLoss
 
+# what stands before the slash, or alone, in names of a row that are no method's
+_EVERY_RUNS = ("step", "lr", "grad_norm", "canary", "eval", "groups", "length", "mismatch", "reward", "time", "tokens")
+
 
 class Clock:
     """Adds up the seconds spent in the named parts of a step."""
@@ -144,12 +147,30 @@ def loss_metrics(
     ):
         if tokens:
             metrics[f"entropy/{source}"] = Figure(entropy[mask].mean().item(), weight=tokens)
-    metrics |= method.figures(terms, update)
+    metrics |= _own_figures(method, terms, update, set(metrics))
     if totals.rollout_tokens:
         gaps = torch.cat(mismatch)
         metrics["mismatch/mean"] = Figure(gaps.mean().item(), weight=totals.rollout_tokens)
         metrics["mismatch/max"] = Figure(gaps.max().item(), "max")
     return metrics
+
+
+def _own_figures(
+    method: BaseMethod, terms: Mapping[str, float], update: UpdateInfo, taken: set[str]
+) -> dict[str, Figure]:
+    """The method's figures, none of which may hide another."""
+    figures = method.figures(terms, update)
+    for name, figure in figures.items():
+        if not isinstance(figure, Figure):
+            raise ValueError(
+                f"figures of method.name={method.name} must be of srft.methods.Figure, got {figure!r} for {name}; "
+                f"return Figure({figure!r})"
+            )
+        if name in taken or name.partition("/")[0] in _EVERY_RUNS:
+            raise ValueError(
+                f"figures of method.name={method.name} has {name}, a name of what every run logs; rename it"
+            )
+    return figures
 
 
 def sample_rows(groups: list[Group], most: int = 4) -> list[dict[str, Any]]:

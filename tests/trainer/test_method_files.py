@@ -10,6 +10,7 @@ import pytest
 
 from srft.methods import BaseMethod, find_method, method_names
 from srft.options import changed_keys, help_text, load_config, load_config_text, to_toml
+from srft.train import main
 from tests.trainer.runs import ROOT, arguments, read_lines, train, train_process
 
 OWN = '''
@@ -39,6 +40,11 @@ class Method(BaseMethod):
     def loss(self, batch, update):
         return partial(linear_grpo_loss, advantages=batch.advantages, num_tokens=update.totals.demo_tokens)
 '''
+
+FIGURES = """def figures(self, terms, update):
+        return {'own/x': VALUES
+
+    def learn_from"""
 
 
 def write(folder: Path, text: str = OWN) -> Path:
@@ -98,8 +104,15 @@ def test_options_that_are_not_the_methods(arguments: list[str], said: list[str])
         ("x = 1\ny = x / 0\n", ["doubled.py:2 raised ZeroDivisionError: division by zero"]),
         ("class Method(\n", ["doubled.py", "raised SyntaxError"]),
         (OWN.replace("def loss", "def lose"), ["class Method of", "lacks loss"]),
+        ("import sys\nsys.exit()\n", ["doubled.py:2 raised SystemExit"]),
+        ("raise RuntimeError('one\\ntwo')\n", ["doubled.py:1 raised RuntimeError: one two;"]),
+        (OWN.replace("factor", "loss"), ["has an option loss, which every method has already"]),
+        (OWN.replace("needs_rollouts", "needs_rollouts: bool"), ["has an option needs_rollouts", "leave out its type"]),
+        (OWN.replace("factor:", "name: int = 3\n    factor:"), ["has an option name"]),
+        (OWN.replace("),)),)", "),)))"), ["curves of", "must be a tuple of Curves"]),
     ],
-    ids=["absent", "no-method", "another-class", "raises", "syntax", "incomplete"],
+    ids=["absent", "no-method", "another-class", "raises", "syntax", "incomplete", "exits", "two-lines", "shadows",
+         "annotated", "name", "curves"],
 )
 def test_files_that_are_no_methods(tmp_path: Path, text: str | None, said: list[str]) -> None:
     """One line with the path and what to mend, from the command line too."""
@@ -138,6 +151,84 @@ def test_options_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert set(changed_keys(config, other)) == {"method.factor", "method.words"}
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (OWN.replace("factor: float = 2.0", "factor: float = Field(-1.0, ge=0)"), "method.factor: .*, got -1.0"),
+        (OWN.replace("factor: float = 2.0", "factor: int = 'many'"), "method.factor: .* valid integer.*, got 'many'"),
+        (OWN.replace("factor: float = 2.0", "factor: float"), "^method.factor has no default; set method.factor=…$"),
+        (OWN.replace("needs_rollouts = False", "needs_rollouts = needs_demos = False"), "it would learn nothing"),
+    ],
+    ids=["out-of-range", "another-type", "absent", "needs-nothing"],
+)
+def test_options_of_a_file_without_a_right_value(tmp_path: Path, text: str, said: str) -> None:
+    """A default of the file's is checked as a value from the command line is."""
+    path = write(tmp_path, text.replace("from srft.methods", "from pydantic import Field\nfrom srft.methods", 1))
+    with pytest.raises(ValueError, match=said):
+        load_config([f"method.name={path}"])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "first"), [("utf-8-sig", ""), ("latin-1", "# coding: latin-1")], ids=["bom", "latin-1"]
+)
+def test_encodings_of_a_file(tmp_path: Path, encoding: str, first: str) -> None:
+    """As Python reads a file, and without what the reader's own module imports from the future."""
+    text = OWN.replace("By how much.", "How über.") + "\n\ndef f(x: int): ...\nassert f.__annotations__['x'] is int\n"
+    path = tmp_path / "doubled.py"
+    path.write_text(f"{first}\n{text}", encoding=encoding)
+    method = find_method(str(path))
+    assert method.model_fields["factor"].description == "How über."
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("return group.demos", "pass", "learn_from of method.name=.* must return a list .*, got None"),
+        ("return group.demos", "return [0.5]", r"learn_from of .* got \[0.5\]"),
+        ("return partial(", "partial(", "loss of method.name=.* must return an op .* got None"),
+        ("return partial(linear_grpo_loss, ", "return lambda h, w, **k: (h @ w.T).sum()\n        dict(",
+         "loss of .* this one gave Tensor"),
+        ("def learn_from", FIGURES.replace("VALUES", "1.0}"), r"figures of .* got 1.0 for own/x; return Figure\(1.0\)"),
+        ("def learn_from", FIGURES.replace("VALUES", "Figure(1), 'loss/total': Figure(1)}"),
+         "figures of .* has loss/total, a name of what every"),
+        ("def learn_from", FIGURES.replace("VALUES", "Figure(1), 'step': Figure(1)}"),
+         "figures of .* has step, a name of what every run logs"),
+    ],
+    ids=["no-list", "no-responses", "no-op", "no-policy-loss", "no-figure", "taken-name", "step"],
+)  # fmt: skip
+def test_what_a_method_must_return(tmp_path: Path, old: str, new: str, said: str) -> None:
+    """One line that names the method of the class, what was expected and what it gave."""
+    path = write(tmp_path, OWN.replace(old, new).replace("BaseMethod, Curves", "BaseMethod, Curves, Figure"))
+    with pytest.raises(ValueError, match=said) as caught:
+        train(tmp_path, method__name=path, train__steps=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_in_a_method_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ``ValueError`` of its own code, which has no words of ours, comes with file and line."""
+    path = write(tmp_path, OWN.replace("        for demo in", "        int('x')\n        for demo in"))
+    monkeypatch.setattr("sys.argv", ["train", *arguments(tmp_path, method__name=path)])
+    with pytest.raises(SystemExit):
+        main()
+    line = path.read_text().splitlines().index("        int('x')") + 1
+    assert f"error: invalid literal for int() with base 10: 'x'; raised at {path}:{line}" in capsys.readouterr().err
+
+
+def test_resuming_with_another_text_of_a_method(tmp_path: Path) -> None:
+    """Refused, as another run; the text the run was started with lies in its folder, and goes on."""
+    path, kept = write(tmp_path), tmp_path / "runs" / "run" / "method.py"
+    train(tmp_path, method__name=path, train__steps=1)
+    assert kept.read_text() == OWN
+    write(tmp_path, OWN.replace("factor: float", "times: float").replace("self.factor", "self.times"))
+    with pytest.raises(ValueError, match=f"differs from the file that .* kept as {kept}, or set another name"):
+        train(tmp_path, method__name=path, train__resume=True)
+    path.write_bytes(kept.read_bytes())
+    run = train(tmp_path, method__name=path, train__resume=True)
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [0, 1, 2]
+
+
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     """As soon as it changes, and not before."""
     path = str(write(tmp_path))
@@ -167,5 +258,5 @@ def test_the_readmes_own_method(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other options: method.name was '.*/switch.py', now '.*/moved.py'"):
         train(tmp_path, train__resume=True, **words, method__name=tmp_path / "moved.py", method__solved=0.5)
     (tmp_path / "switch.py").unlink()
-    with pytest.raises(ValueError, match=r"cannot be read: method.name: there is no file .*/switch.py"):
+    with pytest.raises(ValueError, match=r"read: method.name: there is no file .*/switch.py.*; set another name"):
         train(tmp_path, train__resume=True, **words, method__name=tmp_path / "moved.py", method__solved=0.5)
