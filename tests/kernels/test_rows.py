@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from srft_kernels import formulas
+from srft_kernels.objectives import CROSS_ENTROPY
 from srft_kernels.rows import cpu as row_cpu
 from srft_kernels.rows import gpu as row_kernels
 from srft_kernels.rows.types import RowArguments
@@ -111,7 +111,7 @@ def test_one_launch_is_two_passes(dtype, monkeypatch):
     expected = BACKEND.stats(z, rows, False)
     out = BACKEND.gradient(z, rows, expected, -weight, None, False, out=torch.empty_like(z))
     known, dz = row_kernels.objective_gradient(
-        z, rows, formulas.cross_entropy_token, weight[None], (), False
+        z, rows, CROSS_ENTROPY.formulas[""], weight[None], (), False
     )
     assert dz.data_ptr() == z.data_ptr() and torch.equal(dz, out)
     assert all(torch.equal(x, y) for x, y in zip(known, expected, strict=True))
