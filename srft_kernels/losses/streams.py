@@ -81,7 +81,8 @@ def linear_token_loss(
 
     It costs 6NDV, 4NDV with a frozen head. Where a gradient depends on a sequence longer than a chunk of logits (gspo,
     factors of its mean H) or on the batch, logits are computed twice, but for the last chunk's: up to 8NDV. On a CPU
-    gspo goes without, unless factors of the log-likelihood depend on H; ``batch_entropy`` spares the factors it.
+    gspo goes without over many chunks, at one product more for rows with a term beside it, unless there is a LoRA, an
+    entropy bonus or a factor of the log-likelihood that depends on H. ``batch_entropy`` spares the factors it.
 
     Args:
         hidden_states: [N, D], see ``linear_logprobs``, as for every argument that is not described here.
@@ -91,7 +92,7 @@ def linear_token_loss(
         old_logprobs: [N] log-probabilities before this update, nats. None: on-policy, ratio 1 in value with
             its gradient.
         ref_logprobs: [N] log-probabilities of the reference model, nats, needed by ``kl_weights``.
-        policy_weights: [N] a, of any sign, as all weights. None: no policy term.
+        policy_weights: [N] a, of any sign, as all weights; no gradient flows to them. None: no policy term.
         sft_weights: [N] b. None: no log-likelihood term.
         shaped_weights: [N] d. None: no term of probabilities.
         kl_weights: [N] k. None: no KL term.

@@ -155,6 +155,8 @@ def test_a_call_compiles_no_variant_twice(op, options, variants, vocab, monkeypa
         (grpo, {}, 5),
         (srft, {"entropy_scope": "token"}, 5),
         (srft, {"entropy_scope": "batch"}, 6),
+        (token_loss, {"everything": True}, 5),
+        (token_loss, {"policy": "gspo"}, 6),
         (policy, {}, 6),
         (logprobs, {}, 7),
     ],
