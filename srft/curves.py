@@ -8,6 +8,10 @@ from pydantic import Field
 
 from srft.section import Section
 
+# names of the figures that every run has, which report/plots.py draws
+TAKEN = frozenset(
+    ("entropy", "grad_norm", "lengths", "loss", "mismatch", "overview", "reward_accuracy", "shares", "time")
+)
 Color = Literal["blue", "green", "vermillion", "purple", "amber", "grey"]
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from srft.batch import Batch, Group, Response, Totals
-from srft.curves import Curves, Line
+from srft.curves import TAKEN, Curves, Line
 from srft.section import Section
 from srft_kernels import PolicyLoss
 
@@ -308,6 +308,12 @@ def _refuse_slips(method: type[BaseMethod], path: Path) -> None:
         raise ValueError(
             f"method.name: curves of class Method of {path} must be a tuple of Curves, got "
             f"{reprlib.repr(method.curves)}; a tuple of one ends with a comma"
+        )
+    names = [figure.name for figure in method.curves]
+    if hidden := [name for name in names if name in TAKEN or names.count(name) > 1]:
+        raise ValueError(
+            f"method.name: curves of class Method of {path} has a figure {hidden[0]}, a name that another figure "
+            "of the report has; rename it"
         )
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from srft.curves import TAKEN
 from srft.methods import BaseMethod, find_method, method_names
 from srft.options import changed_keys, help_text, load_config, load_config_text, to_toml
+from srft.report.plots import panels
 from srft.train import main
 from tests.trainer.runs import ROOT, arguments, read_lines, train, train_process
 
@@ -110,9 +112,11 @@ def test_options_that_are_not_the_methods(arguments: list[str], said: list[str])
         (OWN.replace("needs_rollouts", "needs_rollouts: bool"), ["has an option needs_rollouts", "leave out its type"]),
         (OWN.replace("factor:", "name: int = 3\n    factor:"), ["has an option name"]),
         (OWN.replace("),)),)", "),)))"), ["curves of", "must be a tuple of Curves"]),
+        (OWN.replace('name="doubled"', 'name="loss"'), ["has a figure loss, a name that another figure"]),
+        (OWN + "    curves = (curves[0], curves[0])\n", ["has a figure doubled, a name that another figure"]),
     ],
     ids=["absent", "no-method", "another-class", "raises", "syntax", "incomplete", "exits", "two-lines", "shadows",
-         "annotated", "name", "curves"],
+         "annotated", "name", "curves", "figure", "twice"],
 )
 def test_files_that_are_no_methods(tmp_path: Path, text: str | None, said: list[str]) -> None:
     """One line with the path and what to mend, from the command line too."""
@@ -123,6 +127,14 @@ def test_files_that_are_no_methods(tmp_path: Path, text: str | None, said: list[
     assert message.startswith("method.name: ") and "\n" not in message
     for words in said:
         assert words in message
+
+
+def test_names_of_figures_that_are_taken() -> None:
+    """They are those that a run of any method draws."""
+    assert {panel.name for panel in panels()} | {"overview"} == TAKEN
+    for name in method_names():
+        figures = [figure.name for figure in find_method(name).curves]
+        assert not TAKEN & set(figures) and len(set(figures)) == len(figures)
 
 
 def test_a_bad_file_ends_the_command_in_one_line(tmp_path: Path) -> None:
