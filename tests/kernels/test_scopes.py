@@ -13,6 +13,9 @@ from tests.kernels.cases import assert_matches_reference, case_id, grpo, make_ca
 
 # 16 rows fit in a workspace of no bytes: sequences of 60, 30, 9, 31 rows are 4, 2, 1 and 2 chunks
 BOUNDS = torch.tensor([0, 60, 90, 90, 99, 130], dtype=torch.int32)
+# every token has a weight: those of the sequence that waits are demonstrations, which by default have none
+GSPO = {"policy": "gspo", "policy_weights": torch.linspace(0.01, 0.04, 130)}
+RATIO_OF_A_SEQUENCE = {**GSPO, "sft_weights": None, "sft_entropy_coefs": None}
 SCOPES = [
     (srft, {"entropy_scope": "sequence"}),
     (srft, {"entropy_scope": "batch"}),
@@ -26,10 +29,12 @@ SCOPES = [
     (grpo, {"loss_type": "gspo", "everything": True}),
     (token_loss, {"entropy_scope": "sequence"}),
     (token_loss, {"entropy_scope": "batch", "policy": "cispo", "temperature": 0.7}),
-    (token_loss, {"policy": "gspo", "sft_entropy_coefs": None, "policy_prob_factor": "p"}),
-    (token_loss, {"policy": "gspo", "sft_weights": None, "sft_entropy_coefs": None}),
-    (token_loss, {"policy": "gspo", "everything": True}),
-    (token_loss, {"policy": "gspo", "entropy_scope": "batch", "batch_entropy": 0.8}),
+    (token_loss, {**GSPO, "sft_entropy_coefs": None, "policy_prob_factor": "p"}),
+    (token_loss, RATIO_OF_A_SEQUENCE),
+    (token_loss, {**RATIO_OF_A_SEQUENCE, "kl_weights": torch.full((130,), 0.03), "with_ref": True}),
+    (token_loss, {**RATIO_OF_A_SEQUENCE, "shaped_weights": torch.linspace(-0.02, 0.02, 130), "shaping_gamma": 0.1}),
+    (token_loss, {**GSPO, "everything": True}),
+    (token_loss, {**GSPO, "entropy_scope": "batch", "batch_entropy": 0.8}),
     (policy, {}),
 ]
 scopes = pytest.mark.parametrize(
@@ -80,7 +85,7 @@ def test_matches_reference(op, options, dtype, budget, sweeps, monkeypatch):
     assert_matches_reference(op, case, **with_ref(case, options))
     entropy_grad = op is policy or options.get("preset") == "upt" or bool(options.get("everything") and op is grpo)
     # the Triton path keeps dead rows: two parts would cost as much as a second projection
-    one_part = op is grpo and "kl_coef" not in options or op is token_loss and "sft_weights" in options
+    one_part = options == {"loss_type": "gspo"} or options is RATIO_OF_A_SEQUENCE
     # a factor with a coefficient of its own for each token is no scalar of a sequence, unless H is given
     own_factors = op is token_loss and not {"sft_entropy_coefs", "batch_entropy"} & options.keys()
     waits = (not row_kernels.INTERPRETED or one_part) and not own_factors
@@ -93,6 +98,20 @@ def test_ignored_rows_and_no_bias(op, options, sweeps):
     """The same with ignored tokens, also at the edges of sequences, and without a bias."""
     case = long_case(bias=False)
     assert_matches_reference(op, case, **with_ref(case, options))
+
+
+@pytest.mark.parametrize(
+    ("op", "options"), [(grpo, {"loss_type": "gspo"}), (token_loss, RATIO_OF_A_SEQUENCE)], ids=["grpo", "token_loss"]
+)
+def test_a_waiting_ratio_moves_with_some_tokens(op, options, sweeps):
+    """A label that policy and sampler rule out is in the mean log-ratio of its sequence, and has no gradient of it."""
+    case = long_case(ignored=0.0)
+    out = torch.arange(130) % 9 == 4
+    case.bias[5] = -torch.inf
+    case.labels = torch.where(out, 5, torch.where(case.labels == 5, 6, case.labels))
+    case.old_logprobs = case.old_logprobs.masked_fill(out, -torch.inf)
+    assert_matches_reference(op, case, **options)
+    assert (When.DEFERRED, True) in sweeps
 
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
