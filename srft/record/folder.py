@@ -141,6 +141,9 @@ def _checkpoint(config: Config, folder: Path) -> Path | None:
         for key, values in changed_keys(before, config).items()
         if not key.startswith(_FREE_ON_RESUME) and not (checkpoint is not None and key in _JUDGED_BY_ROWS)
     }
+    if "method.name" in changed:
+        # that another method has other options goes without saying
+        changed = {key: values for key, values in changed.items() if key == "method.name" or key[:7] != "method."}
     if changed:
         listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
         raise ValueError(

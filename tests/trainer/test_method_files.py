@@ -11,9 +11,10 @@ import pytest
 from srft.curves import TAKEN
 from srft.methods import BaseMethod, find_method, method_names
 from srft.options import changed_keys, help_text, load_config, load_config_text, to_toml
+from srft.record.folder import run_folder
 from srft.report.plots import panels
 from srft.train import main
-from tests.trainer.runs import ROOT, arguments, read_lines, train, train_process
+from tests.trainer.runs import ROOT, arguments, read_lines, small_config, train, train_process
 
 OWN = '''
 from functools import partial
@@ -239,6 +240,18 @@ def test_resuming_with_another_text_of_a_method(tmp_path: Path) -> None:
     path.write_bytes(kept.read_bytes())
     run = train(tmp_path, method__name=path, train__resume=True)
     assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_resuming_under_another_method(tmp_path: Path) -> None:
+    """The refusal names the methods, and none of the options that one has and the other has not."""
+    luffy = small_config(tmp_path, method__name="luffy", method__gamma=0.2)
+    luffy.run_dir.mkdir(parents=True)
+    (luffy.run_dir / "config.toml").write_text(to_toml(luffy))
+    chord = small_config(tmp_path, method__name="chord", train__resume=True, train__lr=0.5)
+    with pytest.raises(ValueError) as caught, run_folder(chord):
+        pass
+    said = str(caught.value)
+    assert "method.name was 'luffy', now 'chord'" in said and "train.lr was" in said and said.count("method.") == 1
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
