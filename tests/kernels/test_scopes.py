@@ -52,8 +52,8 @@ def long_case(dtype=torch.float32, ignored=0.2, **options):
 
 
 def with_ref(case, options):
-    """The options, with the reference log-probabilities of the case where they are asked for."""
-    options = dict(options)
+    """The options, their vectors cut to its tokens, with its reference log-probabilities where they are asked for."""
+    options = {name: x[: len(case.labels)] if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     if options.pop("with_ref", False):
         options["ref_logprobs"] = case.ref_logprobs
     return options

@@ -114,11 +114,16 @@ with StopSignals() as stop:
 
 
 def miniature(*words: object, ignored: int | None = None) -> subprocess.Popen[str]:
+    def set_signals() -> None:
+        # what is ignored is handed on: SIGHUP by nohup, SIGINT by a script to what it starts in the background
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+
     started = subprocess.Popen(
         [sys.executable, "-c", MINIATURE, *map(str, words)],
         cwd=ROOT, env=environment() | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=None if ignored is None else lambda: signal.signal(ignored, signal.SIG_IGN),
+        preexec_fn=set_signals,
     )  # fmt: skip
     assert started.stdout is not None and started.stdout.readline() == "running\n"
     return started
