@@ -31,8 +31,8 @@ from srft_kernels import PolicyLoss
 
 __all__ = [
     "DEFAULT", "Aggregation", "BaseMethod", "Curves", "Figure", "Line", "Loss", "UpdateInfo", "absolute_name",
-    "assign_advantages", "compared", "find_method", "group_advantages", "judged", "method_names", "place_in_method",
-    "token_weights",
+    "assign_advantages", "clip_share", "compared", "find_method", "group_advantages", "judged", "method_names",
+    "place_in_method", "token_weights",
 ]  # fmt: skip
 DEFAULT = "srft"
 Aggregation = Literal["token-mean", "sequence-mean", "constant", "sum"]
@@ -224,6 +224,18 @@ def token_weights(batch: Batch, update: UpdateInfo, how: Aggregation, *, togethe
 
     weights = torch.tensor([weight(response) for response in batch.sequences], dtype=torch.float32)
     return weights.repeat_interleave(batch.loss_cu_seqlens.diff()).to(batch.labels.device)
+
+
+def clip_share(terms: Mapping[str, float], update: UpdateInfo) -> Figure:
+    """Return the share of rollout tokens whose ratio was clipped.
+
+    Args:
+        terms: With the counts of clipped tokens, summed over the micro-batches.
+        update: The update as a whole.
+    """
+    rollouts = update.totals.rollout_tokens
+    clipped = terms["clip_low_sum"] + terms["clip_high_sum"]
+    return Figure(clipped / max(1, rollouts), weight=rollouts)
 
 
 @functools.cache

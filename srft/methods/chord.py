@@ -28,6 +28,7 @@ from srft.methods import (
     Line,
     Loss,
     UpdateInfo,
+    clip_share,
     compared,
     judged,
     token_weights,
@@ -114,9 +115,4 @@ class Method(BaseMethod):
 
     def figures(self, terms: Mapping[str, float], update: UpdateInfo) -> dict[str, Figure]:
         """Share of SFT, and share of rollout tokens whose ratio was clipped."""
-        rollouts = update.totals.rollout_tokens
-        clipped = terms["clip_low_sum"] + terms["clip_high_sum"]
-        return {
-            "weight/mu": Figure(self.share(update.step)),
-            "clip/share": Figure(clipped / max(1, rollouts), weight=rollouts),
-        }
+        return {"weight/mu": Figure(self.share(update.step)), "clip/share": clip_share(terms, update)}

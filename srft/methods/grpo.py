@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from srft.batch import Batch, Group, Response
-from srft.methods import Aggregation, BaseMethod, Figure, Loss, UpdateInfo, compared, token_weights
+from srft.methods import Aggregation, BaseMethod, Figure, Loss, UpdateInfo, clip_share, compared, token_weights
 from srft_kernels import linear_grpo_loss
 
 
@@ -48,6 +48,4 @@ class Method(BaseMethod):
 
     def figures(self, terms: Mapping[str, float], update: UpdateInfo) -> dict[str, Figure]:
         """Share of tokens whose ratio was clipped."""
-        rollouts = update.totals.rollout_tokens
-        clipped = terms["clip_low_sum"] + terms["clip_high_sum"]
-        return {"clip/share": Figure(clipped / max(1, rollouts), weight=rollouts)}
+        return {"clip/share": clip_share(terms, update)}

@@ -20,7 +20,18 @@ import torch
 from pydantic import Field
 
 from srft.batch import Batch, Group, Response
-from srft.methods import Aggregation, BaseMethod, Curves, Figure, Line, Loss, UpdateInfo, compared, token_weights
+from srft.methods import (
+    Aggregation,
+    BaseMethod,
+    Curves,
+    Figure,
+    Line,
+    Loss,
+    UpdateInfo,
+    clip_share,
+    compared,
+    token_weights,
+)
 from srft_kernels import linear_token_loss
 
 
@@ -69,6 +80,4 @@ class Method(BaseMethod):
 
     def figures(self, terms: Mapping[str, float], update: UpdateInfo) -> dict[str, Figure]:
         """Share of rollout tokens whose ratio was clipped."""
-        rollouts = update.totals.rollout_tokens
-        clipped = terms["clip_low_sum"] + terms["clip_high_sum"]
-        return {"clip/share": Figure(clipped / max(1, rollouts), weight=rollouts)}
+        return {"clip/share": clip_share(terms, update)}
