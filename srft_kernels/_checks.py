@@ -44,10 +44,6 @@ def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, op
         raise ValueError(
             f"hidden_states must be bf16, fp16, fp32 or fp64, got {hidden_states.dtype}; cast it"
         )
-    if hidden_states.is_cuda and hidden_states.dtype == torch.float64:
-        raise ValueError(
-            "hidden_states must be bf16, fp16 or fp32 on a GPU, got float64; use srft_kernels.reference"
-        )
     num_tokens, hidden_size = hidden_states.shape
     if lm_head_weight.dim() != 2 or lm_head_weight.shape[1] != hidden_size or lm_head_weight.shape[0] == 0:
         raise ValueError(
@@ -92,6 +88,12 @@ def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, op
         raise ValueError(f"ignore_index must be an int, got {ignore_index!r}")
     if lora is not None:
         _check_lora(lora, lm_head_weight)
+
+
+def check_gpu_dtype(name: str, x: Tensor) -> None:
+    """Raise ValueError for float64 on a GPU, which the row kernels do not compute and the references do."""
+    if x.is_cuda and x.dtype == torch.float64:
+        raise ValueError(f"{name} must be bf16, fp16 or fp32 on a GPU, got float64; use srft_kernels.reference")
 
 
 def check_rows(labels: Tensor, ignore_index: int, vocab: int, temperature: float | Tensor) -> None:

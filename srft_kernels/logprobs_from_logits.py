@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import FLOAT_DTYPES, check_positive, check_rows
+from ._checks import FLOAT_DTYPES, check_gpu_dtype, check_positive, check_rows
 from ._numbers import is_number, plain_numbers
 from .head.chunks import compute_dtype, rows_backend
 from .head.last_gradient import last_gradient
@@ -27,10 +27,6 @@ def check_logits(
             raise ValueError(f"{name} must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
     if logits.dtype not in FLOAT_DTYPES:
         raise ValueError(f"logits must be bf16, fp16, fp32 or fp64, got {logits.dtype}; cast them")
-    if logits.is_cuda and logits.dtype == torch.float64:
-        raise ValueError(
-            "logits must be bf16, fp16 or fp32 on a GPU, got float64; use srft_kernels.reference"
-        )
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V >= 1, got {list(logits.shape)}")
     if labels.shape != logits.shape[:-1]:
@@ -212,6 +208,7 @@ def logprobs_from_logits(
     Eager twin: ``reference.logprobs_from_logits``.
     """
     check_logits(logits, labels, temperature, logit_softcap, ignore_index)
+    check_gpu_dtype("logits", logits)
     _check_layout(logits, inplace_backward)
     dtype = compute_dtype(logits.dtype)
     inv_temperature = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_head, check_mechanism, check_rows
+from .._checks import check_gpu_dtype, check_head, check_mechanism, check_rows
 from ..rows.types import Smoothing
 from ..types import HeadOptions, Inputs, LoraDelta
 from ..vocab_parallel import IGNORED, local_labels
@@ -26,6 +26,7 @@ def make_head(
         # the body of a model leaves 16-bit states there, beside a weight in fp32
         lm_head_weight = lm_head_weight.to(hidden_states.dtype)
     check_head(hidden_states, lm_head_weight, labels, options)
+    check_gpu_dtype("hidden_states", hidden_states)
     check_mechanism(hidden_states, lm_head_weight, options)
     bias, temperature, logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, _, logits_dtype = options
     vocab = vocab_parallel.vocab_size if vocab_parallel else lm_head_weight.shape[0]
