@@ -190,6 +190,17 @@ class TrainConfig(Section):
     """Continue the run of this name from its newest checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the trainer computes."""
+    ranks: int | None = Field(None, gt=0)
+    """Processes that train together, which `python -m srft.train` starts on this machine; unset: one, or those that
+    torchrun has started."""
+    shard_ranks: int | None = Field(None, gt=0)
+    """Ranks over which one copy of the policy is sharded; must divide their number; unset: all of them."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and moments in the CPU's memory, and bring a layer to the GPU when it computes."""
+    collective_deadline_s: float = Field(1800.0, gt=0)
+    """Seconds that a rank waits for the others before the run is ended."""
+    max_skipped_updates: int = Field(3, ge=0)
+    """Updates in a row whose loss or gradient is not finite that are left out before the run is ended."""
 
 
 class Config(Section):

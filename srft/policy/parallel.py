@@ -1,0 +1,225 @@
+"""The ranks of a run: how they meet, what they tell each other, and how a policy is sharded over them.
+
+One process is a world of one: it has no process group, shards nothing, and every method here gives back what it got.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from srft.config import Config
+
+_T = TypeVar("_T")
+# key of the store under which a rank says where it is
+_PLACE = "srft/at/{}"
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, as one of them sees it; all of them call every method of it in the same order.
+
+    Args:
+        rank: This one, from 0.
+        size: How many there are.
+        device: Where this one computes.
+        mesh: Replicas by shards; None for a world of one that shards nothing.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes the record."""
+        return self.rank == 0
+
+    def own(self, items: Sequence[_T]) -> list[_T]:
+        """Return this rank's share of what every rank holds: one of every ``size``.
+
+        Args:
+            items: The same on every rank.
+        """
+        return list(items[self.rank :: self.size])
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Add up numbers over the ranks, in float64.
+
+        Args:
+            numbers: As many on every rank.
+        """
+        if self.size == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def largest(self, number: int) -> int:
+        """Return the largest of the ranks' numbers.
+
+        Args:
+            number: This rank's.
+        """
+        return max(self.gather(number))
+
+    def gather(self, value: _T) -> list[_T]:
+        """Return every rank's value, in the order of ranks; for what is small.
+
+        Args:
+            value: This rank's.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[_T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def first(self, value: _T) -> _T:
+        """Return the first rank's value; for what is small.
+
+        Args:
+            value: Looked at on the first rank alone.
+        """
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def at(self, place: str) -> None:
+        """Note where this rank is, for the diagnosis of a rank that others wait for in vain.
+
+        Args:
+            place: Such as "step 3, rollout".
+        """
+        if self.size > 1:
+            dist.distributed_c10d._get_default_store().set(_PLACE.format(self.rank), place)
+
+
+@contextmanager
+def joined(config: Config, device: torch.device) -> Iterator[World]:
+    """Meet the other ranks that the launcher has started; alone where it has started none.
+
+    Args:
+        config: The whole configuration.
+        device: "cpu", or "cuda" for the GPU of this rank's place on its machine.
+
+    Raises:
+        ValueError: When ``train.ranks`` or ``train.shard_ranks`` does not fit the number of ranks.
+    """
+    train, size = config.train, int(os.environ.get("WORLD_SIZE", "1"))
+    if train.ranks is not None and train.ranks != size:
+        raise ValueError(
+            f"train.ranks={train.ranks}, but this process was started as one of {size}; leave train.ranks unset under "
+            "torchrun, or start python -m srft.train without it"
+        )
+    shard = train.shard_ranks or size
+    if size % shard:
+        raise ValueError(f"train.shard_ranks={shard} must divide the number of ranks, {size}")
+    if size == 1 and not train.cpu_offload:
+        yield World(0, 1, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    deadline = timedelta(seconds=train.collective_deadline_s)
+    if size > 1:
+        dist.init_process_group(backend, timeout=deadline)
+    else:
+        dist.init_process_group(backend, timeout=deadline, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicas", "shards"))
+        yield World(dist.get_rank(), size, device, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: PreTrainedModel, world: World, *, cpu_offload: bool) -> None:
+    """Shard a policy's parameters over the ranks by FSDP2: each block is a unit, the rest another.
+
+    Gradients are summed over the ranks, not averaged: every loss is divided by counts over all of them. The model may
+    lie on the meta device; its parameters are then to be filled in afterwards.
+
+    Args:
+        model: From ``prepare_policy``.
+        world: With a mesh.
+        cpu_offload: Keep parameters, gradients and moments in the CPU's memory.
+    """
+    assert world.mesh is not None
+    mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shards"]
+    offload: OffloadPolicy = OffloadPolicy()
+    if cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, offload_policy=offload)
+    fully_shard(model, mesh=mesh, offload_policy=offload)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no scaled sum, and NCCL's zeroes 16-bit gradients in some versions
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def open_to(model: nn.Module, method: str) -> None:
+    """Let a method of a policy read its whole parameters, as its forward does.
+
+    Args:
+        model: Sharded or not.
+        method: Its name.
+    """
+    register_fsdp_forward_method(model, method)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Say whether a policy is sharded.
+
+    Args:
+        model: Any.
+    """
+    return isinstance(model, FSDPModule)
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the layers that a causal LM repeats: the members of its largest list of modules.
+
+    Args:
+        model: Any.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    sizes = [sum(p.numel() for p in each.parameters()) for each in lists]
+    return list(lists[sizes.index(max(sizes))]) if lists else []
+
+
+def whole(x: Tensor) -> Tensor:
+    """Return all of a tensor of which this rank may hold a part; every rank must ask.
+
+    Args:
+        x: A parameter, its gradient, or a norm.
+    """
+    return x.full_tensor() if isinstance(x, DTensor) else x
