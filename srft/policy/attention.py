@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,14 +83,20 @@ def _on_gpu(
     max_seqlen: int,
 ) -> Tensor:
     """Flash attention over the bounds; [T, H, d]."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
     bounds = cu_seqlens.to(query.device, non_blocking=True)
     width = value.shape[-1]
     if width != query.shape[-1]:  # latent attention: flash attention wants values as wide as queries
         value = F.pad(value, (0, query.shape[-1] - width))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    out = varlen_attn(
+    attend = varlen.varlen_attn
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(attend).parameters:
+            attend = partial(attend, enable_gqa=True)
+        else:  # torch 2.11 has varlen_attn for as many key heads as query heads alone
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    out = attend(
         q,
         k,
         v,
@@ -98,7 +107,6 @@ def _on_gpu(
         scale=scaling,
         # a window of w tokens is the token itself and w - 1 before it
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=key.shape[1] != query.shape[1],
     )
     assert isinstance(out, Tensor)  # it returns more only when asked for auxiliary outputs
     return out[..., :width]
