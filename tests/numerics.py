@@ -26,7 +26,8 @@ def assert_accurate(
 ) -> None:
     """Fail unless ``actual`` is about as close to ``gold`` as ``baseline`` is.
 
-    Forward values: max error at most twice the baseline's, plus 1e-5 and two roundings of the largest value.
+    Forward values: max error at most twice the baseline's, plus 1e-5 and two roundings of the largest value; of a
+    scalar, which is a sum over tokens whose terms are together no smaller than it, the noise of a sum of its size.
     Gradients: relative RMS error at most twice the baseline's plus 1e-4, and at most 5e-3; for a matrix also
     row by row.
 
@@ -51,7 +52,7 @@ def assert_accurate(
     actual, gold, baseline = (torch.where(finite, x, 0.0) for x in (actual, gold, baseline))
     error, base_error = actual - gold, baseline - gold
     if not gradient:
-        rounding = 2 * epsilon * gold.abs().max()
+        rounding = max(2 * epsilon, SUM_NOISE if gold.dim() == 0 else 0.0) * gold.abs().max()
         bound = 2 * base_error.abs().max() + FORWARD_FLOOR + rounding
         worst = error.abs().argmax()
         found = error.abs().max()

@@ -232,14 +232,14 @@ def test_ignored_rows_may_hold_anything(op, monkeypatch):
 
 @pytest.mark.parametrize("inplace_backward", [False, True], ids=["new", "in-place"])
 def test_logits_without_host_sync_or_copies(inplace_backward):
-    """Nothing waits for the GPU, and memory grows by the gradient at most."""
+    """Nothing waits for the GPU, and memory grows by the gradient and vectors of tokens alone."""
     leaf = torch.randn(2048, 32000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(0, 32000, (2048,), device="cuda")
     for _ in range(2):
         logits = leaf * 1
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         torch.cuda.set_sync_debug_mode("error")
         try:
             logprobs, _ = srft_kernels.logprobs_from_logits(
@@ -248,9 +248,10 @@ def test_logits_without_host_sync_or_copies(inplace_backward):
             (dlogits,) = torch.autograd.grad(logprobs.sum(), logits)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        extra = torch.cuda.max_memory_allocated() - before
+        # what was asked for: the allocator gives a block whole where less than 1 MiB of it would be left
+        extra = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
         assert (dlogits.data_ptr() == logits.data_ptr()) == inplace_backward
-        assert extra < 2**20 + (0 if inplace_backward else logits.nbytes)
+        assert extra < 16 * labels.nbytes + (0 if inplace_backward else logits.nbytes)
 
 
 def test_logits_beyond_32_bits():

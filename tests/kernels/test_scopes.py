@@ -52,8 +52,12 @@ def long_case(dtype=torch.float32, ignored=0.2, **options):
 
 
 def with_ref(case, options):
-    """The options, their vectors cut to its tokens, with its reference log-probabilities where they are asked for."""
-    options = {name: x[: len(case.labels)] if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    """The options, their vectors cut to its tokens and beside them, with its ref_logprobs where they are asked for."""
+
+    def of_case(x):
+        return x[: len(case.labels)].to(case.labels.device) if isinstance(x, torch.Tensor) else x
+
+    options = {name: of_case(x) for name, x in options.items()}
     if options.pop("with_ref", False):
         options["ref_logprobs"] = case.ref_logprobs
     return options
