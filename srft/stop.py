@@ -10,12 +10,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 # `timeout` and some shells signal a process and then its group: what comes within this time is one signal
-_ONE_SIGNAL_S = 0.1
+ONE_SIGNAL_S = 0.1
+LAUNCHER = "SRFT_LAUNCHER"
+"""Environment variable that holds the process id of what started a rank."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -36,9 +39,19 @@ class StopSignals:
 
     Between ``hold`` and ``release`` the first one waits. A signal that was ignored before, as under nohup, stays so.
     In a thread other than the main one nothing is changed, since only that one receives signals.
+
+    Ranks of one run are told at different moments, and one that left alone would leave the others in a collective: from
+    the first ``agree`` on, a signal to any of them waits until all are at the next ``agree`` or ``release``, where all
+    raise ``Stopped``. Of ranks that ``launch`` started, the launcher takes the second signal and ends them.
+
+    Args:
+        largest: Returns the largest of the ranks' numbers to each of them, a collective; None in a run of one process,
+            where ``agree`` does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, largest: Callable[[int], int] | None = None) -> None:
+        self._largest = largest
+        self._together = False
         self._number: int | None = None
         self._since = 0.0
         self._held = False
@@ -46,7 +59,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in SIGNALS:
                 if (handler := signal.getsignal(number)) != signal.SIG_IGN:
                     self._before[number] = handler
                     signal.signal(number, self._receive)
@@ -63,30 +76,47 @@ class StopSignals:
         self._held = True
 
     def release(self) -> None:
-        """From here on a signal stops the run again.
+        """From here on a signal stops the run again; of many ranks all must come here.
 
         Raises:
             Stopped: When one has been waiting.
         """
         self._held = False
-        if self._number is not None:
+        self.agree()
+        if self._number is not None and not self._together:
             raise Stopped(self._number)
+
+    def agree(self) -> None:
+        """Let the ranks stop together, at a point of a step to which all come; nothing in a run of one process.
+
+        Raises:
+            Stopped: On every rank, when a signal has reached any.
+        """
+        if self._largest is None:
+            return
+        self._together = True
+        # a signal between this call and its answer is for the next one
+        if number := self._largest(self._number or 0):
+            raise Stopped(number)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self._number is None:
             self._number, self._since = number, time.monotonic()
-            name = signal.Signals(number).name
-            os.write(2, f"{name}: stopping where the run can go on from; a second signal ends it at once\n".encode())
-            if not self._held:
+            if os.environ.get("RANK", "0") == "0":
+                notice = "stopping where the run can go on from; a second signal ends it at once"
+                os.write(2, f"{signal.Signals(number).name}: {notice}\n".encode())
+            if not (self._held or self._together):
                 raise Stopped(number)
+        elif LAUNCHER in os.environ:
+            return
         # a terminal that closes may send several
-        elif number != getattr(signal, "SIGHUP", None) and time.monotonic() - self._since >= _ONE_SIGNAL_S:
+        elif number != getattr(signal, "SIGHUP", None) and time.monotonic() - self._since >= ONE_SIGNAL_S:
             _leave(number)
 
 
 def leave_at_once() -> None:
     """Let a signal end the process without a word more than its name, while there is nothing to save or to end."""
-    for number in _SIGNALS:
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _frame: _leave(number))
 

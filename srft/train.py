@@ -3,13 +3,16 @@
 # ruff: noqa: E402
 from __future__ import annotations
 
+import sys
+
+from srft.launch import start_ranks
 from srft.stop import Stopped, leave_at_once
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds, in which a signal would end in a traceback of theirs
+    start_ranks(sys.argv[1:])  # what waits for the ranks of a run needs none of them
 
 import signal
-import sys
 
 import torch
 import transformers
