@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -108,6 +108,7 @@ class Batch:
         rollout_logprobs: [N] fp32, the engine's; 0 on demonstrations.
         old_logprobs: [N] fp32, or None when the current policy is the one that sampled.
         sequences: The B sequences, in order.
+        is_empty: It has one sequence that counts for nothing, with which a rank keeps step with the others.
     """
 
     input_ids: Tensor
@@ -123,6 +124,7 @@ class Batch:
     rollout_logprobs: Tensor
     old_logprobs: Tensor | None
     sequences: list[Response]
+    is_empty: bool = False
 
     def responses(self) -> Iterator[tuple[Response, slice]]:
         """Give each sequence with the place of its counted tokens in the [N] vectors."""
@@ -173,6 +175,17 @@ def pack(
         bins[place].append(sequence)
         room[place] -= len(sequence)
     return [_to_batch(members, device) for members in bins]
+
+
+def empty_batch(*, is_demo: bool, device: torch.device) -> Batch:
+    """Return a micro-batch whose every loss and gradient is zero.
+
+    Args:
+        is_demo: Which kind its one token is of; of a kind that the update has.
+        device: Where it is used.
+    """
+    batch = _to_batch([Response([0], [0], is_demo, truncated=False, rollout_logprobs=[], text="")], device)
+    return replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX), is_empty=True)
 
 
 def _to_batch(sequences: list[Response], device: torch.device) -> Batch:

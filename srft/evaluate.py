@@ -21,23 +21,30 @@ def evaluate(actor: Actor, prompts: list[Prompt]) -> dict[str, float]:
         ``eval/accuracy`` and the ends of its 95 % interval, over the answers that were judged and absent where none
         was; ``eval/truncated`` and ``eval/timeouts``; all in [0, 1].
     """
-    greedy = replace(actor.sampling, temperature=0.0)
-    drawn = [c[0] for c in actor.engine.generate([p.prompt_ids for p in prompts], greedy, [[0]] * len(prompts))]
+    world, greedy = actor.world, replace(actor.sampling, temperature=0.0)
+    own = world.own(prompts)
+    drawn = [c[0] for c in actor.engine.generate([p.prompt_ids for p in own], greedy, [[0]] * len(own))]
     texts = [
         completion_text(actor.tokenizer, c.token_ids, p.opened, greedy.stop)
-        for c, p in zip(drawn, prompts, strict=True)
+        for c, p in zip(drawn, own, strict=True)
     ]
-    results = actor.pool.score([(t, p.example.answer, p.example.row) for t, p in zip(texts, prompts, strict=True)])
-    correct = sum(r.value >= 0.5 for r in results)
-    judged = sum(r.status != "unjudged" for r in results)
+    results = actor.pool.score([(t, p.example.answer, p.example.row) for t, p in zip(texts, own, strict=True)])
+    correct, judged, truncated, timeouts = map(
+        int,
+        world.sum(
+            [
+                sum(r.value >= 0.5 for r in results),
+                sum(r.status != "unjudged" for r in results),
+                sum(c.finish == "length" for c in drawn),
+                sum(r.status == "timeout" for r in results),
+            ]
+        ),
+    )
     accuracy: dict[str, float] = {}
     if judged:
         low, high = wilson_interval(correct, judged)
         accuracy = {"eval/accuracy": correct / judged, "eval/ci_low": low, "eval/ci_high": high}
-    return accuracy | {
-        "eval/truncated": sum(c.finish == "length" for c in drawn) / len(drawn),
-        "eval/timeouts": sum(r.status == "timeout" for r in results) / len(drawn),
-    }
+    return accuracy | {"eval/truncated": truncated / len(prompts), "eval/timeouts": timeouts / len(prompts)}
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import astuple, replace
 from functools import partial
 
 import torch
 
-from srft.batch import Batch, Group, Response, count, pack
+from srft.batch import Batch, Group, Response, Totals, count, empty_batch, pack
 from srft.methods import Figure, UpdateInfo, assign_advantages
+from srft.policy.exchange import Exchange
 from srft.policy.forwards import packed_forward
 from srft.policy.learner import Learner
-from srft.policy.model import head_of, run_body
+from srft.policy.model import compute
+from srft.policy.parallel import whole as whole_of
 from srft.policy.router import router_of, whole_load
 from srft.record.metrics import combined, loss_metrics
 from srft_kernels import PolicyLoss
@@ -22,81 +25,138 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
 
     Args:
         learner: Its policy is moved.
-        groups: With rewards; their responses' advantages and entropies are filled in.
+        groups: This rank's, with rewards; their responses' advantages and entropies are filled in.
         step: Sets the learning rate.
 
     Returns:
-        Losses, entropies, weights and the gradient norm, by metric name; nothing where no response was judged.
+        Losses, entropies, weights and the gradient norm, by metric name, the same on every rank; nothing where no
+        response was judged.
 
     Raises:
-        FloatingPointError: When a gradient is not finite; the weights are left as they were before that update.
+        FloatingPointError: When losses or gradients were not finite in more updates in a row than
+            ``train.max_skipped_updates``; the weights are as they were before the first of these.
     """
-    size = len(groups) // learner.config.train.updates_per_step
-    parts = [groups[i : i + size] for i in range(0, len(groups), size)]
-    sequences = [assign_advantages(part, learner.config.method) for part in parts]
-    if len(parts) > 1:
-        remember_old_logprobs(learner, [s for part in sequences for s in part])
-    return combined([update(learner, part, step) for part in sequences if part])
+    world = learner.world
+    exchanges = [
+        Exchange(world, assign_advantages(part, learner.config.method)) for part in _parts(learner, groups)
+    ]
+    if len(exchanges) > 1:
+        remember_old_logprobs(learner, [s for exchange in exchanges for s in exchange.held])
+    figures = [
+        update(learner, exchange.held, step) for exchange in exchanges if world.largest(len(exchange.held))
+    ]
+    for exchange in exchanges:
+        exchange.return_entropies()
+    return combined(figures)
+
+
+def _parts(learner: Learner, groups: list[Group]) -> list[list[Group]]:
+    """This rank's groups by the update that takes them: the step's groups in order, cut into equal parts."""
+    world, updates = learner.world, learner.config.train.updates_per_step
+    size = max(1, int(world.sum([len(groups)])[0]) // updates)
+    parts: list[list[Group]] = [[] for _ in range(updates)]
+    for i, group in enumerate(groups):
+        # each rank has one of every world.size groups
+        parts[(world.rank + i * world.size) // size].append(group)
+    return parts
 
 
 def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, Figure]:
-    """Make one optimizer update from these sequences, however many micro-batches they fill.
+    """Make one optimizer update from these sequences, however many ranks and micro-batches they fill.
 
     Args:
         learner: Its policy is moved.
-        sequences: With rewards and advantages; their ``entropy`` is filled in.
+        sequences: This rank's, with rewards and advantages, perhaps none; their ``entropy`` is filled in.
         step: Sets the learning rate.
 
     Returns:
-        Losses, entropies, weights and the gradient norm, by metric name.
+        Losses, entropies, weights and the gradient norm, by metric name, the same on every rank.
 
     Raises:
-        FloatingPointError: When the gradient is not finite; the weights are left as they were.
+        FloatingPointError: When a loss or gradient is not finite, once more in a row than
+            ``train.max_skipped_updates``; the weights are left as they were.
         ValueError: When the method's loss is no op.
     """
-    config, model, optimizer = learner.config, learner.model, learner.optimizer
-    batches = pack(sequences, config.train.tokens_per_microbatch, model.device)
+    config, model, optimizer, world = learner.config, learner.model, learner.optimizer, learner.world
+    totals = Totals(*map(int, world.sum(astuple(count(sequences)))))
+    batches = micro_batches(learner, sequences, totals)
     entropy = mean_entropy(learner, batches) if config.method.needs_entropy else None
-    whole = UpdateInfo(count(sequences), step, config.rollout.max_new_tokens, entropy)
+    whole = UpdateInfo(totals, step, config.rollout.max_new_tokens, entropy)
     optimizer.zero_grad(set_to_none=True)
     outputs: list[PolicyLoss] = []
     router, dtype = router_of(config, model), config.compute_dtype
-    load = whole_load(router, model, batches, dtype) if router is not None and len(batches) > 1 else None
+    load = None
+    if router is not None and (len(batches) > 1 or world.size > 1):
+        load = whole_load(router, model, batches, dtype, world)
     balance = torch.zeros((), device=model.device)
     for batch in batches:
-        hidden_states, gates = run_body(model, batch, dtype, router_logits=router is not None)
-        out = _fused_loss(learner, batch, whole, hidden_states)
-        aux = router.loss(gates, load or router.load(gates)) if router is not None else balance.new_zeros(())
+        out, gates = _fused_loss(learner, batch, whole, router_logits=router is not None)
+        aux = balance.new_zeros(())
+        if router is not None:
+            aux = router.loss(gates, load or router.load(gates)) * (not batch.is_empty)
         (out.loss + aux).backward()
         balance += aux.detach()
         outputs.append(out)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(
-            f"step {step}: the gradient norm is {norm.item()}; lower the learning rate or the method's coefficients"
-        )
+    figures = loss_metrics(config.method, batches, outputs, whole, world)
+    if router is not None:
+        (added,) = world.sum([balance.item()])
+        figures["loss/router_aux"] = Figure(added)
+        figures["loss/total"] = replace(figures["loss/total"], value=figures["loss/total"].value + added)
+    norm = whole_of(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)).item()
     lr = config.train.lr * min(1.0, step / max(1, config.train.lr_warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
-    figures = loss_metrics(config.method, batches, outputs, whole)
-    if router is not None:
-        figures["loss/router_aux"] = Figure(balance.item())
-        figures["loss/total"] = replace(figures["loss/total"], value=figures["loss/total"].value + balance.item())
-    return {"lr": Figure(lr, "last"), "grad_norm": Figure(norm.item()), **figures}
+    skipped = _skipped(learner, step, norm, figures["loss/total"].value)
+    if not skipped:
+        optimizer.step()
+    return {
+        "lr": Figure(lr, "last"), "grad_norm": Figure(norm), "updates/skipped": Figure(skipped), **figures
+    }  # fmt: skip
 
 
-def _fused_loss(learner: Learner, batch: Batch, whole: UpdateInfo, hidden_states: torch.Tensor) -> PolicyLoss:
+def micro_batches(learner: Learner, sequences: list[Response], totals: Totals) -> list[Batch]:
+    """Pack this rank's sequences into as many micro-batches as every other rank has, some of them perhaps empty.
+
+    Args:
+        learner: Its configuration says how large they may be.
+        sequences: This rank's.
+        totals: Of the whole update.
+    """
+    device = learner.model.device
+    batches = pack(sequences, learner.config.train.tokens_per_microbatch, device)
+    missing = learner.world.largest(len(batches)) - len(batches)
+    return batches + [empty_batch(is_demo=not totals.rollout_sequences, device=device) for _ in range(missing)]
+
+
+def _skipped(learner: Learner, step: int, norm: float, loss: float) -> bool:
+    """Whether an update is left out since its numbers, the same on every rank, are not finite."""
+    if math.isfinite(norm) and math.isfinite(loss):
+        learner.skipped.count = 0
+        return False
+    learner.skipped.count += 1
+    most = learner.config.train.max_skipped_updates
+    if learner.skipped.count > most:
+        before = f", after {most} such updates in a row that were left out" if most else ""
+        raise FloatingPointError(
+            f"step {step}: the gradient norm is {norm} and the loss {loss}{before}; "
+            "lower the learning rate or the method's coefficients"
+        )
+    return True
+
+
+def _fused_loss(
+    learner: Learner, batch: Batch, whole: UpdateInfo, *, router_logits: bool
+) -> tuple[PolicyLoss, tuple[torch.Tensor, ...]]:
     config = learner.config
     about = f"loss of method.name={config.method.name} must return an op of srft_kernels, bound by functools.partial, "
     loss = config.method.loss(batch, whole)
     if not callable(loss):
         raise ValueError(f"{about}got {loss!r}; return partial(linear_token_loss, ...)")
     loss = partial(loss, labels=batch.labels, temperature=config.rollout.temperature)
-    out = head_of(learner.model)(hidden_states, loss)
+    out, gates = compute(learner.model, batch, config.compute_dtype, loss, router_logits=router_logits)
     if not isinstance(out, PolicyLoss):
         raise ValueError(f"{about}and this one gave {type(out).__name__}; take linear_token_loss or its kin")
-    return out
+    return out, gates
 
 
 @torch.no_grad()
@@ -105,13 +165,13 @@ def remember_old_logprobs(learner: Learner, sequences: list[Response]) -> None:
 
     Args:
         learner: Holds that policy.
-        sequences: Everything this step learns from; modified in place.
+        sequences: Everything this rank learns from in this step; modified in place.
     """
-    model = learner.model
-    for batch in pack(sequences, learner.config.train.tokens_per_microbatch, model.device):
+    for batch in micro_batches(learner, sequences, count(sequences)):
         logprobs, _ = _score(learner, batch)
-        for sequence, place in batch.responses():
-            sequence.old_logprobs = logprobs[place]
+        if not batch.is_empty:
+            for sequence, place in batch.responses():
+                sequence.old_logprobs = logprobs[place]
 
 
 @torch.no_grad()
@@ -120,12 +180,14 @@ def mean_entropy(learner: Learner, batches: list[Batch]) -> torch.Tensor:
 
     Args:
         learner: Holds the policy.
-        batches: All micro-batches of the update.
+        batches: All micro-batches of this rank.
 
     Returns:
-        0-d fp32, nats.
+        0-d fp32, nats, the same on every rank.
     """
-    return torch.cat([_score(learner, batch)[1] for batch in batches]).mean()
+    scored = [(batch, _score(learner, batch)[1]) for batch in batches]
+    none = torch.zeros(0, device=learner.model.device)
+    return learner.world.mean(torch.cat([none, *(entropy for batch, entropy in scored if not batch.is_empty)]))
 
 
 def _score(learner: Learner, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from srft.data.prompts import Prompt
 from srft.data.sampler import sample_seed
 from srft.data.templates import completion_text
 from srft.engine.base import Completion, Engine, Sampling
+from srft.policy.parallel import ALONE, World
 from srft.rewards.pool import RewardPool
 
 
@@ -25,12 +26,14 @@ class Actor:
         sampling: How it draws.
         tokenizer: Turns completions back to text.
         pool: The verifiers.
+        world: The ranks, each of which answers and judges its own prompts.
     """
 
     engine: Engine
     sampling: Sampling
     tokenizer: PreTrainedTokenizerBase
     pool: RewardPool
+    world: World = ALONE
 
 
 def roll_out(config: Config, actor: Actor, prompts: list[Prompt], step: int) -> list[Group]:
@@ -39,19 +42,20 @@ def roll_out(config: Config, actor: Actor, prompts: list[Prompt], step: int) -> 
     Args:
         config: The whole configuration.
         actor: Holds the current policy.
-        prompts: One group is made of each.
+        prompts: Those of all ranks; one group is made of each that is this rank's.
         step: Part of every sample's seed.
     """
-    groups = [Group(p) for p in prompts]
+    own = actor.world.own(list(enumerate(prompts)))
+    groups = [Group(p) for _, p in own]
     # the place in the batch tells two copies of a prompt apart where a batch crosses into the next epoch
-    uids = [f"{p.example.id}@{place}" for place, p in enumerate(prompts)]
+    uids = [f"{p.example.id}@{place}" for place, p in own]
 
     def seed(uid: str, sample: int) -> int:
         return sample_seed(config.train.seed, step, uid, sample)
 
     if config.method.needs_rollouts:
         seeds = [[seed(uid, k) for k in range(config.train.rollouts_per_prompt)] for uid in uids]
-        answers = actor.engine.generate([p.prompt_ids for p in prompts], actor.sampling, seeds)
+        answers = actor.engine.generate([p.prompt_ids for _, p in own], actor.sampling, seeds)
         for group, completions in zip(groups, answers, strict=True):
             group.rollouts = [_rollout(actor, group.prompt, completion) for completion in completions]
     if config.method.needs_demos:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from srft.batch import Batch, Response
 from srft.config import Config
-from srft.policy.model import final_hidden_states, head_of, own_attention
+from srft.policy.model import compute, own_attention
 from srft_kernels import linear_logprobs
 
 # Response tokens compared of one sequence.
@@ -103,8 +103,7 @@ def packed_forward(
         dtype: Precision of the forward pass.
         temperature: Divides the logits, > 0.
     """
-    hidden_states = final_hidden_states(model, batch, dtype)
-    return head_of(model)(hidden_states, partial(linear_logprobs, labels=batch.labels, temperature=temperature))
+    return compute(model, batch, dtype, partial(linear_logprobs, labels=batch.labels, temperature=temperature))[0]
 
 
 def own_logprobs(

@@ -24,7 +24,7 @@ class PolicyHead(FusedLMHead):
         """As ``FusedLMHead.forward``.
 
         Args:
-            hidden_states: [N, D] from ``model.final_hidden_states``; their dtype is that of the computation.
+            hidden_states: [N, D]; their dtype is that of the computation.
             op: A fused op with its other arguments bound by ``functools.partial``.
         """
         return super().forward(hidden_states, partial(_with_rounded_bias, op))

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.config import Config
+from srft.policy.parallel import ALONE, World
+
+
+@dataclass
+class Skipped:
+    """Updates in a row that were left out because a loss or a gradient was not finite.
+
+    Args:
+        count: How many.
+    """
+
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -19,9 +31,13 @@ class Learner:
         model: The policy, from ``model.prepare_policy``.
         tokenizer: Saved beside it.
         optimizer: Holds its parameters.
+        world: The ranks that it is trained on.
+        skipped: How many updates in a row were left out.
     """
 
     config: Config
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
+    world: World = ALONE
+    skipped: Skipped = field(default_factory=Skipped)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -26,6 +28,8 @@ from srft.batch import Batch
 from srft.config import ModelConfig
 from srft.policy.attention import PACKED_ATTENTION, register_packed_attention
 from srft.policy.head import PolicyHead, make_head
+
+_T = TypeVar("_T")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -158,6 +162,7 @@ def prepare_policy(
         )
     model.to(device).eval()
     model.srft_traits = Traits(model.config._attn_implementation, _dropout_rates(text), make_head(model))
+    model.srft_compute = MethodType(_compute, model)
     register_packed_attention()
     model.set_attn_implementation(PACKED_ATTENTION)
     if model.config._attn_implementation != PACKED_ATTENTION:
@@ -194,34 +199,35 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(PACKED_ATTENTION)
 
 
-def final_hidden_states(model: PreTrainedModel, batch: Batch, compute_dtype: torch.dtype) -> Tensor:
-    """Run the body of the model over a packed batch and keep the rows that predict a counted token.
+def compute(
+    model: PreTrainedModel,
+    batch: Batch,
+    compute_dtype: torch.dtype,
+    op: Callable[..., _T],
+    *,
+    router_logits: bool = False,
+) -> tuple[_T, tuple[Tensor, ...]]:
+    """Run a policy over a packed batch, and an op over its head and the rows that predict a counted token.
+
+    This is how training, scores and proofs call a policy: a sharded one is whole inside.
 
     Args:
         model: From ``prepare_policy``.
         batch: Packed sequences of T tokens, N of them counted.
         compute_dtype: Precision of the forward pass; bf16 runs under autocast.
+        op: Called as ``op(hidden_states, lm_head_weight, **options_of_the_head)`` with the [N, D] final normed hidden
+            states in ``compute_dtype``; an op of ``srft_kernels`` bound by ``functools.partial``.
+        router_logits: Ask for what the routers of a mixture of experts say; only for models that have routers.
 
     Returns:
-        [N, D] final normed hidden states in ``compute_dtype``.
+        What ``op`` returns, and one [T, experts] tensor a routed layer where they are asked for.
     """
-    return run_body(model, batch, compute_dtype, router_logits=False)[0]
+    return model.srft_compute(batch, compute_dtype, op, router_logits)
 
 
-def run_body(
-    model: PreTrainedModel, batch: Batch, compute_dtype: torch.dtype, *, router_logits: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """As ``final_hidden_states``, with what the routers of a mixture of experts said about every token.
-
-    Args:
-        model: From ``prepare_policy``.
-        batch: Packed sequences of T tokens, N of them counted.
-        compute_dtype: Precision of the forward pass; bf16 runs under autocast.
-        router_logits: Ask for them; only for models that have routers.
-
-    Returns:
-        [N, D] hidden states in ``compute_dtype``, and one [T, experts] tensor a routed layer.
-    """
+def _compute(
+    model: PreTrainedModel, batch: Batch, compute_dtype: torch.dtype, op: Callable[..., _T], router_logits: bool
+) -> tuple[_T, tuple[Tensor, ...]]:
     with torch.autocast(
         batch.input_ids.device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32
     ):
@@ -237,7 +243,8 @@ def run_body(
             **({"output_router_logits": True} if router_logits else {}),
         )
     hidden_states = output.last_hidden_state[0][batch.loss_rows].to(compute_dtype)
-    return hidden_states, tuple(output.router_logits or ()) if router_logits else ()
+    gates = tuple(output.router_logits or ()) if router_logits else ()
+    return head_of(model)(hidden_states, op), gates
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:

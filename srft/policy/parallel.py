@@ -6,7 +6,7 @@ One process is a world of one: it has no process group, shards nothing, and ever
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +33,10 @@ _T = TypeVar("_T")
 _PLACE = "srft/at/{}"
 
 
+class Elsewhere(RuntimeError):
+    """The first rank failed, which says why itself."""
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks of a run, as one of them sees it; all of them call every method of it in the same order.
@@ -44,9 +48,9 @@ class World:
         mesh: Replicas by shards; None for a world of one that shards nothing.
     """
 
-    rank: int
-    size: int
-    device: torch.device
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
     mesh: DeviceMesh | None = None
 
     @property
@@ -106,6 +110,40 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def on_first(self, make: Callable[[], _T]) -> _T:
+        """Return what the first rank makes, which it does alone while the others wait.
+
+        Args:
+            make: Called on the first rank; what it raises is raised there.
+
+        Raises:
+            Elsewhere: On the other ranks, when it raised.
+        """
+        if self.size == 1:
+            return make()
+        if not self.is_first:
+            made, value = self.first((False, None))
+            if not made:
+                raise Elsewhere("the first rank failed")
+            return value  # type: ignore[return-value]
+        try:
+            result = make()
+        except BaseException:
+            self.first((False, None))
+            raise
+        return self.first((True, result))[1]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Return the mean over every rank's elements, 0-d in the dtype of ``x``.
+
+        Args:
+            x: Of any size, empty on some ranks.
+        """
+        if self.size == 1:
+            return x.mean()
+        total, count = self.sum([float(x.double().sum()), x.numel()])
+        return x.new_tensor(total / count)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
@@ -119,6 +157,10 @@ class World:
         """
         if self.size > 1:
             dist.distributed_c10d._get_default_store().set(_PLACE.format(self.rank), place)
+
+
+ALONE = World()
+"""One process on a CPU."""
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from srft.batch import Batch, Response, pack
 from srft.config import Config
 from srft.policy.attention import UnsupportedAttention
 from srft.policy.forwards import Rounding, own_forward, own_logprobs, packed_forward, packed_logprobs, probe_sequences
-from srft.policy.model import in_short, own_attention, run_body
-from srft.policy.router import router_of
+from srft.policy.model import in_short, own_attention
+from srft.policy.parallel import whole
+from srft.policy.router import router_logits, router_of
 from srft.policy.spread import Spread
 from srft.policy.suspects import find_cause, limits_passed
 
@@ -196,7 +197,7 @@ def _compare_router(model: PreTrainedModel, config: Config, sequence: Response) 
     ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=model.device)
     with torch.no_grad():
         (batch,) = pack([sequence], len(sequence), model.device)
-        gates = run_body(model, batch, torch.float32, router_logits=True)[1]
+        gates = router_logits(model, batch, torch.float32)
         actual = float(router.loss(gates, router.load(gates))) if gates else math.nan
         with own_attention(model):
             output = model(input_ids=ids, use_cache=False, output_router_logits=True)
@@ -266,6 +267,6 @@ def _gradients(model: PreTrainedModel, backward: Callable[[], None]) -> dict[str
 
 def _relative(gradients: dict[str, Tensor], gold: dict[str, Tensor]) -> Tensor:
     """[parameters] norm of each difference over the gold's, or over a thousandth of the whole if that is more."""
-    norms = torch.stack([g.norm() for g in gold.values()])
-    differences = torch.stack([(gradients[name] - g).norm() for name, g in gold.items()])
+    norms = torch.stack([whole(g.norm()) for g in gold.values()])
+    differences = torch.stack([whole((gradients[name] - g).norm()) for name, g in gold.items()])
     return (differences / norms.clamp(min=float(norms.norm()) * 1e-3)).cpu()

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from srft.batch import Batch
 from srft.config import Config
-from srft.policy.model import run_body
+from srft.policy.model import compute
+from srft.policy.parallel import World
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,36 @@ def router_of(config: Config, model: PreTrainedModel) -> Router | None:
 
 
 @torch.no_grad()
-def whole_load(router: Router, model: PreTrainedModel, batches: list[Batch], dtype: torch.dtype) -> Load:
+def whole_load(router: Router, model: PreTrainedModel, batches: list[Batch], dtype: torch.dtype, world: World) -> Load:
     """Count the choices over every micro-batch of an update, which the first one's gradient needs: a forward pass.
 
     Args:
         router: From ``router_of``.
         model: The policy.
-        batches: All micro-batches.
+        batches: All micro-batches of this rank.
+        dtype: Precision of the forward pass.
+        world: The ranks.
+    """
+    loads = []
+    for batch in batches:
+        load = router.load(router_logits(model, batch, dtype))
+        loads.append(Load(0 * load.assignments, 0) if batch.is_empty else load)
+    *assignments, rows = world.sum(
+        [*torch.stack([load.assignments for load in loads]).sum(0).tolist(), sum(load.rows for load in loads)]
+    )
+    return Load(loads[0].assignments.new_tensor(assignments), int(rows))
+
+
+def router_logits(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return what the routers say of a batch, one [T, E] tensor a routed layer.
+
+    Args:
+        model: The policy.
+        batch: Packed sequences.
         dtype: Precision of the forward pass.
     """
-    loads = [router.load(run_body(model, batch, dtype, router_logits=True)[1]) for batch in batches]
-    return Load(torch.stack([load.assignments for load in loads]).sum(0), sum(load.rows for load in loads))
+
+    def nothing(hidden_states: Tensor, _weight: Tensor, **_options: object) -> Tensor:
+        return hidden_states.new_zeros(())
+
+    return compute(model, batch, dtype, nothing, router_logits=True)[1]

@@ -6,16 +6,18 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from srft.batch import Batch, Group
+from srft.batch import Batch, Group, Response
 from srft.methods import BaseMethod, Figure, UpdateInfo
+from srft.policy.parallel import ALONE, World
 from srft_kernels import PolicyLoss
 
 # what stands before the slash, or alone, in names of a row that are no method's
-_EVERY_RUNS = ("step", "lr", "grad_norm", "canary", "eval", "groups", "length", "mismatch", "reward", "time", "tokens")
+_EVERY_RUNS = ("step", "lr", "grad_norm", "canary", "eval", "groups", "length", "mismatch", "reward", "time", "tokens",
+                "updates")
 
 
 class Clock:
@@ -62,8 +64,7 @@ def combined(updates: Sequence[Mapping[str, Figure]]) -> dict[str, float]:
         if figures[0].by == "last":
             row[name] = values[-1]
         elif figures[0].by == "max":
-            # max() of Python forgets a NaN that is not the first
-            row[name] = math.nan if any(map(math.isnan, values)) else max(values)
+            row[name] = _largest(values)
         elif total:
             row[name] = sum(f.value * f.weight for f in figures if f.weight) / total
         else:
@@ -71,88 +72,148 @@ def combined(updates: Sequence[Mapping[str, Figure]]) -> dict[str, float]:
     return row
 
 
-def group_metrics(groups: list[Group]) -> dict[str, float]:
+class _Outcome(NamedTuple):
+    """What the metrics of a step say of a response."""
+
+    reward: float
+    status: str
+    is_correct: bool
+    is_judged: bool
+    truncated: bool
+    tokens: int
+    response_tokens: int
+
+
+def _outcome(s: Response) -> _Outcome:
+    return _Outcome(s.reward, s.status, s.is_correct, s.is_judged, s.truncated, len(s), len(s.response_ids))
+
+
+def group_metrics(groups: list[Group], world: World = ALONE) -> dict[str, float]:
     """Describe rewards, lengths and what the groups have to teach.
 
     Args:
-        groups: With rewards.
+        groups: With rewards; those of this rank.
+        world: The ranks, whose groups are described together.
 
     Returns:
         Shares in [0, 1], lengths in tokens, counts; rollout entries only where there are rollouts, rewards only
         of what was judged.
     """
-    rollouts = [s for g in groups for s in g.rollouts]
-    demos = [s for g in groups for s in g.demos]
+    own = [([_outcome(s) for s in g.rollouts], [_outcome(s) for s in g.demos]) for g in groups]
+    every = [group for of_rank in world.gather(own) for group in of_rank]
+    rollouts = [s for of_group, _ in every for s in of_group]
+    demos = [s for _, of_group in every for s in of_group]
     metrics: dict[str, float] = {}
     if accepted := [s.reward for s in demos if s.is_judged]:
         metrics["reward/demo"] = sum(accepted) / len(accepted)
-    judged = [(g, [s for s in g.rollouts if s.is_judged]) for g in groups]
-    judged = [(g, members) for g, members in judged if members]
+    judged = [([s for s in of_group if s.is_judged], shown) for of_group, shown in every]
+    judged = [(members, shown) for members, shown in judged if members]
     if judged:
-        rewards = torch.tensor([s.reward for _, members in judged for s in members], dtype=torch.float64)
-        wrong = [g for g, members in judged if not any(s.is_correct for s in members)]
+        rewards = torch.tensor([s.reward for members, _ in judged for s in members], dtype=torch.float64)
+        wrong = [shown for members, shown in judged if not any(s.is_correct for s in members)]
         metrics |= {
             "reward/mean": rewards.mean().item(),
             "reward/std": rewards.std(correction=0).item(),
-            "groups/all_right": sum(all(s.is_correct for s in members) for _, members in judged) / len(judged),
+            "groups/all_right": sum(all(s.is_correct for s in members) for members, _ in judged) / len(judged),
             "groups/all_wrong": len(wrong) / len(judged),
-            "groups/rescued_by_demo": sum(any(s.is_correct for s in g.demos) for g in wrong) / len(judged),
+            "groups/rescued_by_demo": sum(any(s.is_correct for s in shown) for shown in wrong) / len(judged),
         }
     if rollouts:
         metrics |= {
-            "length/mean": sum(len(s.response_ids) for s in rollouts) / len(rollouts),
+            "length/mean": sum(s.response_tokens for s in rollouts) / len(rollouts),
             "length/truncated": sum(s.truncated for s in rollouts) / len(rollouts),
         }
     everything = rollouts + demos
     metrics["reward/unjudged"] = sum(not s.is_judged for s in everything)
     metrics["reward/timeouts"] = sum(s.status == "timeout" for s in everything)
     metrics["reward/errors"] = sum(s.status in ("error", "bad_gold") for s in everything)
-    metrics["tokens/step"] = sum(len(s) for s in everything)
+    metrics["tokens/step"] = sum(s.tokens for s in everything)
     return metrics
 
 
+class _Sums(NamedTuple):
+    """What one rank's micro-batches give, for the figures of the whole update."""
+
+    loss: float
+    terms: dict[str, float]
+    # mean and number of tokens, of rollouts and of demonstrations
+    entropy: tuple[tuple[float, int], tuple[float, int]]
+    mismatch: tuple[float, int]
+    largest_mismatch: float
+
+
 def loss_metrics(
-    method: BaseMethod, batches: list[Batch], outputs: list[PolicyLoss], update: UpdateInfo
+    method: BaseMethod, batches: list[Batch], outputs: list[PolicyLoss], update: UpdateInfo, world: World = ALONE
 ) -> dict[str, Figure]:
     """Sum the micro-batches' loss terms, average entropies and weights by source, and note each sequence's entropy.
 
     Args:
         method: Adds its own figures.
-        batches: The micro-batches; their sequences' ``entropy`` is filled in.
+        batches: This rank's micro-batches; their sequences' ``entropy`` is filled in.
         outputs: What the fused loss returned for each.
         update: The update as a whole.
+        world: The ranks.
 
     Returns:
-        ``loss/*`` in nats, ``entropy/*`` in nats per token, the method's own, and the rollout mismatch in nats.
+        ``loss/*`` in nats, ``entropy/*`` in nats per token, the method's own, and the rollout mismatch in nats; the
+        same on every rank.
     """
+    every = world.gather(_sums(batches, outputs))
     totals = update.totals
     terms: dict[str, float] = {}
-    mismatch: list[torch.Tensor] = []
-    for batch, out in zip(batches, outputs, strict=True):
-        for name, value in out.terms.items():
-            terms[name] = terms.get(name, 0.0) + value.item()
-        for sequence, place in batch.responses():
-            sequence.entropy = out.entropy[place].mean().item()
-        sampled_by = out.logprobs if batch.old_logprobs is None else batch.old_logprobs
-        mismatch.append((sampled_by - batch.rollout_logprobs)[~batch.is_demo].abs())
-    entropy = torch.cat([out.entropy for out in outputs])
-    is_demo = torch.cat([batch.is_demo for batch in batches])
-    metrics = {"loss/total": Figure(sum(out.loss.item() for out in outputs))}
+    for of_rank in every:
+        for name, value in of_rank.terms.items():
+            terms[name] = terms.get(name, 0.0) + value
+    metrics = {"loss/total": Figure(sum(of_rank.loss for of_rank in every))}
     metrics |= {
         f"loss/{name}": Figure(value) for name, value in terms.items() if not name.startswith(("sum_", "clip_"))
     }
-    for source, mask, tokens in (
-        ("rollout", ~is_demo, totals.rollout_tokens),
-        ("demo", is_demo, totals.demo_tokens),
-    ):
+    for kind, (source, tokens) in enumerate((("rollout", totals.rollout_tokens), ("demo", totals.demo_tokens))):
         if tokens:
-            metrics[f"entropy/{source}"] = Figure(entropy[mask].mean().item(), weight=tokens)
+            metrics[f"entropy/{source}"] = Figure(_mean([x.entropy[kind] for x in every]), weight=tokens)
     metrics |= _own_figures(method, terms, update, set(metrics))
     if totals.rollout_tokens:
-        gaps = torch.cat(mismatch)
-        metrics["mismatch/mean"] = Figure(gaps.mean().item(), weight=totals.rollout_tokens)
-        metrics["mismatch/max"] = Figure(gaps.max().item(), "max")
+        metrics["mismatch/mean"] = Figure(_mean([x.mismatch for x in every]), weight=totals.rollout_tokens)
+        metrics["mismatch/max"] = Figure(_largest([x.largest_mismatch for x in every]), "max")
     return metrics
+
+
+def _sums(batches: list[Batch], outputs: list[PolicyLoss]) -> _Sums:
+    terms: dict[str, float] = {}
+    mismatch, entropy, is_demo = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    for batch, out in zip(batches, outputs, strict=True):
+        for name, value in out.terms.items():
+            terms[name] = terms.get(name, 0.0) + value.item()
+        if batch.is_empty:
+            continue
+        for sequence, place in batch.responses():
+            sequence.entropy = out.entropy[place].mean().item()
+        sampled_by = out.logprobs if batch.old_logprobs is None else batch.old_logprobs
+        mismatch.append((sampled_by - batch.rollout_logprobs)[~batch.is_demo].abs().cpu())
+        entropy.append(out.entropy.cpu())
+        is_demo.append(batch.is_demo.cpu())
+    gaps, of_token, demo = torch.cat(mismatch), torch.cat(entropy), torch.cat(is_demo)
+    return _Sums(
+        sum(out.loss.item() for out in outputs), terms, (_mean_of(of_token[~demo]), _mean_of(of_token[demo])),
+        _mean_of(gaps), gaps.max().item() if len(gaps) else 0.0,
+    )  # fmt: skip
+
+
+def _mean_of(x: torch.Tensor) -> tuple[float, int]:
+    return (x.mean().item() if len(x) else 0.0), len(x)
+
+
+def _mean(parts: Sequence[tuple[float, int]]) -> float:
+    """Of means over so many values each."""
+    filled = [part for part in parts if part[1]]
+    if len(filled) == 1:
+        return filled[0][0]
+    return sum(mean * count for mean, count in filled) / sum(count for _, count in filled)
+
+
+def _largest(values: Sequence[float]) -> float:
+    # max() of Python forgets a NaN that is not the first
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def _own_figures(

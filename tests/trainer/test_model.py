@@ -11,11 +11,12 @@ from torch import Tensor
 
 from srft.batch import Batch, pack
 from srft.options import load_config
-from srft.policy.model import build_tiny, byte_tokenizer, final_hidden_states, head_of, load_tokenizer, prepare_policy
+from srft.policy.model import build_tiny, byte_tokenizer, head_of, load_tokenizer, prepare_policy
 from tests.trainer.architectures import build
 from tests.trainer.tiny import (
     CPU,
     flat_gradient,
+    hidden_states_of,
     members,
     plain_model,
     policy,
@@ -50,7 +51,7 @@ def test_packed_equals_separate(kv_heads: int, checkpointing: bool) -> None:
     packed = policy(plain, f"model.gradient_checkpointing={str(checkpointing).lower()}")
     assert packed.is_gradient_checkpointing is checkpointing
     expected = separate_hidden_states(plain, batch)
-    actual = final_hidden_states(packed, batch, torch.float32)
+    actual = hidden_states_of(packed, batch, torch.float32)
     assert actual.shape == (len(batch.labels), plain.config.hidden_size)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
@@ -62,10 +63,10 @@ def test_packed_equals_separate(kv_heads: int, checkpointing: bool) -> None:
 def test_neighbours_do_not_leak() -> None:
     """Changing one packed sequence changes no row of another."""
     packed, batch = policy(plain_model()), packed_batch()
-    before = final_hidden_states(packed, batch, torch.float32)
+    before = hidden_states_of(packed, batch, torch.float32)
     first, last = batch.cu_seqlens[3:5].tolist()
     batch.input_ids[first:last] = (batch.input_ids[first:last] + 5) % 30
-    after = final_hidden_states(packed, batch, torch.float32)
+    after = hidden_states_of(packed, batch, torch.float32)
     inside = torch.zeros(len(before), dtype=torch.bool)
     inside[batch.loss_cu_seqlens[3] : batch.loss_cu_seqlens[4]] = True
     assert torch.equal(before[~inside], after[~inside])
@@ -77,7 +78,7 @@ def test_head_gives_the_logits(tied: bool) -> None:
     """Hidden states times the head's weight are the model's logits."""
     plain, batch = plain_model(tied=tied), packed_batch()
     packed = policy(plain)
-    logits = head_of(packed)(final_hidden_states(packed, batch, torch.float32), lambda x, weight: x @ weight.T)
+    logits = head_of(packed)(hidden_states_of(packed, batch, torch.float32), lambda x, weight: x @ weight.T)
     first = batch.sequences[0]
     expected = plain(torch.tensor([first.prompt_ids + first.response_ids])).logits[
         0, len(first.prompt_ids) - 1 : -1
@@ -117,11 +118,11 @@ def test_head_that_is_no_linear_layer_is_refused() -> None:
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights() -> None:
     """The compute precision is that of the output, and close to the fp32 one."""
     packed, batch = policy(plain_model()), packed_batch()
-    low = final_hidden_states(packed, batch, torch.bfloat16)
+    low = hidden_states_of(packed, batch, torch.bfloat16)
     assert low.dtype == torch.bfloat16
     assert head_of(packed)(low, lambda _x, weight: weight).dtype == torch.bfloat16
     assert {p.dtype for p in packed.parameters()} == {torch.float32}
-    assert relative_error(low.float(), final_hidden_states(packed, batch, torch.float32)) < 0.05
+    assert relative_error(low.float(), hidden_states_of(packed, batch, torch.float32)) < 0.05
 
 
 @given(st.text())
@@ -166,7 +167,7 @@ def test_sliding_window(window: int) -> None:
     plain.config.layer_types = ["sliding_attention", "full_attention"]
     plain = transformers.AutoModelForCausalLM.from_config(plain.config).float().eval()
     packed = policy(plain)
-    expected, actual = separate_hidden_states(plain, batch), final_hidden_states(packed, batch, torch.float32)
+    expected, actual = separate_hidden_states(plain, batch), hidden_states_of(packed, batch, torch.float32)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     (expected * direction).sum().backward()

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 from srft.config import Config
 from srft.learning import update
 from srft.methods import assign_advantages
-from srft.policy.model import run_body
-from srft.policy.router import Router, router_of
+from srft.policy.router import Router, router_logits, router_of
 from srft.record.metrics import combined
 from tests.trainer.architectures import build
 from tests.trainer.test_model import packed_batch
@@ -104,5 +103,5 @@ def test_evenly_used_experts_give_the_smallest_loss() -> None:
 def test_router_logits_cover_every_token() -> None:
     """Prompt tokens too: no row of a packed batch is padding."""
     batch = packed_batch()
-    gates = run_body(policy(build("qwen2-moe")), batch, torch.float32, router_logits=True)[1]
+    gates = router_logits(policy(build("qwen2-moe")), batch, torch.float32)
     assert [tuple(g.shape) for g in gates] == [(len(batch.input_ids), 4)] * 2

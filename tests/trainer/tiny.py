@@ -10,14 +10,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from srft.batch import Group, Response, pack
+from srft.batch import Batch, Group, Response, pack
 from srft.config import Config
 from srft.data.examples import Example
 from srft.data.prompts import Prompt
 from srft.engine.base import Completion, Sampling
 from srft.options import load_config
 from srft.policy.learner import Learner
-from srft.policy.model import byte_tokenizer, prepare_policy
+from srft.policy.model import byte_tokenizer, compute, prepare_policy
 from srft.rewards.pool import RewardResult
 
 VOCAB = 37
@@ -63,6 +63,11 @@ def policy(
 ) -> transformers.PreTrainedModel:
     """A copy of ``model``, prepared as the trainer does it."""
     return prepare_policy(copy.deepcopy(model), tiny_config(*overrides).model, max_tokens, CPU)
+
+
+def hidden_states_of(model: transformers.PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """[N, D] hidden states of a policy at the rows that predict a counted token."""
+    return compute(model, batch, dtype, lambda hidden_states, _weight, **_options: hidden_states)[0]
 
 
 def learner_of(
