@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..rows import rounding
 from ..types import Inputs, Wanted
 from .chunks import HeadRows, Live, compute_dtype, low_rank_input, vocab_tiles
 
-# Numbers that are rounded at a time, the first of them through a temporary.
-_ROUNDED_AT_ONCE = 2**24
+# Numbers that are rounded first, through a temporary.
+_ROUNDED_FIRST = 2**24
 # Columns of a 16-bit gradient of the scores that are upcast at a time for a thin product on CPU.
 _THIN_TILE = 8192
 
@@ -244,16 +246,26 @@ def _rounded(total: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
     wide = total.view(-1)
     narrow = wide.new_empty(0, dtype=dtype).set_(total.untyped_storage(), 0, wide.shape, (1,))
     # only the first part covers its own source, and none what is read later
-    pairs = list(zip(narrow.split(_ROUNDED_AT_ONCE), wide.split(_ROUNDED_AT_ONCE), strict=True))
+    pairs = list(zip(_doubling(narrow), _doubling(wide), strict=True))
     for part, source in pairs:
         target = torch.empty_like(part) if part is pairs[0][0] else part
         if scale is None:
             target.copy_(source)
+        elif total.is_cuda:
+            rounding.scaled(source, scale, target)
         else:
             torch.mul(source, scale, out=target)
         if target is not part:
             part.copy_(target)
     return narrow.view(total.shape)
+
+
+def _doubling(flat: Tensor) -> list[Tensor]:
+    """``flat`` [n] in parts, each but the first as large as all before it."""
+    ends = [0, _ROUNDED_FIRST]
+    while ends[-1] < flat.numel():
+        ends.append(2 * ends[-1])
+    return [flat[start:end] for start, end in pairwise(ends)]
 
 
 def _nonzero(by: Tensor, block: Block) -> Block | None:

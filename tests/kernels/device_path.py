@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from srft_kernels.head import loss as known_loss
 from srft_kernels.rows import gpu as row_kernels
+from srft_kernels.rows import rounding
 
 # the package exports functions of these names
 _LOGPROBS, _LOGITS = (sys.modules[f"srft_kernels.{name}"] for name in ("linear_logprobs", "logprobs_from_logits"))
@@ -74,11 +75,16 @@ class Traffic(TorchDispatchMode):
         self.live = self.peak = 0
         self._held: set[int] = set()
 
-    def launch(self, z: Tensor, dz: Tensor, gradient: bool, known: bool) -> None:
-        """Count a launch of the row kernel on scores ``z`` [C, V]: one read for each pass, and the gradient."""
-        passes = int(gradient) + int(not known)
-        self.bytes["row_kernel"] += passes * _size(z) + (_size(dz) if gradient else 0)
-        self.calls.append(("row_kernel", [tuple(z.shape)]))
+    def launch(self, given: dict) -> None:
+        """Count a launch with the arguments ``given``: of the row kernel one read for each pass, and the gradient."""
+        if "x_ptr" in given:
+            name, read, written = "scaled_kernel", given["x_ptr"], given["out_ptr"]
+            self.bytes[name] += _size(read) + _size(written)
+        else:
+            name, read, written = "row_kernel", given["z_ptr"], given["dz_ptr"]
+            passes = int(given["GRADIENT"]) + int(not given["STATS_KNOWN"])
+            self.bytes[name] += passes * _size(read) + (_size(written) if given["GRADIENT"] else 0)
+        self.calls.append((name, [tuple(read.shape)]))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -121,17 +127,19 @@ def device_path(real: str) -> Iterator[Traffic]:
     Args:
         real: "cpu", where the interpreter must run the kernels, or "meta": no memory, nothing is computed.
     """
-    kernel, traffic = row_kernels._row_kernel, Traffic()
-    names = kernel.arg_names
+    traffic = Traffic()
 
     class Launcher:
+        def __init__(self, kernel):
+            self._kernel = kernel
+
         def __getitem__(self, grid):
             def launch(*args, **constants):
-                given = dict(zip(names, args, strict=False)) | constants
+                given = dict(zip(self._kernel.arg_names, args, strict=False)) | constants
                 with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
-                    traffic.launch(given["z_ptr"], given["dz_ptr"], given["GRADIENT"], given["STATS_KNOWN"])
+                    traffic.launch(given)
                     if real != "meta":
-                        kernel[grid](*args, **constants)
+                        self._kernel[grid](*args, **constants)
 
             return launch
 
@@ -148,7 +156,8 @@ def device_path(real: str) -> Iterator[Traffic]:
     with pytest.MonkeyPatch.context() as patch:
         for op in OPS:
             patch.setattr(op, "backward", in_mode(op.backward))
-        patch.setattr(row_kernels, "_row_kernel", Launcher())
+        patch.setattr(row_kernels, "_row_kernel", Launcher(row_kernels._row_kernel))
+        patch.setattr(rounding, "_scaled_kernel", Launcher(rounding._scaled_kernel))
         patch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
         with mode, traffic:
             yield traffic

@@ -9,6 +9,7 @@ import torch
 
 from srft_kernels.objectives import CROSS_ENTROPY, GRPO
 from srft_kernels.rows import gpu as row_kernels
+from srft_kernels.rows import rounding
 from srft_kernels.rows.types import RowArguments, Smoothing, Stats
 from tests.kernels.cases import case_id
 
@@ -153,3 +154,18 @@ def test_in_place_gradient_waits_for_the_label():
     # the only load of a single 16-bit number
     assert before.count("ld.global.b16") == 1
     assert "bar.sync" in before[before.index("ld.global.b16") :]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=case_id)
+def test_scaled_rounding_compiles(target, dtype, tmp_path):
+    """A gradient is read and written in vectors, and rounded to nearest; where its factor lies is no matter."""
+    factors, x = torch.ones(9), torch.empty(2**16)
+    with recorded_launches(target) as launches:
+        for i in range(3):
+            rounding.scaled(x, factors[i], torch.empty(2**16, dtype=dtype))
+    (launch,) = launches
+    assert_clean(launch.compiled, target, tmp_path)
+    if target != "gfx942":
+        ptx = launch.compiled.asm["ptx"]
+        assert ptx.count("ld.global.v4") == 4 and ptx.count("st.global.v4") == 2 and "cvt.rn." in ptx

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 import srft_kernels
 from srft_kernels import LoraDelta, VocabParallel, reference
 from srft_kernels.head import chunks as chunked_head
+from srft_kernels.head import gradients as head_gradients
 from srft_kernels.head import sweep
 from srft_kernels.rows import gpu as row_kernels
 from tests.kernels import cases
@@ -149,11 +150,14 @@ def test_bytes_moved(d, rows, scores):
     # two passes read the scores, one writes their gradient
     assert moved.bytes["row_kernel"] == n * V * (2 * size + 2)
     assert moved.bytes["addmm"] == n * V * 2 + states * 2 + (2 * len(products) - 1) * weight * 4
-    # the factor of the loss and the rounding of both gradients take one pass
+    # the factor of the loss and the rounding of both gradients take one pass, in a few launches
+    assert sum(name == "scaled_kernel" for name, _ in moved.calls) <= 10
     tail = (weight + states) * (4 + 2)
-    elementwise = sum(moved.bytes.values()) - sum(moved.bytes[name] for name in ("mm", "row_kernel", "addmm"))
-    # and the hidden states are copied, for each projection and each product, to clear ignored rows
-    assert tail < elementwise < tail + states * (2 * 4 + 4) + n * 1000 + 2**27
+    assert moved.bytes["scaled_kernel"] == tail
+    counted_above = sum(moved.bytes[name] for name in ("mm", "row_kernel", "addmm", "scaled_kernel"))
+    elementwise = sum(moved.bytes.values()) - counted_above
+    # the hidden states are copied, for each projection and each product, to clear ignored rows
+    assert elementwise < states * (2 * 4 + 4) + n * 1000 + 2**27
 
 
 @pytest.fixture
@@ -184,6 +188,20 @@ def test_gathered_gradients_match_the_reference(op, dtype, on_device):
     assert rows == [64, 22] if gathered else sorted(rows)[1:] == [16] * (len(rows) - 1) and sum(rows) == 86
 
 
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(1,), (7,), (8, 8), (13, 517)], ids=str)
+def test_a_scaled_gradient_is_rounded_in_its_own_memory(shape, monkeypatch):
+    """Every part of it, to the bits of a product in fp32 that is rounded elsewhere."""
+    monkeypatch.setattr(head_gradients, "_ROUNDED_FIRST", 7)
+    total, scale = torch.randn(shape), torch.tensor([9.0, -1.7])[1]
+    expected, place = (total * scale).half(), total.data_ptr()
+    with device_path("cpu") as traffic:
+        actual = head_gradients._rounded(total, FP16, scale)
+    assert torch.equal(actual, expected) and actual.shape == shape and actual.data_ptr() == place
+    parts = [shapes[0][0] for name, shapes in traffic.calls if name == "scaled_kernel"]
+    assert sum(parts) == total.numel() and all(later <= sum(parts[:i]) for i, later in enumerate(parts) if i)
 
 
 def gradients(op, case, lora=None, frozen=(), **options):

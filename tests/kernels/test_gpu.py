@@ -8,6 +8,7 @@ import torch
 import srft_kernels
 from srft_kernels import LoraDelta
 from srft_kernels.head import chunks as chunked_head
+from srft_kernels.head import gradients as head_gradients
 from srft_kernels.head import loss as known_loss
 from srft_kernels.head import sweep
 from srft_kernels.objectives import CROSS_ENTROPY
@@ -127,6 +128,17 @@ def test_no_host_sync(op, options, monkeypatch):
         (result if isinstance(result, torch.Tensor) else result.loss).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
+@pytest.mark.parametrize(("shape", "first"), [((1000, 257), 64), ((40_000, 1536), 2**24)], ids=["small", "real"])
+def test_a_scaled_gradient_is_rounded_in_its_own_memory(shape, first, dtype, monkeypatch):
+    """Every part of it, to the bits of a product in fp32 that is rounded elsewhere."""
+    monkeypatch.setattr(head_gradients, "_ROUNDED_FIRST", first)
+    total, scale = torch.randn(shape, device="cuda"), torch.tensor([9.0, -1.7], device="cuda")[1]
+    expected, place = (total * scale).to(dtype), total.data_ptr()
+    actual = head_gradients._rounded(total, dtype, scale)
+    assert torch.equal(actual, expected) and actual.data_ptr() == place
 
 
 def test_memory_does_not_grow_with_tokens_by_vocabulary():

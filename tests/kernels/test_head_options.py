@@ -105,7 +105,7 @@ def test_weight_grad_is_added_to(op, dtype, monkeypatch):
 def test_weight_gradient_is_rounded_once(op, dtype, monkeypatch):
     """Over many chunks the 16-bit gradient of the weight is the fp32 sum, rounded, to the last bit."""
     monkeypatch.setattr(chunked_head, "CPU_WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(head_gradients, "_ROUNDED_AT_ONCE", 1000)
+    monkeypatch.setattr(head_gradients, "_ROUNDED_FIRST", 1000)
     case, buffer = make_case((130, 101, 53), dtype), torch.zeros(101, 53)
     case.weight.requires_grad_()
     loss_of(op(srft_kernels, case)).backward()
