@@ -1,4 +1,4 @@
-"""Two gloo ranks, each a process of its own on this machine."""
+"""Gloo ranks, each a process of its own on this machine."""
 
 from __future__ import annotations
 
@@ -14,23 +14,29 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def results_of_two_ranks(module: str, folder: Path) -> list[Any]:
-    """What ``rank_main(rank, folder)`` of a test module saves as rank0.pt and rank1.pt; no process is left.
+    """As ``results_of_ranks`` for two."""
+    return results_of_ranks(module, folder, 2)
+
+
+def results_of_ranks(module: str, folder: Path, ranks: int) -> list[Any]:
+    """What ``rank_main(rank, folder)`` of a test module saves as rank0.pt, rank1.pt, ...; no process is left.
 
     Args:
         module: Its name, such as tests.kernels.test_vocab_parallel.
         folder: An empty folder, which also holds the store where the ranks meet.
+        ranks: How many; each finds the number in its environment as WORLD_SIZE.
     """
     command = f"import sys, pathlib; from {module} import rank_main; "
     command += "rank_main(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
     workers = [
         subprocess.Popen([sys.executable, "-c", command, str(rank), str(folder)], env=environment, cwd=ROOT)
-        for rank in range(2)
+        for rank in range(ranks)
     ]
     try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+        assert [worker.wait(timeout=120) for worker in workers] == [0] * ranks
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
