@@ -88,7 +88,7 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
     load = None
     if router is not None and (len(batches) > 1 or world.size > 1):
         load = whole_load(router, model, batches, dtype, world)
-    balance = torch.zeros((), device=model.device)
+    balance = torch.zeros((), device=learner.world.device)
     for batch in batches:
         out, gates = _fused_loss(learner, batch, whole, router_logits=router is not None)
         aux = balance.new_zeros(())
@@ -122,7 +122,7 @@ def micro_batches(learner: Learner, sequences: list[Response], totals: Totals) -
         sequences: This rank's.
         totals: Of the whole update.
     """
-    device = learner.model.device
+    device = learner.world.device
     batches = pack(sequences, learner.config.train.tokens_per_microbatch, device)
     missing = learner.world.largest(len(batches)) - len(batches)
     return batches + [empty_batch(is_demo=not totals.rollout_sequences, device=device) for _ in range(missing)]
@@ -186,7 +186,7 @@ def mean_entropy(learner: Learner, batches: list[Batch]) -> torch.Tensor:
         0-d fp32, nats, the same on every rank.
     """
     scored = [(batch, _score(learner, batch)[1]) for batch in batches]
-    none = torch.zeros(0, device=learner.model.device)
+    none = torch.zeros(0, device=learner.world.device)
     return learner.world.mean(torch.cat([none, *(entropy for batch, entropy in scored if not batch.is_empty)]))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,11 @@ from srft.options import to_toml
 from srft.policy.learner import Learner
 from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy
 from srft.policy.optimizer import make_optimizer
+from srft.policy.parallel import World, joined
 from srft.policy.proof import Proof, prove
 from srft.record.files import write_atomically
 from srft.record.folder import METHOD_FILE, refuse_other_data, run_folder
-from srft.record.log import RunLog
+from srft.record.log import NoLog, RunLog
 from srft.record.progress import Progress
 from srft.report.build import build_report
 from srft.rewards.pool import RewardPool
@@ -39,6 +40,7 @@ class Run:
     """What a step needs, built once.
 
     Args:
+        world: The ranks that make it together.
         prompts: What it asks.
         sampler: Draws the prompts of each step.
         actor: Answers them, and judges the answers.
@@ -49,6 +51,7 @@ class Run:
         log: The record.
     """
 
+    world: World
     prompts: Prompts
     sampler: PromptSampler
     actor: Actor
@@ -56,7 +59,7 @@ class Run:
     sync: WeightSync
     stop: StopSignals
     progress: Progress
-    log: RunLog
+    log: RunLog | NoLog
 
 
 @contextmanager
@@ -72,17 +75,17 @@ def prepared(config: Config) -> Iterator[Run]:
         ValueError: For anything wrong with the options or the data, before a model is loaded.
         WriteError: When the disk refuses.
     """
-    device, tokenizer = choose_device(config), load_tokenizer(config.model)
-    problems = read_problems(config)
+    tokenizer, problems = load_tokenizer(config.model), read_problems(config)
     with (
-        StopSignals() as stop,
-        run_folder(config) as (run_dir, checkpoint),
+        joined(config, choose_device(config)) as world,
+        StopSignals(world.largest if world.size > 1 else None) as stop,
+        run_folder(config, world) as (run_dir, checkpoint),
         RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool,
     ):
         data = data_state(problems)
         refuse_other_data(config, data, checkpoint)
         prompts = make_prompts(config, problems, tokenizer, pool)
-        learner, proof = load_policy(config, tokenizer, prompts, pool, checkpoint, device)
+        learner, proof = load_policy(config, tokenizer, prompts, pool, checkpoint, world)
         sampling = make_sampling(config, tokenizer, learner.model)
         # a step is abandoned without a trace until its first update moves the weights, and finished from then on
         learner.optimizer.register_step_pre_hook(lambda *_: stop.hold())
@@ -91,19 +94,29 @@ def prepared(config: Config) -> Iterator[Run]:
         progress.restore(checkpoint)
         with (
             closing(start_engine(learner, run_dir / "engine")) as engine,
-            RunLog(run_dir, total_steps=config.train.steps, config_text=to_toml(config.without_resume()),
-                   title=f"{config.method.label} · {config.data.train}",
-                   resume_step=progress.step if config.train.resume else None, report=build_report,
-                   curves=config.method.curves) as log,
+            _record(config, run_dir, progress, world) as log,
             progress.saved_when_stopped(),
-        ):  # fmt: skip
-            if config.method.file_text:
+        ):
+            if config.method.file_text and world.is_first:
                 write_atomically(run_dir / METHOD_FILE, config.method.file_text)
             log.say(f"{describe_step(learner, prompts.note)} {describe_ends(sampling, tokenizer)}")
             log.say(proof.sentence())
-            sync = WeightSync(learner.model, engine, _probe(prompts.train, config), config)
-            actor = Actor(engine, sampling, tokenizer, pool)
-            yield Run(prompts, sampler, actor, learner, sync, stop, progress, log)
+            sync = WeightSync(learner.model, engine, _probe(prompts.train, config), config, world)
+            actor = Actor(engine, sampling, tokenizer, pool, world)
+            yield Run(world, prompts, sampler, actor, learner, sync, stop, progress, log)
+
+
+def _record(
+    config: Config, run_dir: Path, progress: Progress, world: World
+) -> AbstractContextManager[RunLog | NoLog]:
+    """The record of the run, which the first rank keeps."""
+    if not world.is_first:
+        return nullcontext(NoLog(run_dir))
+    return RunLog(
+        run_dir, total_steps=config.train.steps, config_text=to_toml(config.without_resume()),
+        title=f"{config.method.label} · {config.data.train}",
+        resume_step=progress.step if config.train.resume else None, report=build_report, curves=config.method.curves,
+    )  # fmt: skip
 
 
 def choose_device(config: Config) -> torch.device:
@@ -135,7 +148,7 @@ def load_policy(
     prompts: Prompts,
     pool: RewardPool,
     checkpoint: Path | None,
-    device: torch.device,
+    world: World,
 ) -> tuple[Learner, Proof]:
     """Load the policy from a checkpoint, a folder or a hub, or build it and give it its short supervised start.
 
@@ -145,7 +158,7 @@ def load_policy(
         prompts: For the supervised start.
         pool: The verifiers.
         checkpoint: To resume from, or None.
-        device: Where it computes.
+        world: The ranks; the first gives a model its start while the others wait.
 
     Returns:
         The policy with a new optimizer, and the proof that it computes on packed sequences what it is.
@@ -153,16 +166,32 @@ def load_policy(
     Raises:
         ValueError: When it cannot be read, or fails that proof.
     """
-    cached = cached_start(config, prompts, pool.kind) if warm_starts(config) and checkpoint is None else None
-    is_warm = cached is not None and (cached / "config.json").exists()
-    model = _load(config, tokenizer, cached if is_warm else checkpoint)
-    prepare_policy(model, config.model, config.train.tokens_per_microbatch, device)
+    folder = checkpoint
+    if warm_starts(config) and checkpoint is None:
+        folder = world.on_first(lambda: _started(config, tokenizer, prompts, pool, world.device))
+    model = _load(config, tokenizer, folder)
+    prepare_policy(model, config.model, config.train.tokens_per_microbatch, world)
     proof = prove(model, config)
-    learner = Learner(config, model, tokenizer, make_optimizer(model, config))
-    if cached is not None and not is_warm:
+    return Learner(config, model, tokenizer, make_optimizer(model, config), world), proof
+
+
+def _started(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    pool: RewardPool,
+    device: torch.device,
+) -> Path:
+    """The folder of a model after its supervised start, made where there is none yet."""
+    folder = cached_start(config, prompts, pool.kind)
+    if not (folder / "config.json").exists():
+        alone = World(device=device)
+        model = _load(config, tokenizer, None)
+        prepare_policy(model, config.model, config.train.tokens_per_microbatch, alone)
+        learner = Learner(config, model, tokenizer, make_optimizer(model, config), alone)
         warm_start(learner, prompts, pool)
-        keep_start(cached, learner)
-    return learner, proof
+        keep_start(folder, learner)
+    return folder
 
 
 def _load(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> PreTrainedModel:

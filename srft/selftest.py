@@ -9,6 +9,7 @@ import transformers
 from srft.config import Config
 from srft.options import exit_on_help, load_config
 from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy
+from srft.policy.parallel import World
 from srft.policy.proof import Proof, prove
 from srft.prepare import choose_device
 
@@ -28,7 +29,7 @@ def selftest(config: Config) -> Proof:
         )
     else:
         model = load_model(config.model.name, trust_remote_code=config.model.trust_remote_code)
-    prepare_policy(model, config.model, config.train.tokens_per_microbatch, choose_device(config))
+    prepare_policy(model, config.model, config.train.tokens_per_microbatch, World(device=choose_device(config)))
     return prove(model, config)
 
 

@@ -10,6 +10,8 @@ from srft.batch import Response, pack
 from srft.config import Config
 from srft.engine.base import Engine
 from srft.policy.forwards import packed_forward, sampler_logprobs
+from srft.policy.model import device_of
+from srft.policy.parallel import ALONE, World, whole
 from srft.policy.spread import Spread
 
 # Of two computations in fp32 that are the same but for the order of sums, nats.
@@ -32,6 +34,7 @@ class WeightSync:
         engine: Receives its weights.
         probe: Token sequences of at least two tokens, scored after every push.
         config: The whole configuration: both dtypes, and ``train.canary_tolerance``, which overrides all this.
+        world: The ranks, each of which has an engine to compare with.
     """
 
     def __init__(
@@ -40,8 +43,9 @@ class WeightSync:
         engine: Engine,
         probe: list[list[int]],
         config: Config,
+        world: World = ALONE,
     ) -> None:
-        self._model, self._engine = model, engine
+        self._model, self._engine, self._world = model, engine, world
         self._dtype, self._engine_dtype = config.compute_dtype, config.engine_dtype
         self._tolerance = config.train.canary_tolerance
         if self._tolerance is None and self._dtype == self._engine_dtype == torch.float32:
@@ -51,7 +55,7 @@ class WeightSync:
             for s in probe
         ]
         self._probe = probe
-        self._batches = pack(self._sequences, 8192, model.device)
+        self._batches = pack(self._sequences, 8192, device_of(model))
         self._noise: Spread | None = None
         self._before: dict[str, Tensor] = {}
 
@@ -67,17 +71,22 @@ class WeightSync:
         Raises:
             CanaryError: When the differences are more than that, with what the numbers say about the cause.
         """
-        self._engine.update_weights(self._model.state_dict().items(), version)
+        self._engine.update_weights(((name, whole(x)) for name, x in self._model.state_dict().items()), version)
         trainer = self._trainer_logprobs()
         engine = torch.tensor([x for row in self._engine.score(self._probe) for x in row])
-        if not self._agree(engine, trainer):
+        if not self._all_agree(engine, trainer):
             self._noise = None
-            if not self._agree(engine, trainer):
-                raise CanaryError(self._diagnose(version, trainer, engine))
+            if not self._all_agree(engine, trainer):
+                own = "" if self._agree(engine, trainer) else self._diagnose(version, trainer, engine)
+                raise CanaryError(next(filter(None, self._world.gather(own))))
         self._before = {"trainer": trainer, "engine": engine}
         spread = Spread.of(engine - trainer)
         metrics = {"canary/max_abs_diff": spread.largest, "canary/mean_abs_diff": spread.mean}
         return metrics if self._noise is None else metrics | {"canary/noise_mean": self._noise.mean}
+
+    def _all_agree(self, engine: Tensor, trainer: Tensor) -> bool:
+        """Whether every rank's engine has the weights; a rank that found out alone would leave the others waiting."""
+        return all(self._world.gather(self._agree(engine, trainer)))
 
     def _agree(self, engine: Tensor, trainer: Tensor) -> bool:
         if self._tolerance is not None:

@@ -25,6 +25,7 @@ from srft.learning import learn
 from srft.methods import place_in_method
 from srft.options import exit_on_help, load_config
 from srft.policy.checkpoint import export_model
+from srft.policy.parallel import Elsewhere
 from srft.prepare import Run, prepared
 from srft.record.metrics import Clock, group_metrics, sample_rows
 from srft.rollout import judge, roll_out
@@ -47,13 +48,14 @@ def fit(config: Config) -> None:
     with prepared(config) as run:
         _begin(run)
         for step in range(run.progress.step + 1, train.steps + 1):
-            clock, is_last = Clock(), step == train.steps
-            torch.manual_seed(sample_seed(train.seed, step, "torch", 0))
+            clock, is_last = Clock(run.world, step), step == train.steps
+            torch.manual_seed(sample_seed(train.seed, step, "torch", run.world.rank))
             with clock("rollout"):
                 prompts = [run.prompts.train[i] for i in run.sampler.next(train.prompts_per_step)]
                 groups = roll_out(config, run.actor, prompts, step)
             with clock("reward"):
                 judge(groups, run.actor.pool)
+            run.stop.agree()
             with clock("train"):
                 figures = learn(run.learner, groups, step)
             if not figures:
@@ -61,7 +63,7 @@ def fit(config: Config) -> None:
             with clock("sync"):
                 canary = run.sync.push(step)
             run.log.samples(step, sample_rows(groups))
-            row = {"step": step, **canary, **figures, **group_metrics(groups)}
+            row = {"step": step, **canary, **figures, **group_metrics(groups, run.world)}
             if step % train.eval_every == 0 or is_last:
                 run.progress.reached(step, unlogged=row | clock.seconds())
                 run.stop.release()  # a run stopped in here repeats the evaluation when it goes on
@@ -83,7 +85,7 @@ def _begin(run: Run) -> None:
     done = run.progress.step
     canary = run.sync.push(done)
     row = {"step": 0, **canary} if done == 0 else run.progress.unlogged
-    if row is not None and run.log.last_step < done:
+    if row is not None and run.world.first(run.log.last_step) < done:
         run.log.metrics(row | evaluate(run.actor, run.prompts.held_out))
 
 
@@ -94,6 +96,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         fit(load_config(arguments))
+    except Elsewhere:
+        sys.exit(2)
     except (ValueError, CanaryError, EngineError, FloatingPointError, OSError) as error:
         print(f"error: {_with_notes(error)}", file=sys.stderr)
         sys.exit(2)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from srft.batch import Batch, Response
 from srft.config import Config
-from srft.policy.model import compute, own_attention
+from srft.policy.model import compute, device_of, own_attention
+from srft.policy.parallel import is_sharded
 from srft_kernels import linear_logprobs
 
 # Response tokens compared of one sequence.
@@ -34,7 +38,7 @@ def probe_sequences(model: PreTrainedModel, config: Config) -> list[Response]:
     """
     longest = config.longest_sequence
     # what a comparison may cost before the first step; a limit of the model beyond it is still compared on both sides
-    affordable = 4096 if model.device.type == "cuda" else 256
+    affordable = 4096 if device_of(model).type == "cuda" else 256
     limits = sorted({n for _, n in limits_of(model) if n < longest})
     # the last token of a sequence predicts nothing, so that only two more than the limit show what comes after it
     around = {n + more for n in limits for more in (0, 1, 2)}
@@ -133,7 +137,7 @@ def own_forward(model: PreTrainedModel, sequence: Response, dtype: torch.dtype) 
         sequence: Of one prompt and response.
         dtype: Precision of the forward pass.
     """
-    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with torch.autocast(device_of(model).type, dtype=dtype, enabled=dtype != torch.float32):
         return _of_response(model(**_inputs(model, sequence)).logits, sequence)
 
 
@@ -149,12 +153,16 @@ def sampler_logprobs(model: PreTrainedModel, sequences: list[Response], dtype: t
     Returns:
         [N] fp32 on the CPU, in the order of ``sequences``.
     """
-    rounded = {name: p.to(dtype) for name, p in model.named_parameters()}
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(path, recurse=False):
-            if name.rsplit(".", 1)[-1] not in module._non_persistent_buffers_set and buffer.is_floating_point():
-                rounded[name] = buffer.to(dtype)
     with own_attention(model):
+        if is_sharded(model):
+            with _rounded_in_place(model, dtype):
+                every = [own_forward(model, s, dtype)[0].cpu() for s in sequences]
+            return torch.cat(every)
+        rounded = {name: p.to(dtype) for name, p in model.named_parameters()}
+        for path, module in model.named_modules():
+            for name, buffer in module.named_buffers(path, recurse=False):
+                if name.rsplit(".", 1)[-1] not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                    rounded[name] = buffer.to(dtype)
         return torch.cat(
             [
                 _of_response(functional_call(model, rounded, (), _inputs(model, s)).logits, s)[0].cpu()
@@ -163,8 +171,32 @@ def sampler_logprobs(model: PreTrainedModel, sequences: list[Response], dtype: t
         )
 
 
+@contextmanager
+def _rounded_in_place(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Round the weights of a sharded policy, and what its innermost modules give, for the length of the body.
+
+    Under autocast that is what a model in ``dtype`` computes, whose residual stream is rounded too.
+    """
+    parts = [p.to_local() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+    kept = [part.clone() for part in parts]
+
+    def hook(_module: nn.Module, _inputs: object, output: object) -> object:
+        return output.to(dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
+
+    hooks = [m.register_forward_hook(hook) for m in model.modules() if next(m.children(), None) is None]
+    try:
+        for part in parts:
+            part.copy_(part.to(dtype))
+        yield
+    finally:
+        for part, before in zip(parts, kept, strict=True):
+            part.copy_(before)
+        for each in hooks:
+            each.remove()
+
+
 def _inputs(model: PreTrainedModel, sequence: Response) -> dict[str, Any]:
-    ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=model.device)
+    ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=device_of(model))
     accepted = inspect.signature(model.forward).parameters
     fewer = {"logits_to_keep": len(sequence.response_ids) + 1} if "logits_to_keep" in accepted else {}
     return {"input_ids": ids, "use_cache": False, **fewer}
@@ -193,7 +225,7 @@ class Rounding:
     def __enter__(self) -> None:
         self._hooks = []
         if self._active:
-            generator = torch.Generator(self._model.device).manual_seed(0)
+            generator = torch.Generator(device_of(self._model)).manual_seed(0)
 
             def hook(_module: nn.Module, _inputs: object, output: object) -> object:
                 if not isinstance(output, Tensor) or not output.is_floating_point():

@@ -28,6 +28,7 @@ from srft.batch import Batch
 from srft.config import ModelConfig
 from srft.policy.attention import PACKED_ATTENTION, register_packed_attention
 from srft.policy.head import PolicyHead, make_head
+from srft.policy.parallel import World, open_to, shard
 
 _T = TypeVar("_T")
 
@@ -129,25 +130,27 @@ class Traits:
         attention: The attention it was loaded with, which samplers and the proof use.
         dropout: Rates above 0 in its configuration, by name; training has them off.
         head: Shares the parameters of its lm_head.
+        device: Where it computes.
     """
 
     attention: str
     dropout: dict[str, float]
     head: PolicyHead
+    device: torch.device
 
 
 def prepare_policy(
-    model: PreTrainedModel, config: ModelConfig, max_tokens: int, device: torch.device
+    model: PreTrainedModel, config: ModelConfig, max_tokens: int, world: World
 ) -> PreTrainedModel:
-    """Put a model into the state the trainer needs: packed attention, no dropout, on its device.
+    """Put a model into the state the trainer needs: packed attention, no dropout, on its device or sharded over many.
 
     What it computes then is proved by ``srft.policy.proof``; only what a proof cannot see is refused here.
 
     Args:
-        model: A causal LM with fp32 weights.
+        model: A causal LM with fp32 weights, on the CPU or the meta device.
         config: The model section of the configuration.
         max_tokens: Most tokens in one forward pass.
-        device: Where it computes.
+        world: The ranks; one that has a mesh shards it.
 
     Raises:
         ValueError: For an architecture whose attention cannot be told where packed sequences end, or whose head is
@@ -160,8 +163,10 @@ def prepare_policy(
             f"{text.model_type} scales its attention by positions from {text.floor_scale} on and counts them through "
             f"packed sequences; set train.tokens_per_microbatch={text.floor_scale} or less, got {max_tokens}"
         )
-    model.to(device).eval()
-    model.srft_traits = Traits(model.config._attn_implementation, _dropout_rates(text), make_head(model))
+    model.eval()
+    if world.mesh is None:
+        model.to(world.device)
+    model.srft_traits = Traits(model.config._attn_implementation, _dropout_rates(text), make_head(model), world.device)
     model.srft_compute = MethodType(_compute, model)
     register_packed_attention()
     model.set_attn_implementation(PACKED_ATTENTION)
@@ -173,6 +178,9 @@ def prepare_policy(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         _recompute_in_evaluation_mode(model)
+    if world.mesh is not None:
+        shard(model, world)
+        open_to(model, "srft_compute")
     return model
 
 
@@ -183,6 +191,15 @@ def head_of(model: PreTrainedModel) -> PolicyHead:
         model: From ``prepare_policy``.
     """
     return model.srft_traits.head
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return where a policy computes, which need not be where its weights lie.
+
+    Args:
+        model: From ``prepare_policy``.
+    """
+    return model.srft_traits.device
 
 
 @contextmanager

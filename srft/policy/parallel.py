@@ -46,12 +46,14 @@ class World:
         size: How many there are.
         device: Where this one computes.
         mesh: Replicas by shards; None for a world of one that shards nothing.
+        cpu_offload: Keep parameters, gradients and moments in the CPU's memory.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
     mesh: DeviceMesh | None = None
+    cpu_offload: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -197,12 +199,12 @@ def joined(config: Config, device: torch.device) -> Iterator[World]:
         dist.init_process_group(backend, timeout=deadline, store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicas", "shards"))
-        yield World(dist.get_rank(), size, device, mesh)
+        yield World(dist.get_rank(), size, device, mesh, train.cpu_offload)
     finally:
         dist.destroy_process_group()
 
 
-def shard(model: PreTrainedModel, world: World, *, cpu_offload: bool) -> None:
+def shard(model: PreTrainedModel, world: World) -> None:
     """Shard a policy's parameters over the ranks by FSDP2: each block is a unit, the rest another.
 
     Gradients are summed over the ranks, not averaged: every loss is divided by counts over all of them. The model may
@@ -211,12 +213,11 @@ def shard(model: PreTrainedModel, world: World, *, cpu_offload: bool) -> None:
     Args:
         model: From ``prepare_policy``.
         world: With a mesh.
-        cpu_offload: Keep parameters, gradients and moments in the CPU's memory.
     """
     assert world.mesh is not None
     mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shards"]
     offload: OffloadPolicy = OffloadPolicy()
-    if cpu_offload:
+    if world.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, offload_policy=offload)

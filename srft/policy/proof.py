@@ -24,7 +24,7 @@ from srft.batch import Batch, Response, pack
 from srft.config import Config
 from srft.policy.attention import UnsupportedAttention
 from srft.policy.forwards import Rounding, own_forward, own_logprobs, packed_forward, packed_logprobs, probe_sequences
-from srft.policy.model import in_short, own_attention
+from srft.policy.model import device_of, in_short, own_attention
 from srft.policy.parallel import whole
 from srft.policy.router import router_logits, router_of
 from srft.policy.spread import Spread
@@ -144,9 +144,9 @@ class Refusal(ValueError):
 def _compare(model: PreTrainedModel, config: Config) -> tuple[dict[str, Gap], dict[str, Gap], list[int]]:
     sequences = probe_sequences(model, config)
     budget = config.train.tokens_per_microbatch
-    packed = pack(sequences, budget, model.device)
+    packed = pack(sequences, budget, device_of(model))
     small = _first_tokens(sequences, _GRADIENT_TOKENS)
-    packed_small = pack(small, budget, model.device)
+    packed_small = pack(small, budget, device_of(model))
 
     gold = own_logprobs(model, sequences, torch.float32)
     noise = {"float32": own_logprobs(model, sequences, torch.float32, round_again=True) - gold}
@@ -194,9 +194,9 @@ def _compare_router(model: PreTrainedModel, config: Config, sequence: Response) 
     router = router_of(config, model)
     if router is None:
         return
-    ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=model.device)
+    ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=device_of(model))
     with torch.no_grad():
-        (batch,) = pack([sequence], len(sequence), model.device)
+        (batch,) = pack([sequence], len(sequence), device_of(model))
         gates = router_logits(model, batch, torch.float32)
         actual = float(router.loss(gates, router.load(gates))) if gates else math.nan
         with own_attention(model):
@@ -215,7 +215,7 @@ def _compare_gradients(
     """Gradients of a random signed sum of log-probabilities, each parameter's error relative to its norm."""
     sequences = sorted(sequences, key=len)
     rows = sum(len(s.response_ids) for s in sequences)
-    signs = torch.randn(rows, generator=torch.Generator().manual_seed(1)).to(model.device) / rows
+    signs = torch.randn(rows, generator=torch.Generator().manual_seed(1)).to(device_of(model)) / rows
     of_sequence = dict(
         zip(map(id, sequences), signs.split([len(s.response_ids) for s in sequences]), strict=True)
     )

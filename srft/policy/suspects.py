@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from srft.batch import Response, pack
 from srft.policy.forwards import limits_of, own_logprobs, packed_logprobs
-from srft.policy.model import body_of, head_of, own_attention
+from srft.policy.model import body_of, device_of, head_of, own_attention
 from srft_kernels import linear_logprobs
 
 _STATEFUL = re.compile("mamba|conv|recurr|rwkv|wkv|delta|lightning|linearattention|lstm|ssm|rglru", re.IGNORECASE)
@@ -73,13 +73,13 @@ def limits_passed(model: PreTrainedModel, longest: int) -> str:
 
 
 def _packed(model: PreTrainedModel, sequences: list[Response]) -> Tensor:
-    return packed_logprobs(model, pack(sequences, 10**9, model.device), torch.float32)
+    return packed_logprobs(model, pack(sequences, 10**9, device_of(model)), torch.float32)
 
 
 @torch.no_grad()
 def _through_fused_head(model: PreTrainedModel, sequence: Response) -> Tensor:
     """The model's own hidden states under the head that training uses."""
-    ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=model.device)
+    ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=device_of(model))
     with own_attention(model):
         hidden_states = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     n = len(sequence.response_ids)

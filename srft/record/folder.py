@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +13,7 @@ from srft.config import Config
 from srft.disk import writing
 from srft.options import changed_keys, load_config_text
 from srft.policy.checkpoint import newest_checkpoint, read_state, whole_checkpoint
+from srft.policy.parallel import ALONE, World
 
 _LOCK = ".lock"
 METHOD_FILE = "method.py"
@@ -29,8 +30,8 @@ _JUDGED_BY_ROWS = ("data.train", "data.eval")
 
 
 @contextmanager
-def run_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
-    """Take the run's folder for as long as the body runs, and find the checkpoint to go on from.
+def run_folder(config: Config, world: World = ALONE) -> Iterator[tuple[Path, Path | None]]:
+    """Take the run's folder for as long as the body runs, and find the checkpoint to go on from; the first rank does.
 
     The folder is locked, so that no other process writes to it; the lock goes with the process, however it ends.
     Without resume a folder that holds a run is left alone and a numbered one beside it is taken. A folder in which
@@ -39,6 +40,7 @@ def run_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
 
     Args:
         config: The whole configuration.
+        world: The ranks.
 
     Yields:
         The folder, and the newest complete checkpoint when resuming, else None.
@@ -47,6 +49,12 @@ def run_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
         ValueError: When another process has the folder, or its checkpoint is another run's or past train.steps, or
             every checkpoint is damaged.
     """
+    with ExitStack() as stack:
+        yield world.on_first(lambda: stack.enter_context(_taken_folder(config)))
+
+
+@contextmanager
+def _taken_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
     folder, number = config.run_dir, 2
     lock = _lock(folder)
     if config.train.resume and lock is None:

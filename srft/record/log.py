@@ -33,6 +33,48 @@ from srft.record.history import RunRecord
 from srft.record.screen import Screen
 
 
+class NoLog:
+    """The record as ranks other than the first have it: nothing is written or shown.
+
+    Args:
+        run_dir: The run's folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.last_step = -1
+        """Of no row."""
+
+    def say(self, sentence: str) -> None:
+        """Nothing; as for the rest.
+
+        Args:
+            sentence: For the first rank.
+        """
+
+    def metrics(self, values: Mapping[str, float | int]) -> None:
+        """Nothing.
+
+        Args:
+            values: For the first rank.
+        """
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """Nothing.
+
+        Args:
+            step: For the first rank.
+            rows: Likewise.
+        """
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        """Nothing.
+
+        Args:
+            summary: For the first rank.
+        """
+
+
 class RunLog:
     """Writes a run's folder and shows its progress; a context manager, used by one process of a run.
 

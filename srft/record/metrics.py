@@ -21,9 +21,15 @@ _EVERY_RUNS = ("step", "lr", "grad_norm", "canary", "eval", "groups", "length", 
 
 
 class Clock:
-    """Adds up the seconds spent in the named parts of a step."""
+    """Adds up the seconds spent in the named parts of a step, and lets the other ranks know which this one is in.
 
-    def __init__(self) -> None:
+    Args:
+        world: The ranks.
+        step: Its number.
+    """
+
+    def __init__(self, world: World = ALONE, step: int = 0) -> None:
+        self._world, self._step = world, step
         self._start = time.perf_counter()
         self._parts: dict[str, float] = {}
 
@@ -35,6 +41,7 @@ class Clock:
             part: Name of the part.
         """
         start = time.perf_counter()
+        self._world.at(f"step {self._step}, {part}")
         try:
             yield
         finally:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 from srft.policy.model import prepare_policy
+from srft.policy.parallel import ALONE
 from srft.policy.proof import prove
 from tests.trainer.architectures import ARCHITECTURES, build
-from tests.trainer.tiny import CPU, tiny_config
+from tests.trainer.tiny import tiny_config
 
 
 def verdict(name: str, dtype: str) -> tuple[str, str]:
@@ -15,7 +16,7 @@ def verdict(name: str, dtype: str) -> tuple[str, str]:
     sizes = ["data.max_prompt_tokens=48", "rollout.max_new_tokens=24"]
     config = tiny_config(*sizes, f"model.compute_dtype={dtype}")
     try:
-        proof = prove(prepare_policy(build(name), config.model, config.train.tokens_per_microbatch, CPU), config)
+        proof = prove(prepare_policy(build(name), config.model, config.train.tokens_per_microbatch, ALONE), config)
     except ValueError as error:
         return "refused", str(error)
     gap = proof.logprobs[dtype]

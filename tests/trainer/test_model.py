@@ -12,6 +12,7 @@ from torch import Tensor
 from srft.batch import Batch, pack
 from srft.options import load_config
 from srft.policy.model import build_tiny, byte_tokenizer, head_of, load_tokenizer, prepare_policy
+from srft.policy.parallel import ALONE
 from tests.trainer.architectures import build
 from tests.trainer.tiny import (
     CPU,
@@ -112,7 +113,7 @@ def test_head_that_is_no_linear_layer_is_refused() -> None:
     model = plain_model()
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match=r"qwen2 has a head that the fused losses do not compute: .*Sequential"):
-        prepare_policy(model, tiny_config().model, 64, CPU)
+        prepare_policy(model, tiny_config().model, 64, ALONE)
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights() -> None:

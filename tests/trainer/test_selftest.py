@@ -21,6 +21,7 @@ from srft.policy import attention
 from srft.policy.attention import PACKED_ATTENTION
 from srft.policy.forwards import packed_logprobs, probe_sequences
 from srft.policy.model import byte_tokenizer, prepare_policy
+from srft.policy.parallel import ALONE
 from srft.policy.proof import prove
 from tests.trainer.architectures import ARCHITECTURES, REFUSED, build
 from tests.trainer.runs import train
@@ -35,7 +36,7 @@ def run_config(*overrides: str) -> Config:
 
 
 def prepared(model: PreTrainedModel, config: Config) -> PreTrainedModel:
-    return prepare_policy(model, config.model, config.train.tokens_per_microbatch, CPU)
+    return prepare_policy(model, config.model, config.train.tokens_per_microbatch, ALONE)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -18,6 +18,7 @@ from srft.engine.base import Completion, Sampling
 from srft.options import load_config
 from srft.policy.learner import Learner
 from srft.policy.model import byte_tokenizer, compute, prepare_policy
+from srft.policy.parallel import ALONE
 from srft.rewards.pool import RewardResult
 
 VOCAB = 37
@@ -62,7 +63,7 @@ def policy(
     model: transformers.PreTrainedModel, *overrides: str, max_tokens: int = 64
 ) -> transformers.PreTrainedModel:
     """A copy of ``model``, prepared as the trainer does it."""
-    return prepare_policy(copy.deepcopy(model), tiny_config(*overrides).model, max_tokens, CPU)
+    return prepare_policy(copy.deepcopy(model), tiny_config(*overrides).model, max_tokens, ALONE)
 
 
 def hidden_states_of(model: transformers.PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
