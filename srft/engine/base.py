@@ -50,6 +50,10 @@ class EngineError(RuntimeError):
     """The engine's process failed; the message quotes the end of its log."""
 
 
+class EngineLost(EngineError):
+    """The engine's process died, or hung and was killed: another one can be started and do what it did not."""
+
+
 class Engine(Protocol):
     """A source of completions that can be given new weights; ``version`` counts them."""
 

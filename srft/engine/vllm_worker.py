@@ -30,6 +30,8 @@ _HEADER = struct.Struct(">Q")
 _PR_SET_PDEATHSIG = 1
 # the longest that anything of the engine may outlive its trainer is a few of these
 _GUARD_POLL_S = 0.25
+# at most so often does a call say that it gets on
+_PROGRESS_S = 0.5
 # prompt tokens that one step on CPU may take; vLLM's own default there
 _CPU_TOKENS_PER_STEP = 4096
 # the first warns that there is no chat template without a tokenizer, the second that tied heads and rotary
@@ -37,16 +39,24 @@ _CPU_TOKENS_PER_STEP = 4096
 _FALSE_ALARMS = ("vllm.renderers.base", "vllm.model_executor.model_loader.reload.layerwise")
 
 
-def write_message(fd: int, message: dict[str, Any]) -> None:
+def write_message(fd: int, message: dict[str, Any], timeout_s: float | None = None) -> None:
     """Write one message: 8 bytes of length, then JSON.
 
     Args:
-        fd: A blocking pipe.
+        fd: A pipe; one that does not block where there is a limit.
         message: Anything JSON can hold.
+        timeout_s: Seconds the other end may take to read it; None waits for ever.
+
+    Raises:
+        BrokenPipeError: When the other end is gone.
+        TimeoutError: When it took too long.
     """
     payload = json.dumps(message).encode()
     view = memoryview(_HEADER.pack(len(payload)) + payload)
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while view:
+        if deadline is not None and not select.select([], [fd], [], max(0.0, deadline - time.monotonic()))[1]:
+            raise TimeoutError
         view = view[os.write(fd, view) :]
 
 
@@ -273,6 +283,21 @@ def _repack_heads(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
+def _show_progress(llm: LLM, reply_fd: int) -> None:
+    """Let every call say from time to time that the engine has made a step, so that one that hangs can be told."""
+    step, last = llm.llm_engine.step, time.monotonic()
+
+    def step_and_say() -> Any:
+        nonlocal last
+        outputs = step()
+        if time.monotonic() - last >= _PROGRESS_S:
+            last = time.monotonic()
+            write_message(reply_fd, {"progress": True})
+        return outputs
+
+    llm.llm_engine.step = step_and_say
+
+
 def _serve(request_fd: int, reply_fd: int) -> None:
     llm: LLM | None = None
     while True:
@@ -282,6 +307,7 @@ def _serve(request_fd: int, reply_fd: int) -> None:
         try:
             if request["op"] == "start":
                 llm = _start(request)
+                _show_progress(llm, reply_fd)
                 reply: dict[str, Any] = {"vocab_size": llm.model_config.get_vocab_size()}
             elif request["op"] == "generate":
                 reply = _generate(llm, request)

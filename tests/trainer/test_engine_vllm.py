@@ -208,7 +208,7 @@ def test_update_is_exact(served: tuple, source: str, monkeypatch: pytest.MonkeyP
         expected = expected_logprobs(model, prompt + group[0].token_ids)[-8:]
         assert (expected - torch.tensor(group[0].logprobs)).abs().max() < FP32_BOUND
         assert group[0].version == version
-    assert not [path for folder in engine._folders for path in folder.iterdir()]
+    assert not [path for folder in engine.folders for path in folder.iterdir()]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from srft.engine import vllm as client
-from srft.engine.base import Sampling
+from srft.engine.base import EngineLost, Sampling
 from srft.engine.vllm_worker import read_message
 from tests.trainer.tiny_vllm import MAX_LEN, assert_gone, live_members, save_model, script, start, tiny_model
 
@@ -34,12 +34,30 @@ def test_killed_child_is_an_error_with_its_log(tmp_path: Path) -> None:
     with engine.log_path.open("a") as log:
         log.write("the last words\n")
     os.kill(engine.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"its process died \(SIGKILL\)(.|\n)*the last words"):
+    with pytest.raises(EngineLost, match=r"its process died \(SIGKILL\)(.|\n)*the last words"):
         engine.generate([[1]], Sampling(1.0, 4, ()), [[1]])
     engine.close()
     engine.close()
     assert not live_members(engine.pid)
-    assert not [folder for folder in engine._folders if folder.exists()]
+    assert not [folder for folder in engine.folders if folder.exists()]
+
+
+@pytest.mark.vllm
+def test_child_that_hangs_is_killed_and_one_that_is_slow_is_not(tmp_path: Path) -> None:
+    """Whole seconds of sampling pass, since tokens come; one second without a token is the end, with its log.
+
+    So it is with a request that is too long for the pipe, of which nobody reads the rest.
+    """
+    folder = save_model(tiny_model(tied=True, seed=0), tmp_path)
+    for prompts in ([[1]], [[1] * 40] * 4000):
+        engine = start(folder, deadline_s=1.0)
+        began = time.monotonic()
+        while time.monotonic() - began < 2.5:
+            engine.generate([[1]] * 512, Sampling(1.0, 60, ()), [[1]] * 512)
+        os.kill(engine.pid, signal.SIGSTOP)
+        with pytest.raises(EngineLost, match=r"no progress for engine.deadline_s=1 s and was killed\nlast lines of"):
+            engine.generate(prompts, Sampling(1.0, 4, ()), [[1]] * len(prompts))
+        assert_gone(engine.pid)
 
 
 @pytest.mark.vllm
@@ -102,7 +120,7 @@ folder, python = sys.argv[1:]
 engine = VllmEngine(
     folder, dtype="float32", max_model_len=64, log_path=folder + "/engine.log", python=python, num_threads=1
 )
-print(engine.pid, *engine._folders, flush=True)
+print(engine.pid, *engine.folders, flush=True)
 while True:
     engine.generate([[1]] * 64, Sampling(1.0, 60, ()), [[1]] * 64)
 """
