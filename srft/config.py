@@ -124,6 +124,13 @@ class EngineConfig(Section):
     """vllm: interpreter that runs the engine, for an environment of its own; unset: this one."""
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
     """vllm: share of the GPU's memory the engine may take."""
+    ranks_per_engine: int | None = Field(None, gt=0)
+    """vllm: neighbouring ranks that share an engine; unset: one each on GPUs, one for all of a machine without."""
+    deadline_s: float = Field(600.0, gt=0)
+    """vllm: seconds without a new token, in which nothing is heard of the engine, before it is ended as hung."""
+    restarts: int = Field(3, ge=0)
+    """vllm: how often engines that died or hung are started again, given the weights and asked again, before the run is
+    ended."""
 
 
 class RolloutConfig(Section):

@@ -58,6 +58,8 @@ class Engine(Protocol):
     """A source of completions that can be given new weights; ``version`` counts them."""
 
     version: int
+    restarts: int
+    """How often it was started again since the run began or was resumed, on all ranks together."""
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]

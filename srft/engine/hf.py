@@ -37,7 +37,7 @@ class HfEngine:
         self._pad_token_id = pad_token_id
         self._max_batch = max_batch
         self._tokenizer = tokenizer
-        self.version = 0
+        self.version = self.restarts = 0
 
     @torch.no_grad()
     def generate(

@@ -3,46 +3,98 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from srft.engine.base import Engine
 from srft.engine.hf import HfEngine
+from srft.engine.shared import SharedEngine
 from srft.policy.checkpoint import export_model
 from srft.policy.learner import Learner
+from srft.policy.parallel import World
+from srft.policy.weights import whole_tensors
 
 
 def start_engine(learner: Learner, folder: Path) -> Engine:
-    """Start the rollout engine of a run on the policy's current weights.
+    """Start the rollout engine of a run on the policy's current weights; every rank of the run must.
 
     Args:
         learner: Holds the policy.
         folder: For the engine's log and the model that it loads, where it has a process of its own.
 
     Raises:
-        ValueError: When vLLM is asked for and not installed.
+        ValueError: When vLLM is asked for and not installed, or ``engine.ranks_per_engine`` does not fit the ranks.
+        EngineError: When it cannot be started.
     """
-    config, on_gpu = learner.config, learner.model.device.type == "cuda"
+    config, world = learner.config, learner.world
     kind = config.engine.kind
     if kind == "auto":
-        kind = "vllm" if on_gpu and importlib.util.find_spec("vllm") else "hf"
+        kind = "vllm" if world.device.type == "cuda" and importlib.util.find_spec("vllm") else "hf"
+    sharing = _ranks_per_engine(learner, kind)
     if kind == "hf":
         return start_in_process(learner, config.engine_dtype)
+    export_model(folder / "model", learner.model, learner.tokenizer)
+    start = partial(_start_vllm, learner, folder, sharing)
+    weights = partial(whole_tensors, learner.model)
+    return SharedEngine(start, weights, world, sharing, config.engine.restarts)
+
+
+def _ranks_per_engine(learner: Learner, kind: str) -> int:
+    """How many ranks share an engine.
+
+    On a GPU each rank's own device has room for one of its own. Ranks on CPUs share those: a second vLLM there costs
+    2.3 GB and was slower than one (two replicas on two cores).
+    """
+    asked, world = learner.config.engine.ranks_per_engine, learner.world
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    sharing = asked or (here if kind == "vllm" and world.device.type == "cpu" else 1)
+    if kind == "hf" and sharing > 1:
+        raise ValueError(
+            f"engine.ranks_per_engine={sharing}, but engine.kind=hf samples in each rank's own process; leave it unset, "
+            "or set engine.kind=vllm"
+        )
+    if here % sharing:
+        raise ValueError(
+            f"engine.ranks_per_engine={sharing} must divide the number of ranks on a machine, {here}; take 1 or {here}"
+        )
+    return sharing
+
+
+def _start_vllm(learner: Learner, folder: Path, sharing: int) -> Engine:
     from srft.engine.vllm import VllmEngine
 
-    export_model(folder / "model", learner.model, learner.tokenizer)
+    config, world = learner.config, learner.world
     return VllmEngine(
         folder / "model",
         dtype=str(config.engine_dtype).removeprefix("torch."),
         max_model_len=config.longest_sequence,
         python=config.engine.python,
         gpu_memory_utilization=config.engine.gpu_memory_utilization,
-        log_path=folder / "vllm.log",
+        num_threads=_threads(sharing) if world.size > 1 else None,
+        visible_devices=_own_device(world) if world.size > 1 else None,
+        log_path=folder / (f"vllm-{world.rank}.log" if world.rank else "vllm.log"),
         tokenizer=learner.tokenizer if config.rollout.stop else None,
         seed=config.train.seed,
         trust_remote_code=config.model.trust_remote_code,
+        deadline_s=config.engine.deadline_s,
     )
+
+
+def _threads(sharing: int) -> int:
+    """Threads of an engine for whose answers so many ranks wait: theirs."""
+    return sharing * int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
+def _own_device(world: World) -> str | None:
+    """The one GPU that this rank's engine may see, as CUDA_VISIBLE_DEVICES names it."""
+    if world.device.type != "cuda":
+        return None
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    index = world.device.index or 0
+    return visible[index] if visible else str(index)
 
 
 def start_in_process(learner: Learner, dtype: torch.dtype) -> HfEngine:

@@ -80,7 +80,7 @@ class VllmEngine:
         self.model_dir = Path(model_dir).resolve()
         self.log_path = Path(log_path).resolve()
         self.max_model_len = max_model_len
-        self.version = 0
+        self.version = self.restarts = 0
         self._tokenizer = tokenizer
         _check_arguments(self.model_dir, dtype, max_model_len, gpu_memory_utilization, start_timeout_s, deadline_s)
 

@@ -139,7 +139,7 @@ class FakeEngine:
     """Answers each prompt with the completion scripted for it and remembers what it was asked."""
 
     def __init__(self, answers: dict[tuple[int, ...], Completion]) -> None:
-        self.version = 0
+        self.version = self.restarts = 0
         self.answers = answers
         self.asked: list[tuple[Sampling, list[list[int]]]] = []
 
