@@ -17,7 +17,6 @@ import time
 import tomllib
 import uuid
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -38,7 +37,7 @@ _MAX_RANKS = 1024
 _LAST_WORDS = ("error:", "stopped by ", "ended by ")
 
 
-def start_ranks(arguments: list[str], command: Sequence[str] | None = None) -> None:
+def start_ranks(arguments: list[str]) -> None:
     """Start the ranks that the options ask for, wait for them, and leave with their status; in a rank return at once.
 
     A run of one process, and what torchrun started, return as well. Nothing is checked but ``train.ranks``: every rank
@@ -46,7 +45,6 @@ def start_ranks(arguments: list[str], command: Sequence[str] | None = None) -> N
 
     Args:
         arguments: The command line's words.
-        command: What a rank runs; None is what started this process.
 
     Raises:
         SystemExit: In the process that started ranks, always.
@@ -58,7 +56,7 @@ def start_ranks(arguments: list[str], command: Sequence[str] | None = None) -> N
     if asked > 1 and not {"-h", "--help"} & set(arguments):
         if asked > _MAX_RANKS:
             sys.exit(_error(f"train.ranks={asked} is more than {_MAX_RANKS} on one machine; for several use torchrun"))
-        sys.exit(_Job(asked, list(command or [sys.executable, *sys.orig_argv[1:]])).run())
+        sys.exit(_Job(asked, [sys.executable, *sys.orig_argv[1:]]).run())
 
 
 class _Rank:
@@ -229,17 +227,22 @@ class _Job:
             if rank.last_words != first.last_words:
                 for line in rank.last_words:
                     rank.show(line)
-        if self._failed is not None:
-            code = self._failed.process.returncode
-            words = self._failed.last_words
-            if not words or any(rank.last_words != words for rank in self._ranks):
-                for line in self._failed.said:
-                    self._failed.show(line)
-                _write(
-                    f"rank {self._failed.number} of {len(self._ranks)} ended {self._failed.end()}, so the others were "
-                    "ended; train.resume=true goes on from the newest checkpoint"
-                )
-            return code if code > 0 else 128 - code
+        if self._failed is None:
+            return self._status_of_stop()
+        failed, code = self._failed, self._failed.process.returncode
+        if code == 2 and not failed.last_words:  # a rank that leaves the reason to another
+            failed = next((rank for rank in self._ranks if rank.last_words), failed)
+        said_by_first = bool(first.last_words) and all(rank.last_words in ([], first.last_words) for rank in others)
+        if code != 2 or not said_by_first:
+            for line in failed.said:
+                failed.show(line)
+            _write(
+                f"rank {failed.number} of {len(self._ranks)} ended {failed.end()}, so the others were ended; "
+                "train.resume=true goes on from the newest checkpoint"
+            )
+        return code if code > 0 else 128 - code
+
+    def _status_of_stop(self) -> int:
         if self._asked is None:
             return 0
         name = signal.Signals(self._asked[0]).name

@@ -25,6 +25,7 @@ from srft.learning import learn
 from srft.methods import place_in_method
 from srft.options import exit_on_help, load_config
 from srft.policy.checkpoint import export_model
+from srft.policy.lost import LostRank
 from srft.policy.parallel import Elsewhere
 from srft.prepare import Run, prepared
 from srft.record.metrics import Clock, group_metrics, sample_rows
@@ -41,6 +42,8 @@ def fit(config: Config) -> None:
     Raises:
         ValueError: For anything wrong with the options or the data, before a model is loaded.
         CanaryError: When the engine does not sample from the trainer's weights.
+        EngineError: When an engine fails, or is lost more than ``engine.restarts`` times.
+        LostRank: When another rank is gone, or did not come within ``train.collective_deadline_s``.
         WriteError: When the disk refuses; checkpoints that were written are whole.
         Stopped: On SIGTERM, Ctrl-C or SIGHUP, once the last whole step is saved; a second signal ends the process.
     """
@@ -64,6 +67,7 @@ def fit(config: Config) -> None:
                 canary = run.sync.push(step)
             run.log.samples(step, sample_rows(groups))
             row = {"step": step, **canary, **figures, **group_metrics(groups, run.world)}
+            row["engine/restarts"] = run.actor.engine.restarts
             if step % train.eval_every == 0 or is_last:
                 run.progress.reached(step, unlogged=row | clock.seconds())
                 run.stop.release()  # a run stopped in here repeats the evaluation when it goes on
@@ -98,7 +102,7 @@ def main() -> None:
         fit(load_config(arguments))
     except Elsewhere:
         sys.exit(2)
-    except (ValueError, CanaryError, EngineError, FloatingPointError, OSError) as error:
+    except (ValueError, CanaryError, EngineError, LostRank, FloatingPointError, OSError) as error:
         print(f"error: {_with_notes(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:

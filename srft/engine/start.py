@@ -53,8 +53,8 @@ def _ranks_per_engine(learner: Learner, kind: str) -> int:
     sharing = asked or (here if kind == "vllm" and world.device.type == "cpu" else 1)
     if kind == "hf" and sharing > 1:
         raise ValueError(
-            f"engine.ranks_per_engine={sharing}, but engine.kind=hf samples in each rank's own process; leave it unset, "
-            "or set engine.kind=vllm"
+            f"engine.ranks_per_engine={sharing}, but engine.kind=hf samples in each rank's own process; leave it "
+            "unset, or set engine.kind=vllm"
         )
     if here % sharing:
         raise ValueError(

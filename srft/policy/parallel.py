@@ -27,14 +27,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from srft.config import Config
+from srft.policy.lost import lost_ranks_named, note_place
 
 _T = TypeVar("_T")
-# key of the store under which a rank says where it is
-_PLACE = "srft/at/{}"
 
 
 class Elsewhere(RuntimeError):
-    """The first rank failed, which says why itself."""
+    """Another rank failed, which says why itself."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class World:
             place: Such as "step 3, rollout".
         """
         if self.size > 1:
-            dist.distributed_c10d._get_default_store().set(_PLACE.format(self.rank), place)
+            note_place(self.rank, place)
 
 
 ALONE = World()
@@ -175,6 +174,7 @@ def joined(config: Config, device: torch.device) -> Iterator[World]:
 
     Raises:
         ValueError: When ``train.ranks`` or ``train.shard_ranks`` does not fit the number of ranks.
+        LostRank: When a collective fails because another rank is not there, or comes too late.
     """
     train, size = config.train, int(os.environ.get("WORLD_SIZE", "1"))
     if train.ranks is not None and train.ranks != size:
@@ -199,7 +199,8 @@ def joined(config: Config, device: torch.device) -> Iterator[World]:
         dist.init_process_group(backend, timeout=deadline, store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicas", "shards"))
-        yield World(dist.get_rank(), size, device, mesh, train.cpu_offload)
+        with lost_ranks_named(dist.get_rank(), size, train.collective_deadline_s):
+            yield World(dist.get_rank(), size, device, mesh, train.cpu_offload)
     finally:
         dist.destroy_process_group()
 
