@@ -77,18 +77,46 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
             ``train.max_skipped_updates``; the weights are left as they were.
         ValueError: When the method's loss is no op.
     """
-    config, model, optimizer, world = learner.config, learner.model, learner.optimizer, learner.world
+    config, model, optimizer = learner.config, learner.model, learner.optimizer
+    figures, _ = accumulate(learner, sequences, step)
+    norm = whole_of(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)).item()
+    lr = config.train.lr * min(1.0, step / max(1, config.train.lr_warmup_steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    skipped = _skipped(learner, step, norm, figures["loss/total"].value)
+    if not skipped:
+        optimizer.step()
+    return {
+        "lr": Figure(lr, "last"), "grad_norm": Figure(norm), "updates/skipped": Figure(skipped), **figures
+    }  # fmt: skip
+
+
+def accumulate(learner: Learner, sequences: list[Response], step: int) -> tuple[dict[str, Figure], int]:
+    """Compute the gradient of an update, the same whatever the ranks and micro-batches that share it.
+
+    Args:
+        learner: Its policy gets the gradient in the place of an older one.
+        sequences: As for ``update``.
+        step: The method may ask for it.
+
+    Returns:
+        The figures of the loss, and how many micro-batches each rank had.
+
+    Raises:
+        ValueError: When the method's loss is no op.
+    """
+    config, model, world = learner.config, learner.model, learner.world
     totals = Totals(*map(int, world.sum(astuple(count(sequences)))))
     batches = micro_batches(learner, sequences, totals)
     entropy = mean_entropy(learner, batches) if config.method.needs_entropy else None
     whole = UpdateInfo(totals, step, config.rollout.max_new_tokens, entropy)
-    optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.zero_grad(set_to_none=True)
     outputs: list[PolicyLoss] = []
     router, dtype = router_of(config, model), config.compute_dtype
     load = None
     if router is not None and (len(batches) > 1 or world.size > 1):
         load = whole_load(router, model, batches, dtype, world)
-    balance = torch.zeros((), device=learner.world.device)
+    balance = torch.zeros((), device=world.device)
     for batch in batches:
         out, gates = _fused_loss(learner, batch, whole, router_logits=router is not None)
         aux = balance.new_zeros(())
@@ -102,16 +130,7 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
         (added,) = world.sum([balance.item()])
         figures["loss/router_aux"] = Figure(added)
         figures["loss/total"] = replace(figures["loss/total"], value=figures["loss/total"].value + added)
-    norm = whole_of(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)).item()
-    lr = config.train.lr * min(1.0, step / max(1, config.train.lr_warmup_steps))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    skipped = _skipped(learner, step, norm, figures["loss/total"].value)
-    if not skipped:
-        optimizer.step()
-    return {
-        "lr": Figure(lr, "last"), "grad_norm": Figure(norm), "updates/skipped": Figure(skipped), **figures
-    }  # fmt: skip
+    return figures, len(batches)
 
 
 def micro_batches(learner: Learner, sequences: list[Response], totals: Totals) -> list[Batch]:

@@ -19,6 +19,7 @@ from srft.engine.sampling import describe_ends, make_sampling
 from srft.engine.start import start_engine
 from srft.options import to_toml
 from srft.policy.learner import Learner
+from srft.policy.loading import fill, skeleton
 from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import World, joined
@@ -169,8 +170,7 @@ def load_policy(
     folder = checkpoint
     if warm_starts(config) and checkpoint is None:
         folder = world.on_first(lambda: _started(config, tokenizer, prompts, pool, world.device))
-    model = _load(config, tokenizer, folder)
-    prepare_policy(model, config.model, config.train.tokens_per_microbatch, world)
+    model = load_prepared(config, tokenizer, folder, world)
     proof = prove(model, config)
     return Learner(config, model, tokenizer, make_optimizer(model, config), world), proof
 
@@ -186,28 +186,44 @@ def _started(
     folder = cached_start(config, prompts, pool.kind)
     if not (folder / "config.json").exists():
         alone = World(device=device)
-        model = _load(config, tokenizer, None)
-        prepare_policy(model, config.model, config.train.tokens_per_microbatch, alone)
+        model = load_prepared(config, tokenizer, None, alone)
         learner = Learner(config, model, tokenizer, make_optimizer(model, config), alone)
         warm_start(learner, prompts, pool)
         keep_start(folder, learner)
     return folder
 
 
-def _load(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> PreTrainedModel:
-    """The model of a folder; without one, that of the options."""
-    remote = config.model.trust_remote_code
-    if folder is not None:
-        return load_model(folder, trust_remote_code=remote)
-    if config.model.name == "tiny":
-        return build_tiny(config.model, tokenizer, config.longest_sequence, config.train.seed)
-    model = load_model(config.model.name, trust_remote_code=remote)
+def load_prepared(
+    config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path | None, world: World
+) -> PreTrainedModel:
+    """Load or build the policy, and put it into the state that training needs; of a sharded one a rank reads its part.
+
+    Args:
+        config: The whole configuration.
+        tokenizer: The policy's.
+        folder: Of a model; None takes what the options say.
+        world: The ranks.
+
+    Raises:
+        ValueError: When it cannot be read, or cannot be trained.
+    """
+    remote, name = config.model.trust_remote_code, config.model.name
+    source = name if folder is None and name != "tiny" else folder
+    if source is None:
+        model = build_tiny(config.model, tokenizer, config.longest_sequence, config.train.seed)
+    elif world.mesh is None:
+        model = load_model(source, trust_remote_code=remote)
+    else:
+        model = skeleton(source, trust_remote_code=remote)
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    if folder is None and len(tokenizer) > rows:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {config.model.name} embeddings for {rows}; "
+            f"the tokenizer has {len(tokenizer)} tokens, the model {name} embeddings for {rows}; "
             "set model.tokenizer to the model's own"
         )
+    prepare_policy(model, config.model, config.train.tokens_per_microbatch, world)
+    if source is not None and world.mesh is not None:
+        fill(model, source, world, cpu_offload=world.cpu_offload)
     return model
 
 

@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402
 import sys
+
+from srft.launch import start_ranks
+
+if __name__ == "__main__":
+    start_ranks(sys.argv[1:])  # what waits for the ranks needs none of the imports below
 
 import transformers
 
 from srft.config import Config
+from srft.layouts import compare_layouts, table
 from srft.options import exit_on_help, load_config
-from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy
-from srft.policy.parallel import World
-from srft.policy.proof import Proof, prove
-from srft.prepare import choose_device
+from srft.policy.learner import Learner
+from srft.policy.model import load_tokenizer
+from srft.policy.optimizer import make_optimizer
+from srft.policy.parallel import World, joined
+from srft.policy.proof import prove
+from srft.prepare import choose_device, load_prepared
 
 
-def selftest(config: Config) -> Proof:
-    """Load the model of a run and prove that it can be trained on packed sequences.
+def selftest(config: Config) -> str:
+    """Load the model of a run and prove that it can be trained on packed sequences, and on these ranks.
 
     Args:
         config: The whole configuration; its data is not read.
 
+    Returns:
+        What was compared, as lines of text; nothing on ranks other than the first.
+
     Raises:
         ValueError: When the model cannot be read, or fails; the message names its type and the likely cause.
     """
-    if config.model.name == "tiny":
-        model = build_tiny(
-            config.model, load_tokenizer(config.model), config.longest_sequence, config.train.seed
-        )
-    else:
-        model = load_model(config.model.name, trust_remote_code=config.model.trust_remote_code)
-    prepare_policy(model, config.model, config.train.tokens_per_microbatch, World(device=choose_device(config)))
-    return prove(model, config)
+    tokenizer = load_tokenizer(config.model)
+    with joined(config, choose_device(config)) as world:
+        model = load_prepared(config, tokenizer, None, world)
+        text = prove(model, config).table()
+        if world.mesh is not None:
+            learner = Learner(config, model, tokenizer, make_optimizer(model, config), world)
+
+            def gold() -> Learner:
+                alone = World(device=world.device)
+                own = load_prepared(config, tokenizer, None, alone)
+                return Learner(config, own, tokenizer, make_optimizer(own, config), alone)
+
+            gaps = compare_layouts(learner, gold)
+            text += "\n\n" + table(gaps, world.size)
+            if wrong := [gap.name for gap in gaps if not gap.passes]:
+                raise ValueError(f"gradients depend on the layout: {', '.join(wrong)}\n{text}")
+        return text if world.is_first else ""
 
 
 def main() -> None:
@@ -39,12 +60,13 @@ def main() -> None:
     exit_on_help(
         arguments,
         "srft.selftest",
-        "Proves, before anything is trained, that packed sequences give what the model itself gives for each alone; "
-        "exit status 2 where they do not.",
+        "Proves, before anything is trained, that packed sequences give what the model itself gives for each alone, "
+        "and with train.ranks=N that N ranks give the gradients of one; exit status 2 where they do not.",
     )
     transformers.utils.logging.disable_progress_bar()
     try:
-        print(selftest(load_config(arguments)).table())
+        if text := selftest(load_config(arguments)):
+            print(text)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -246,7 +246,7 @@ def _compute(
     model: PreTrainedModel, batch: Batch, compute_dtype: torch.dtype, op: Callable[..., _T], router_logits: bool
 ) -> tuple[_T, tuple[Tensor, ...]]:
     with torch.autocast(
-        batch.input_ids.device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32
+        batch.input_ids.device.type, dtype=compute_dtype, enabled=compute_dtype.itemsize == 2
     ):
         output = body_of(model)(
             input_ids=batch.input_ids[None],
