@@ -1,0 +1,106 @@
+"""The gradient of an update and three AdamW steps on however many ranks: what ``test_layouts`` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from srft.batch import Group, Response
+from srft.config import Config
+from srft.learning import accumulate, learn
+from srft.methods import assign_advantages
+from srft.policy.exchange import Exchange
+from srft.policy.learner import Learner
+from srft.policy.model import byte_tokenizer, prepare_policy
+from srft.policy.optimizer import make_optimizer
+from srft.policy.parallel import World, whole
+from tests.trainer.tiny import plain_model, random_groups, tiny_config
+from tests.trainer.worlds import world_of
+
+# options of the method, and whether the model's embedding is tied to its head
+CASES: dict[str, tuple[list[str], bool]] = {
+    "token": (["method.entropy_scope=token"], False),
+    "sequence": (["method.preset=official", "method.entropy_scope=sequence"], True),
+    "batch-two-updates": (["method.entropy_scope=batch", "train.updates_per_step=2"], False),
+    "upt": (["method.preset=upt"], False),
+    "grpo": (["method.name=grpo"], True),
+    "chord": (["method.name=chord"], False),
+    "sft": (["method.name=sft"], False),
+}
+DTYPES = (torch.float32, torch.float64)
+# layouts of a world of so many ranks: tokens of a micro-batch, ranks that share the parameters, who holds what
+LAYOUTS: dict[int, dict[str, tuple[int, int, str]]] = {
+    1: {"1x1": (10_000, 1, "spread"), "1x7": (60, 1, "spread")},
+    2: {"2x3": (80, 2, "spread"), "one rank has nothing": (100, 2, "first"), "kinds apart": (60, 2, "kinds")},
+    4: {"4x2": (60, 4, "spread"), "2x2 replicas, 4x2": (60, 2, "spread"), "2x2 replicas, kinds": (40, 2, "kinds")},
+}
+STEPS = 3
+
+
+def learner_for(case: str, dtype: torch.dtype, world: World, budget: int) -> Learner:
+    """A small policy that computes in ``dtype`` from end to end."""
+    options, tied = CASES[case]
+    Config.compute_dtype = property(lambda _config: dtype)  # type: ignore[assignment,method-assign]
+    config = tiny_config("train.lr=0.01", f"train.tokens_per_microbatch={budget}", *options)
+    model = plain_model(tied=tied)
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm):
+                # its own casts to fp32, whatever it is given
+                setattr(parent, name, torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon))
+                getattr(parent, name).weight = norm.weight
+    prepare_policy(model.to(dtype), config.model, 64, world)
+    return Learner(config, model, byte_tokenizer(), make_optimizer(model, config), world)
+
+
+def held(learner: Learner, groups: list[Group], how: str) -> list[Response]:
+    """What this rank learns from: a fair share, nothing but on the first rank, or kinds apart."""
+    world = learner.world
+    if how == "spread":
+        return Exchange(world, assign_advantages(world.own(groups), learner.config.method)).held
+    every = assign_advantages(groups, learner.config.method)
+    if how == "first":
+        return every if world.is_first else []
+    last = world.rank == world.size - 1
+    return [s for s in every if (last if s.is_demo else world.is_first)]
+
+
+def run(world: World, budget: int, how: str, case: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Gradient of an update, weights after ``STEPS`` steps, figures of the last, entropies of its responses."""
+    learner, groups = learner_for(case, dtype, world, budget), random_groups()
+    found, micro_batches = accumulate(learner, held(learner, groups, how), 1)
+    gradients = {name: whole(p.grad).clone() for name, p in learner.model.named_parameters()}
+    figures: dict[str, float] = {}
+    for step in range(1, STEPS + 1):
+        own = world.own(groups)
+        figures = learn(learner, own, step)
+    weights = {name: whole(p).detach().clone() for name, p in learner.model.named_parameters()}
+    entropies = [[s.entropy for s in (*g.rollouts, *g.demos)] for of_rank in world.gather(own) for g in of_rank]
+    return {
+        "gradients": gradients, "weights": weights, "micro_batches": micro_batches, "figures": figures,
+        "loss": found["loss/total"].value, "entropies": sorted(e for each in entropies for e in each if e is not None),
+    }  # fmt: skip
+
+
+def every_run(worlds: dict[int, World], layouts: dict[str, tuple[int, int, str]]) -> Iterator[tuple[str, Any]]:
+    """Each case, dtype and layout of a world, by name."""
+    for case in CASES:
+        for dtype in DTYPES:
+            for layout, (budget, shards, how) in layouts.items():
+                if dtype == torch.float32 and case not in ("token", "grpo"):
+                    continue
+                yield f"{layout}/{case}/{dtype}", run(worlds[shards], budget, how, case, dtype)
+
+
+def rank_main(rank: int, folder: Path) -> None:
+    """All runs of one of several ranks; the first keeps them."""
+    torch.set_num_threads(1)
+    whole_world = world_of(rank, folder)
+    layouts = LAYOUTS[whole_world.size]
+    worlds = {shards: world_of(rank, folder, shards) for shards in {shards for _, shards, _ in layouts.values()}}
+    found = dict(every_run(worlds, layouts))
+    torch.save(found if rank == 0 else {}, folder / f"rank{rank}.pt")
