@@ -35,6 +35,9 @@ setup(
             "matplotlib>=3.10",
             "math-verify>=0.9,<0.10",
         ],
+        # flash-attn comes as source, which nvcc builds in tens of minutes without build isolation; 3 is on no index
+        "flash": ["flash-attn>=2.8.3"],
+        "flash4": ["flash-attn-4>=4.0.0b36"],
         "vllm": ["vllm>=0.32,<0.34"],
         "gym": ["reasoning-gym>=0.1.25"],
         "dev": [

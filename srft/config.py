@@ -100,6 +100,12 @@ class ModelConfig(Section):
     """Folder or hub id of the tokenizer; unset: the model's own, or bytes as tokens for "tiny"."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward passes; weights and optimizer stay in fp32."""
+    attention: Literal[
+        "auto", "varlen", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+    ] = "auto"
+    """How attention over packed sequences is computed: "varlen" by PyTorch's own flash attention and
+    "flash_attention_N" by a flash-attn package, in 16 bit on a GPU; "sdpa" anywhere; "auto" is varlen where it runs and
+    has what the model needs, else a package that is installed and has it, else sdpa."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward to save memory."""
     router_aux_coef: float | None = Field(None, ge=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from functools import partial
 
 import torch
@@ -10,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-PACKED_ATTENTION = "srft_varlen"
+from srft.policy.flash import PACKAGES, flash_attention
+
+# What transformers knows each kernel as; it would look for a name with "flash" in it on the Hub.
+PACKED_NAMES = {
+    "varlen": "srft_varlen",
+    "sdpa": "srft_sdpa",
+    "flash_attention_2": "srft_fa2",
+    "flash_attention_3": "srft_fa3",
+    "flash_attention_4": "srft_fa4",
+}
 
 
 class UnsupportedAttention(NotImplementedError):
@@ -18,9 +28,10 @@ class UnsupportedAttention(NotImplementedError):
 
 
 def register_packed_attention() -> None:
-    """Teach transformers an attention over packed sequences that builds no [T, T] mask."""
-    AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
-    AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)
+    """Teach transformers the attentions over packed sequences, which build no [T, T] mask."""
+    for kernel, name in PACKED_NAMES.items():
+        AttentionInterface.register(name, partial(_packed_attention, kernel))
+        AttentionMaskInterface.register(name, _no_mask)
 
 
 def _no_mask(*_args: object, **_kwargs: object) -> None:
@@ -28,6 +39,7 @@ def _no_mask(*_args: object, **_kwargs: object) -> None:
 
 
 def _packed_attention(
+    kernel: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -45,23 +57,29 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence; query [1, H, T, d], key and value [1, H_kv, T, d].
 
-    ``dropout`` is among what is not used: the trainer turns it off everywhere.
+    ``dropout`` is among what is not used: the trainer turns it off everywhere. Where the kernel has no fp32, or no CPU,
+    sequences of like length are computed together, as by "sdpa".
     """
-    if softcap is not None or s_aux is not None:
-        what = f"a softcap of {softcap:g}" if softcap is not None else "sinks"
-        raise UnsupportedAttention(f"{what} in its attention, which the packed attention does not apply")
     if attention_mask is not None:
         raise UnsupportedAttention("an attention mask or position bias of its own")
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q, max_length_q = _bounds_of(position_ids)
     if torch.is_autocast_enabled(query.device.type):
-        # rotary embeddings leave queries and keys in fp32, and varlen_attn has no autocast rule of its own
+        # rotary embeddings leave queries and keys in fp32, and no kernel here has an autocast rule of its own
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
-    if query.is_cuda and query.dtype != torch.float32:  # flash attention has no fp32
-        return _on_gpu(query, key, value, scaling, window, cu_seq_lens_q, max_length_q)[None], None
-    return _by_length(query, key, value, scaling, window, cu_seq_lens_q)[None], None
+    if kernel == "sdpa" or not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return _by_length(query, key, value, scaling, window, cu_seq_lens_q, softcap, s_aux)[None], None
+    if kernel in PACKAGES:
+        return _by_package(
+            kernel, query, key, value, scaling, window, cu_seq_lens_q, max_length_q, softcap, s_aux
+        )[None], None
+    if softcap is not None or s_aux is not None:
+        raise UnsupportedAttention(
+            "a cap on scores or sinks in its attention, which varlen_attn does not apply; set model.attention=sdpa"
+        )
+    return _on_gpu(query, key, value, scaling, window, cu_seq_lens_q, max_length_q)[None], None
 
 
 def _bounds_of(position_ids: Tensor | None) -> tuple[Tensor, int]:
@@ -112,8 +130,33 @@ def _on_gpu(
     return out[..., :width]
 
 
+def _by_package(
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of a flash-attn package over the bounds; [T, H, d]."""
+    bounds = cu_seqlens.to(query.device, torch.int32, non_blocking=True)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    return flash_attention(kernel, q, k, v, scaling, window, bounds, max_seqlen, softcap, sinks)
+
+
 def _by_length(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, cu_seqlens: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    cu_seqlens: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Padded attention over groups of sequences of similar length; [T, H, d]."""
     pieces, places = [], []
@@ -125,13 +168,40 @@ def _by_length(
             band = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril()
             band = band.triu(1 - window)
         # padding is on the right, so the causal mask alone keeps it from every real query
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=band, is_causal=band is None, scale=scaling,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )  # fmt: skip
+        if softcap is not None or sinks is not None:
+            y = _with_scores(q, k, v, scaling, band, softcap, sinks)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=band, is_causal=band is None, scale=scaling,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )  # fmt: skip
         pieces.append(y.transpose(1, 2)[real])
         places.append(rows[real])
     return torch.cat(pieces).index_select(0, torch.argsort(torch.cat(places)))
+
+
+def _with_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None,
+    band: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Causal attention of [b, H, t, d] that holds its scores, which a cap on them and sinks ask for."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
+    scores = scores * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    tokens = q.shape[2]
+    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril() if band is None else band
+    scores = scores.masked_fill(~visible, -math.inf)
+    if sinks is not None:  # a key of every query that has a score and no value
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    return scores.softmax(-1)[..., :tokens].to(v.dtype) @ v
 
 
 def _padded_groups(cu_seqlens: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -26,7 +26,8 @@ from transformers import (
 
 from srft.batch import Batch
 from srft.config import ModelConfig
-from srft.policy.attention import PACKED_ATTENTION, register_packed_attention
+from srft.policy.attention import register_packed_attention
+from srft.policy.attention_choice import PackedAttention, caps_scores, choose_attention
 from srft.policy.head import PolicyHead, make_head
 from srft.policy.parallel import World, open_to, shard
 
@@ -128,12 +129,14 @@ class Traits:
 
     Args:
         attention: The attention it was loaded with, which samplers and the proof use.
+        packed: The attention that it is trained with.
         dropout: Rates above 0 in its configuration, by name; training has them off.
         head: Shares the parameters of its lm_head.
         device: Where it computes.
     """
 
     attention: str
+    packed: PackedAttention
     dropout: dict[str, float]
     head: PolicyHead
     device: torch.device
@@ -154,7 +157,7 @@ def prepare_policy(
 
     Raises:
         ValueError: For an architecture whose attention cannot be told where packed sequences end, or whose head is
-            not a linear layer.
+            not a linear layer; for a ``model.attention`` that does not run here.
     """
     text = model.config.get_text_config()
     if getattr(text, "attn_temperature_tuning", False) and max_tokens > (text.floor_scale or max_tokens):
@@ -163,14 +166,17 @@ def prepare_policy(
             f"{text.model_type} scales its attention by positions from {text.floor_scale} on and counts them through "
             f"packed sequences; set train.tokens_per_microbatch={text.floor_scale} or less, got {max_tokens}"
         )
+    # of transformers' own attentions, only the eager one caps scores
+    own = "eager" if caps_scores(model) else model.config._attn_implementation
+    packed = choose_attention(model, config, world.device)
     model.eval()
     if world.mesh is None:
         model.to(world.device)
-    model.srft_traits = Traits(model.config._attn_implementation, _dropout_rates(text), make_head(model), world.device)
+    model.srft_traits = Traits(own, packed, _dropout_rates(text), make_head(model), world.device)
     model.srft_compute = MethodType(_compute, model)
     register_packed_attention()
-    model.set_attn_implementation(PACKED_ATTENTION)
-    if model.config._attn_implementation != PACKED_ATTENTION:
+    model.set_attn_implementation(packed.name)
+    if model.config._attn_implementation != packed.name:
         raise ValueError(
             f"{text.model_type} computes attention outside transformers' AttentionInterface, where packed sequences "
             "would see each other; train a model whose attention goes through that interface"
@@ -213,7 +219,7 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.set_attn_implementation(PACKED_ATTENTION)
+        model.set_attn_implementation(model.srft_traits.packed.name)
 
 
 def compute(

@@ -65,6 +65,7 @@ class Proof:
         logprobs: Log-probabilities and entropies, nats, by dtype; float32 always, and the run's.
         gradients: Relative errors of each parameter's gradient, by dtype.
         lengths: Of the sequences compared, tokens.
+        attention: Which attention training uses, a sentence.
         dropout: Rates that the configuration asks for and training has off.
         seconds: What the proof took.
     """
@@ -73,6 +74,7 @@ class Proof:
     logprobs: dict[str, Gap]
     gradients: dict[str, Gap]
     lengths: list[int]
+    attention: str
     dropout: dict[str, float]
     seconds: float
 
@@ -87,7 +89,7 @@ class Proof:
         off = "".join(f"; dropout off: {name} {rate:g}" for name, rate in self.dropout.items())
         return (
             f"Packed sequences of {min(self.lengths)} to {max(self.lengths)} tokens equal {self.model_type}'s own "
-            f"forward: {'; '.join(parts)}; {self.seconds:.1f} s{off}."
+            f"forward: {'; '.join(parts)}; {self.seconds:.1f} s{off}. {self.attention}"
         )
 
     def table(self) -> str:
@@ -98,6 +100,7 @@ class Proof:
                 numbers = (gap.differences.largest, gap.differences.mean, gap.noise.largest, gap.noise.mean)
                 lines.append(f"{what:24}{dtype:10}" + "".join(f"{n:10.1e}" for n in numbers))
         lines.append(f"sequences of {', '.join(map(str, sorted(self.lengths)))} tokens; {self.seconds:.1f} s")
+        lines.append(self.attention)
         if self.dropout:
             lines.append("dropout off: " + ", ".join(f"{name} {rate:g}" for name, rate in self.dropout.items()))
         return "\n".join(lines)
@@ -129,7 +132,10 @@ def prove(model: PreTrainedModel, config: Config) -> Proof:
     finally:
         model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - start
-    return Proof(model_type, logprobs, gradients, lengths, model.srft_traits.dropout, seconds)
+    traits = model.srft_traits
+    return Proof(
+        model_type, logprobs, gradients, lengths, traits.packed.sentence, traits.dropout, seconds
+    )
 
 
 def _place(error: Exception) -> str:
