@@ -13,10 +13,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from srft.policy.flash import PACKAGES, flash_attention
 
-# What transformers knows each kernel as; it would look for a name with "flash" in it on the Hub.
+# What transformers knows each kernel as. A name with "flash" or "sdpa" in it it takes for one of its own, and fetches a
+# kernel from the Hub, or refuses the model.
 PACKED_NAMES = {
     "varlen": "srft_varlen",
-    "sdpa": "srft_sdpa",
+    "sdpa": "srft_by_length",
     "flash_attention_2": "srft_fa2",
     "flash_attention_3": "srft_fa3",
     "flash_attention_4": "srft_fa4",
@@ -144,7 +145,7 @@ def _by_package(
 ) -> Tensor:
     """Attention of a flash-attn package over the bounds; [T, H, d]."""
     bounds = cu_seqlens.to(query.device, torch.int32, non_blocking=True)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
     return flash_attention(kernel, q, k, v, scaling, window, bounds, max_seqlen, softcap, sinks)
 
 

@@ -1,4 +1,4 @@
-"""Which kernel computes the attention of a policy over packed sequences: the option, the device and the model decide."""
+"""Which kernel computes the attention of a policy: the option, the device and the model decide."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ class Package:
     any_width: bool = False
 
 
-# FA4 is called directly, and not by torch.nn.attention.activate_flash_attention_impl: that replaces the attention of the
-# whole process, so that the model's own, against which the proof compares, would change with it, and knows no softcap.
+# FA4 is called directly, not by torch.nn.attention.activate_flash_attention_impl: that replaces the attention of the
+# whole process, the model's own, which the proof compares with, included; and it knows neither caps nor sinks.
 PACKAGES = {
     "flash_attention_2": Package("flash_attn", "pip install --no-build-isolation 'srft[flash]'", -1),
     "flash_attention_3": Package(
@@ -63,8 +63,8 @@ def find_flash(kernel: str) -> Callable[..., Any]:
         return importlib.import_module(package.module).flash_attn_varlen_func
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(
-            f"model.attention={kernel} needs {package.module}.flash_attn_varlen_func, which is not installed ({error}); "
-            f"run {package.command}, or set model.attention=auto"
+            f"model.attention={kernel} needs {package.module}.flash_attn_varlen_func, which is not installed "
+            f"({error}); run {package.command}, or set model.attention=auto"
         ) from error
     except ImportError as error:  # built for another torch or CUDA
         raise ValueError(

@@ -356,8 +356,6 @@ REFUSED = {
     "bart": "positions that it counts along the whole row",
     "bert": "a head that does more than",
     "dbrx": "its forward fails with RuntimeError: index_add_",  # its own experts, under bf16 autocast alone
-    "gemma2": "a softcap of 2 in its attention",
-    "gpt-oss": "sinks in its attention",
     "llama4-temperature": "positions from 16 on .* set train.tokens_per_microbatch=16 or less",
     "llama4-chunks": "in sequences of 18 tokens and more .*attention_chunk_size=16",
     "phi3-longrope": "rope_type=longrope.*original_max_position_embeddings=32",
