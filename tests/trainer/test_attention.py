@@ -22,10 +22,19 @@ from srft.policy import attention
 from srft.policy.attention import PACKED_NAMES, UnsupportedAttention, register_packed_attention
 from srft.policy.attention_choice import choose_attention
 from srft.policy.flash import PACKAGES
-from srft.policy.model import final_hidden_states, own_attention
+from srft.policy.model import own_attention
 from tests.trainer.architectures import build
 from tests.trainer.flash_stand_ins import MODULES, SEEN, attend, module_of
-from tests.trainer.tiny import CPU, flat_gradient, plain_model, policy, relative_error, sequence, tiny_config
+from tests.trainer.tiny import (
+    CPU,
+    flat_gradient,
+    hidden_states_of,
+    plain_model,
+    policy,
+    relative_error,
+    sequence,
+    tiny_config,
+)
 
 BOUNDS = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
 GPU = torch.device("cuda", 0)
@@ -66,7 +75,7 @@ def test_packed_equals_padded(head_dim: int, window: int | None) -> None:
     lengths = [2, 3, 5, 6, 7, 11, 17]
     ids = [torch.randint(2, 37, (n,)).tolist() for n in lengths]
     (batch,) = pack([sequence(tokens[:1], tokens[1:]) for tokens in ids], 100, CPU)
-    actual = final_hidden_states(packed, batch, torch.float32)
+    actual = hidden_states_of(packed, batch, torch.float32)
     rows = [s.prompt_ids + s.response_ids for s in batch.sequences]
     padded = torch.zeros(len(rows), 17, dtype=torch.int64)
     mask = torch.zeros_like(padded)
