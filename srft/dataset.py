@@ -14,6 +14,7 @@ from srft.data.judging import check_answers, check_demos, fitting_reward
 from srft.data.problems import Problems, drop_shared, hold_out
 from srft.data.prompts import Prompt, build_prompts
 from srft.engine.sampling import prompt_format
+from srft.policy.parallel import ALONE, World
 from srft.rewards.pool import RewardPool
 
 
@@ -76,7 +77,7 @@ def read_problems(config: Config) -> Problems:
 
 
 def make_prompts(
-    config: Config, problems: Problems, tokenizer: PreTrainedTokenizerBase, pool: RewardPool
+    config: Config, problems: Problems, tokenizer: PreTrainedTokenizerBase, pool: RewardPool, world: World = ALONE
 ) -> Prompts:
     """Check and tokenize the problems.
 
@@ -85,6 +86,7 @@ def make_prompts(
         problems: From ``read_problems``.
         tokenizer: The policy's.
         pool: Checks that each demonstration ends in its own answer.
+        world: The ranks, each of which checks a share.
 
     Raises:
         ValueError: For demonstrations that fail their verifier, overlong rows, or too few prompts, by the settings.
@@ -92,7 +94,7 @@ def make_prompts(
     train = config.train
     read = f"{len(problems.train)} training and {len(problems.held_out)} held-out problems from {config.data.train}"
     pool.prewarm()
-    examples, held_out, left_out = _judged(config, problems, pool)
+    examples, held_out, left_out = _judged(config, problems, pool, world)
     prompts, held_out_prompts, changed = _encoded(config, examples, held_out, tokenizer)
     prompts, lacking = _with_enough_demos(config, prompts)
     if len(prompts) < train.prompts_per_step:
@@ -105,22 +107,22 @@ def make_prompts(
 
 
 def _judged(
-    config: Config, problems: Problems, pool: RewardPool
+    config: Config, problems: Problems, pool: RewardPool, world: World
 ) -> tuple[list[Example], list[Example], list[str]]:
     """Training and held-out examples that can be judged, with the demonstrations in use, and what was left out."""
     notes, examples = [], problems.train
     with_demos = config.method.needs_demos or warm_starts(config)
     checked = with_demos and config.data.bad_demos != "keep"
     # a demonstration that is accepted shows that the answer can be read
-    unreadable = _unreadable(config, [e for e in examples if not (checked and e.demos)], pool)
-    unreadable_held_out = _unreadable(config, problems.held_out, pool)
+    unreadable = _unreadable(config, [e for e in examples if not (checked and e.demos)], pool, world)
+    unreadable_held_out = _unreadable(config, problems.held_out, pool, world)
     examples = [e for e in examples if e.id not in unreadable]
     held_out = [replace(e, demos=[]) for e in problems.held_out if e.id not in unreadable_held_out]
     if left_out := len(unreadable) + len(unreadable_held_out):
         notes.append(f"{left_out} rows skipped whose answer {pool.kind!r} cannot read")
     if checked:
         asked = examples
-        examples, dropped = _accepted(examples, pool, config.data.bad_demos)
+        examples, dropped = _accepted(examples, pool, config.data.bad_demos, world)
         if dropped:
             rows = len(asked) - len(examples)
             notes.append(f"{rows} rows skipped whose demonstration fails its verifier, of {dropped} demonstrations")
@@ -129,11 +131,12 @@ def _judged(
     return examples, held_out, notes
 
 
-def _unreadable(config: Config, examples: list[Example], pool: RewardPool) -> set[str]:
+def _unreadable(config: Config, examples: list[Example], pool: RewardPool, world: World) -> set[str]:
     """Ids of the examples that cannot be judged, where they may be skipped."""
-    bad = check_answers(examples, pool)
+    # every rank has the verdicts of all: one that ran into a deadline must not leave a row out on one rank alone
+    bad = {name: why for part in world.gather(check_answers(world.own(examples), pool)) for name, why in part.items()}
     if bad and (config.data.bad_rows == "error" or len(bad) == len(examples)):
-        first, reason = next(iter(bad.items()))
+        first, reason = next((e.id, bad[e.id]) for e in examples if e.id in bad)
         raise ValueError(
             f"{len(bad)} of {len(examples)} answers cannot be read by {pool.kind!r}, the first is {first}: {reason}; "
             "mend them, set data.columns.answer or reward.kind, or data.bad_rows=skip"
@@ -142,10 +145,10 @@ def _unreadable(config: Config, examples: list[Example], pool: RewardPool) -> se
 
 
 def _accepted(
-    examples: list[Example], pool: RewardPool, bad_demos: str
+    examples: list[Example], pool: RewardPool, bad_demos: str, world: World
 ) -> tuple[list[Example], int]:
     """The examples with the demonstrations that their verifier accepts, and how many it does not."""
-    bad = set(check_demos(examples, pool))
+    bad = {demo for part in world.gather(check_demos(world.own(examples), pool)) for demo in part}
     if bad and bad_demos == "error":
         first, at = next((e, i) for e in examples for i in range(len(e.demos)) if (e.id, i) in bad)
         reason = pool.score([(first.demos[at], first.answer, first.row)])[0]

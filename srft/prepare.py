@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,8 +85,9 @@ def prepared(config: Config) -> Iterator[Run]:
         RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool,
     ):
         data = data_state(problems)
+        _refuse_differences(config, data, world)
         refuse_other_data(config, data, checkpoint)
-        prompts = make_prompts(config, problems, tokenizer, pool)
+        prompts = make_prompts(config, problems, tokenizer, pool, world)
         learner, proof = load_policy(config, tokenizer, prompts, pool, checkpoint, world)
         sampling = make_sampling(config, tokenizer, learner.model)
         # a step is abandoned without a trace until its first update moves the weights, and finished from then on
@@ -105,6 +107,16 @@ def prepared(config: Config) -> Iterator[Run]:
             sync = WeightSync(learner.model, engine, _probe(prompts.train, config), config, world)
             actor = Actor(engine, sampling, tokenizer, pool, world)
             yield Run(world, prompts, sampler, actor, learner, sync, stop, progress, log)
+
+
+def _refuse_differences(config: Config, data: dict[str, Any], world: World) -> None:
+    """Check that the ranks, which read options and data by themselves, have read the same."""
+    for what, own in (("options", to_toml(config)), ("rows of data", data)):
+        if other := [rank for rank, theirs in enumerate(world.gather(own)) if theirs != world.first(own)]:
+            raise ValueError(
+                f"rank {other[0]} has other {what} than the first; start every rank with the same command, on files "
+                "that all machines share"
+            )
 
 
 def _record(
