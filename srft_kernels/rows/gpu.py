@@ -78,9 +78,10 @@ def _rescale(m, m_new):
 # maximum m' rescales l by exp(m - m') and makes s exp(m - m') (s + l (m - m')). LANES columns do so side by side,
 # each in one thread, and meet once, after the row. Then
 #   logp = z_y - m - log l,   H = log l - s / l.
-# Pass 2 reads the row again: dz_j = a (1[j = y] - p_j) - e p_j (log p_j + H), with a and e the derivatives of
-# the loss by logp and H, from OBJECTIVE or given and times grad_scale, then the chain rule of softcap and
-# temperature. In place, a barrier holds the first write until every thread has the score of its label.
+# Pass 2 reads the row again, from its end, which a cache may still hold: dz_j = a (1[j = y] - p_j) - e p_j (log p_j +
+# H), with a and e the derivatives of the loss by logp and H, from OBJECTIVE or given and times grad_scale, then the
+# chain rule of softcap and temperature. In place, a barrier holds the first write until every thread has the score of
+# its label.
 # SMOOTHED, logp becomes q = (1 - eps) logp + eps mean_j(log p_j) - z_loss_coef lse^2, over the words j with z_j > -inf,
 # and the entropy their number: dq/dz_j = (1 - eps) 1[j = y] + eps / number - (1 + 2 z_loss_coef lse) p_j.
 @_jit_row_kernel
@@ -212,8 +213,8 @@ def _row_kernel(
             a *= 1.0 + 2.0 * z_loss_coef * (m_i + log_sum)
         if not STATS_KNOWN:
             tl.debug_barrier()
-        for start in range(0, vocab, BLOCK_V):
-            cols = start + offs_v
+        for block in range((vocab - 1) // BLOCK_V, -1, -1):
+            cols = block * BLOCK_V + offs_v
             mask = cols < vocab
             z = _logits(z_row, cols, mask, bias_ptr, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
             logp_v = z - m_i - log_sum

@@ -125,7 +125,7 @@ def test_16_bit_scores_compile(target, dtype, work, tmp_path):
 
 def loops(ptx: str) -> list[str]:
     """Bodies of the loops of a kernel, in order: what lies between a label and the branch back to it."""
-    return [body for _, body in re.findall(r"(\$L__BB\d+_\d+):(.*?)bra\s+\1;", ptx, re.S)]
+    return [body for _, body in re.findall(r"(\$L__BB\d+_\d+):(.*?)bra(?:\.uni)?\s+\1;", ptx, re.S)]
 
 
 @pytest.mark.parametrize("scores", [FP32, BF16], ids=case_id)
