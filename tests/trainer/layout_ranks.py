@@ -18,20 +18,28 @@ from srft.policy.learner import Learner
 from srft.policy.model import byte_tokenizer, prepare_policy
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import World, whole
+from tests.trainer.architectures import build
 from tests.trainer.tiny import plain_model, random_groups, tiny_config
 from tests.trainer.worlds import world_of
 
-# options of the method, and whether the model's embedding is tied to its head
-CASES: dict[str, tuple[list[str], bool]] = {
-    "token": (["method.entropy_scope=token"], False),
-    "sequence": (["method.preset=official", "method.entropy_scope=sequence"], True),
-    "batch-two-updates": (["method.entropy_scope=batch", "train.updates_per_step=2"], False),
-    "upt": (["method.preset=upt"], False),
-    "grpo": (["method.name=grpo"], True),
-    "chord": (["method.name=chord"], False),
-    "sft": (["method.name=sft"], False),
+# options, and the model: with its embedding tied to its head or not, or with experts
+CASES: dict[str, tuple[list[str], str]] = {
+    "token": (["method.entropy_scope=token"], "untied"),
+    "sequence": (["method.preset=official", "method.entropy_scope=sequence"], "tied"),
+    "batch-two-updates": (["method.entropy_scope=batch", "train.updates_per_step=2"], "untied"),
+    "upt": (["method.preset=upt"], "untied"),
+    "grpo": (["method.name=grpo"], "tied"),
+    "chord": (["method.name=chord"], "untied"),
+    "sft": (["method.name=sft"], "untied"),
+    "experts": (["model.router_aux_coef=0.5"], "experts"),
 }
-DTYPES = (torch.float32, torch.float64)
+# of each case; experts choose in fp32 whatever they are given
+RUNS = [
+    (case, dtype)
+    for case in CASES
+    for dtype in ((torch.float32,) if case == "experts" else (torch.float32, torch.float64))
+    if dtype == torch.float64 or case in ("token", "grpo", "experts")
+]
 # layouts of a world of so many ranks: tokens of a micro-batch, ranks that share the parameters, who holds what
 LAYOUTS: dict[int, dict[str, tuple[int, int, str]]] = {
     1: {"1x1": (10_000, 1, "spread"), "1x7": (60, 1, "spread")},
@@ -43,10 +51,10 @@ STEPS = 3
 
 def learner_for(case: str, dtype: torch.dtype, world: World, budget: int) -> Learner:
     """A small policy that computes in ``dtype`` from end to end."""
-    options, tied = CASES[case]
+    options, kind = CASES[case]
     Config.compute_dtype = property(lambda _config: dtype)  # type: ignore[assignment,method-assign]
     config = tiny_config("train.lr=0.01", f"train.tokens_per_microbatch={budget}", *options)
-    model = plain_model(tied=tied)
+    model = build("qwen2-moe") if kind == "experts" else plain_model(tied=kind == "tied")
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
             if isinstance(norm, transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm):
@@ -73,12 +81,13 @@ def run(world: World, budget: int, how: str, case: str, dtype: torch.dtype) -> d
     """Gradient of an update, weights after ``STEPS`` steps, figures of the last, entropies of its responses."""
     learner, groups = learner_for(case, dtype, world, budget), random_groups()
     found, micro_batches = accumulate(learner, held(learner, groups, how), 1)
-    gradients = {name: whole(p.grad).clone() for name, p in learner.model.named_parameters()}
+    parameters = dict(learner.model.named_parameters())
+    gradients = {n: whole(torch.zeros_like(p) if p.grad is None else p.grad).clone() for n, p in parameters.items()}
     figures: dict[str, float] = {}
     for step in range(1, STEPS + 1):
         own = world.own(groups)
         figures = learn(learner, own, step)
-    weights = {name: whole(p).detach().clone() for name, p in learner.model.named_parameters()}
+    weights = {name: whole(p).detach().clone() for name, p in parameters.items()}
     entropies = [[s.entropy for s in (*g.rollouts, *g.demos)] for of_rank in world.gather(own) for g in of_rank]
     return {
         "gradients": gradients, "weights": weights, "micro_batches": micro_batches, "figures": figures,
@@ -88,12 +97,9 @@ def run(world: World, budget: int, how: str, case: str, dtype: torch.dtype) -> d
 
 def every_run(worlds: dict[int, World], layouts: dict[str, tuple[int, int, str]]) -> Iterator[tuple[str, Any]]:
     """Each case, dtype and layout of a world, by name."""
-    for case in CASES:
-        for dtype in DTYPES:
-            for layout, (budget, shards, how) in layouts.items():
-                if dtype == torch.float32 and case not in ("token", "grpo"):
-                    continue
-                yield f"{layout}/{case}/{dtype}", run(worlds[shards], budget, how, case, dtype)
+    for case, dtype in RUNS:
+        for layout, (budget, shards, how) in layouts.items():
+            yield f"{layout}/{case}/{dtype}", run(worlds[shards], budget, how, case, dtype)
 
 
 def rank_main(rank: int, folder: Path) -> None:
