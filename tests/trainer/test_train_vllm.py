@@ -5,14 +5,27 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from srft.policy.checkpoint import whole_checkpoint
 from tests.trainer.processes import descendants, marked_processes, state_and_parent
-from tests.trainer.runs import ROOT, arguments, command, environment, read_lines, train
+from tests.trainer.runs import (
+    ROOT,
+    arguments,
+    command,
+    comparable_rows,
+    during_call,
+    environment,
+    read_lines,
+    train,
+    weights,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -42,6 +55,39 @@ def test_every_step_samples_from_its_own_weights(tied: bool, tmp_path: Path) -> 
     assert not any(ends)
     assert (run / "engine" / "vllm.log").is_file()
     assert rows[-1]["eval/accuracy"] >= 0
+
+
+@contextmanager
+def killed_in_it() -> Iterator[None]:
+    """The engine does not come to an end of what it is asked now, and is killed."""
+    (engine,) = [
+        pid for pid in descendants(os.getpid())
+        if b"vllm_worker" in Path(f"/proc/{pid}/cmdline").read_bytes() and os.getsid(pid) == pid
+    ]  # fmt: skip
+    os.kill(engine, signal.SIGSTOP)
+    killer = threading.Timer(0.3, os.kill, (engine, signal.SIGKILL))
+    killer.start()
+    yield
+    killer.join()
+
+
+def test_a_run_that_loses_its_engines_learns_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed in the rollout of step 2 and in the update of step 3: restarted, given the weights, asked again, counted."""
+    few = RUN | {"train__steps": 3, "train__eval_every": 3}
+    undisturbed = train(tmp_path / "undisturbed", **few)
+    with pytest.MonkeyPatch.context() as patch:
+        # the first rollout is step 0's evaluation; the third update gives the second engine what the first had
+        during_call(patch, "srft.engine.vllm.VllmEngine.generate", 3, killed_in_it)
+        during_call(patch, "srft.engine.vllm.VllmEngine.update_weights", 5, killed_in_it)
+        run = train(tmp_path, **few)
+    rows, expected = comparable_rows(run), comparable_rows(undisturbed)
+    assert [row.pop("engine/restarts", None) for row in rows] == [None, 0, 1, 2]
+    assert [row.pop("engine/restarts", None) for row in expected] == [None, 0, 0, 0]
+    assert rows == expected
+    assert weights(run) == weights(undisturbed)
+    said = capsys.readouterr().err
+    assert "vLLM failed in generate: its process died (SIGKILL); it is started again (1 of 3)" in said
+    assert "vLLM failed in update: its process died (SIGKILL); it is started again (2 of 3)" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
