@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import select
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -42,6 +43,28 @@ def _leave_signals_to_the_trainer() -> None:
         signal.signal(number, pass_over)
 
 
+def _fork_guard(descriptor: int) -> None:
+    """Fork a process that kills this one's group when this one is gone, so that what a verifier started goes too.
+
+    It is no child of this process, since a verifier may wait for all of those.
+    """
+    if sys.platform != "linux":
+        return
+    worker = os.pidfd_open(os.getpid())
+    between = os.fork()
+    if between:
+        os.close(worker)
+        os.waitpid(between, 0)
+        return
+    if os.fork():
+        os._exit(0)
+    os.close(descriptor)  # the trainer takes its end for that of the worker
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    select.select([worker], [], [])
+    os.killpg(0, signal.SIGKILL)
+
+
 def _number(value: Any) -> float:
     """Read what a verifier returned; numpy and torch scalars are numbers, a text or a container is not."""
     if isinstance(value, str | bytes | list | tuple | dict | set):
@@ -75,6 +98,7 @@ def main() -> None:
     kind, descriptor, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     _die_with(parent)
     _leave_signals_to_the_trainer()
+    _fork_guard(descriptor)
     connection = Connection(descriptor)
     try:
         verifier = load_verifier(kind)

@@ -23,13 +23,16 @@ ROOT = Path(__file__).parents[2]
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
 FRACTIONS = r"\boxed{" + r"\frac{1}{" * 60 + "2" + "}" * 60 + "}"
 VERIFIERS = """
-import itertools, os, sys, time
+import itertools, os, subprocess, sys, time
 
 def graded(completion, answer, row):
     return {"right": 1.0, "half": 0.5, "wrong": 0.0, "truth": True}[completion]
 
 def trouble(completion, answer, row):
-    if completion == "endless":
+    if completion == "program":
+        with open(answer, "w") as file:
+            file.write(str(subprocess.Popen(["sleep", "600"]).pid))
+    if completion in ("endless", "program"):
         sum(itertools.repeat(0, 10**15))
     if completion == "sleep":
         time.sleep(60)
@@ -269,6 +272,7 @@ def test_close_ends_the_workers_and_can_be_repeated(custom: str) -> None:
     pool = RewardPool(f"{custom}:process", 2, 5.0)
     pool.close()
     pool = RewardPool(f"{custom}:process", 2, 5.0)
+    pool.prewarm()  # one that starts late would find nothing left to do
     pids = list({int(r.value) for r in pool.score([("", "", {})] * 8)})
     assert len(pids) == 2 and all(map(alive, pids))
     pool.close()
@@ -283,16 +287,17 @@ def test_close_ends_the_workers_and_can_be_repeated(custom: str) -> None:
 )
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "exit"])
 def test_workers_end_with_their_parent(custom: str, tmp_path: Path, how: str) -> None:
-    """However the parent ends, idle workers and one inside an endless C call end too."""
-    script = tmp_path / "parent.py"
+    """However the parent ends, idle workers and one inside an endless C call end too, and what its verifier started."""
+    script, started = tmp_path / "parent.py", tmp_path / "pid"
     script.write_text(
         textwrap.dedent(f"""
         import os, sys, threading, time
         from srft.rewards.pool import RewardPool
         pool = RewardPool({f"{custom}:trouble"!r}, 2, 500.0)
         pool.prewarm()
-        threading.Thread(target=pool.score, args=([("endless", "", {{}})],), daemon=True).start()
-        time.sleep(0.5)
+        threading.Thread(target=pool.score, args=([("program", {str(started)!r}, {{}})],), daemon=True).start()
+        while not (os.path.exists({str(started)!r}) and open({str(started)!r}).read()):
+            time.sleep(0.02)
         print(*[worker.process.pid for worker in pool._workers], flush=True)
         {"os._exit(0)" if how == "exit" else "time.sleep(60)"}
         """)
@@ -306,6 +311,7 @@ def test_workers_end_with_their_parent(custom: str, tmp_path: Path, how: str) ->
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2
+    pids.append(int(started.read_text()))
     if how != "exit":
         assert all(map(alive, pids))
         parent.send_signal(getattr(signal, how))

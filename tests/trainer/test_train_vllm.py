@@ -72,7 +72,7 @@ def killed_in_it() -> Iterator[None]:
 
 
 def test_a_run_that_loses_its_engines_learns_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Killed in the rollout of step 2 and in the update of step 3: restarted, given the weights, asked again, counted."""
+    """Killed in the rollout of step 2 and in the update of step 3, it is replaced, given the weights, asked again."""
     few = RUN | {"train__steps": 3, "train__eval_every": 3}
     undisturbed = train(tmp_path / "undisturbed", **few)
     with pytest.MonkeyPatch.context() as patch:
