@@ -91,6 +91,27 @@ class TinyConfig(Section):
     """Share the embedding with the head."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters that are trained instead of the policy's weights; they need `pip install 'srft[lora]'`."""
+
+    rank: int = Field(0, ge=0)
+    """Rank of every adapter; 0 trains the whole policy. A policy with adapters wants about ten times its train.lr."""
+    alpha: float | None = Field(None, gt=0)
+    """What an adapter adds is scaled by alpha / rank; unset: twice the rank."""
+    targets: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_more)] = []
+    """Linear layers of the blocks that get one, by the ends of their names, such as q_proj; empty: all."""
+    head: bool = False
+    """The head gets one, too; not where it is tied to the embedding."""
+    merge: bool = False
+    """Write the whole model with its adapters added, too, at the end, to merged/ beside model/."""
+
+    @property
+    def scaled_by(self) -> float:
+        """Alpha, as it is set or by default."""
+        alpha = self.alpha or 2.0 * self.rank
+        return int(alpha) if alpha == int(alpha) else alpha
+
+
 class ModelConfig(Section):
     """The policy; ``tiny`` and ``warm_start`` matter only when it is built from scratch."""
 
@@ -112,6 +133,7 @@ class ModelConfig(Section):
     """Mixtures of experts: factor of the loss that keeps experts evenly used; unset: the model's own; 0: none."""
     trust_remote_code: bool = False
     """Run Python code shipped with the checkpoint; off unless you trust its author."""
+    lora: LoraConfig = LoraConfig()
     tiny: TinyConfig = TinyConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
 

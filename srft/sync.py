@@ -11,8 +11,9 @@ from srft.config import Config
 from srft.engine.base import Engine
 from srft.policy.forwards import packed_forward, sampler_logprobs
 from srft.policy.model import device_of
-from srft.policy.parallel import ALONE, World, whole
+from srft.policy.parallel import ALONE, World
 from srft.policy.spread import Spread
+from srft.policy.weights import whole_tensors
 
 # Of two computations in fp32 that are the same but for the order of sums, nats.
 FP32_TOLERANCE = 1e-4
@@ -71,7 +72,7 @@ class WeightSync:
         Raises:
             CanaryError: When the differences are more than that, with what the numbers say about the cause.
         """
-        self._engine.update_weights(((name, whole(x)) for name, x in self._model.state_dict().items()), version)
+        self._engine.update_weights(whole_tensors(self._model), version)
         trainer = self._trainer_logprobs()
         engine = torch.tensor([x for row in self._engine.score(self._probe) for x in row])
         if not self._all_agree(engine, trainer):

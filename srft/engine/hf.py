@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.engine.base import Completion, Sampling
 from srft.engine.stops import StopTexts
+from srft.policy.lora import merge_in
 
 
 class HfEngine:
@@ -147,6 +148,7 @@ class HfEngine:
 def _own_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy as transformers loads it in that precision: its own attention, and rotary frequencies left in fp32."""
     sampler = copy.deepcopy(model)
+    merge_in(sampler)
     unsaved = {
         (module, name): buffer.clone()
         for module in sampler.modules()

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from srft.batch import Batch, Response
 from srft.config import Config
+from srft.policy.lora import adapted, b_of, merged_parameters, merged_weight
 from srft.policy.model import compute, device_of, own_attention
 from srft.policy.parallel import is_sharded
+from srft.policy.weights import own_part
 from srft_kernels import linear_logprobs
 
 # Response tokens compared of one sequence.
@@ -158,7 +159,7 @@ def sampler_logprobs(model: PreTrainedModel, sequences: list[Response], dtype: t
             with _rounded_in_place(model, dtype):
                 every = [own_forward(model, s, dtype)[0].cpu() for s in sequences]
             return torch.cat(every)
-        rounded = {name: p.to(dtype) for name, p in model.named_parameters()}
+        rounded = {name: p.to(dtype) for name, p in merged_parameters(model).items()}
         for path, module in model.named_modules():
             for name, buffer in module.named_buffers(path, recurse=False):
                 if name.rsplit(".", 1)[-1] not in module._non_persistent_buffers_set and buffer.is_floating_point():
@@ -177,7 +178,7 @@ def _rounded_in_place(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[No
 
     Under autocast that is what a model in ``dtype`` computes, whose residual stream is rounded too.
     """
-    parts = [p.to_local() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+    parts = [own_part(p).detach() for p in model.parameters()]
     kept = [part.clone() for part in parts]
 
     def hook(_module: nn.Module, _inputs: object, output: object) -> object:
@@ -185,6 +186,10 @@ def _rounded_in_place(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[No
 
     hooks = [m.register_forward_hook(hook) for m in model.modules() if next(m.children(), None) is None]
     try:
+        # as an engine gets them: adapters in their weights
+        for layer in adapted(model).values():
+            own_part(layer.base_layer.weight).copy_(own_part(merged_weight(layer)))
+            own_part(b_of(layer)).zero_()
         for part in parts:
             part.copy_(part.to(dtype))
         yield

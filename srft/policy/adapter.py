@@ -1,0 +1,184 @@
+"""The folder of an adapter, as peft writes and reads it: its configuration, its two matrices a layer, and its base."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from srft.config import LoraConfig
+from srft.policy.lora import adapted, adapters, checkpoint_name, fill_adapters, import_peft, inject, places
+from srft.policy.parallel import whole
+
+_CONFIG = "adapter_config.json"
+_TENSORS = "adapter_model.safetensors"
+# what peft puts before a layer's name, and between it and the matrix
+_PREFIX, _NAME = "base_model.model.", ".default"
+# settings of an adapter that is more than s B A, with the value that means it is not
+_PLAIN = {
+    "peft_type": "LORA", "bias": "none", "use_dora": False, "lora_bias": False, "modules_to_save": None,
+    "target_parameters": None, "trainable_token_indices": None, "layer_replication": None, "fan_in_fan_out": False,
+}  # fmt: skip
+
+
+def is_adapter(source: str | Path) -> bool:
+    """Say whether this is the folder of an adapter instead of a whole model's.
+
+    Args:
+        source: Folder or hub id.
+    """
+    return (Path(source) / _CONFIG).is_file()
+
+
+def base_of(folder: str | Path) -> str:
+    """Return the folder or hub id of the model that an adapter is for.
+
+    Args:
+        folder: For which ``is_adapter``.
+
+    Raises:
+        ValueError: When the folder does not say, or says a folder that is not there.
+    """
+    base = _settings(Path(folder)).get("base_model_name_or_path")
+    path = Path(folder) / _CONFIG
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{path} does not name its base; set base_model_name_or_path in it to a folder or hub id")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ValueError(
+            f"the adapter in {folder} is for the model in {base}, which is not there; bring it back, or set "
+            f"base_model_name_or_path in {path} to where it is now"
+        )
+    return base
+
+
+def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the adapters of a policy, whole and on the CPU, by the names that peft saves them under.
+
+    Args:
+        model: With adapters; of one that is sharded every rank must ask.
+    """
+    return {
+        _PREFIX + name.replace(_NAME, ""): whole(p.detach()).cpu().contiguous() for name, p in adapters(model)
+    }
+
+
+def write_adapter(folder: Path, model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    """Write the two files by which ``peft.PeftModel.from_pretrained`` puts the adapters on their base.
+
+    Args:
+        folder: Created where it is missing.
+        model: Has the adapters.
+        tensors: From ``tensors_of``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    # a set has another order in every process
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(folder)
+    save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
+
+
+def attach_from(folder: str | Path, model: PreTrainedModel, options: LoraConfig) -> None:
+    """Put the adapters of a folder into their base, and freeze that.
+
+    Args:
+        folder: For which ``is_adapter``.
+        model: Its base; on the meta device its adapters are there, too, until ``fill_adapters`` with ``read_adapter``.
+        options: Of the run; what they set must be what the adapters have.
+
+    Raises:
+        ValueError: When peft is not installed, the adapters are no plain LoRA, are not for this model or not of these
+            options, or a file is missing or damaged.
+    """
+    folder = Path(folder)
+    _refuse_others(folder, options)
+    config = import_peft().LoraConfig.from_pretrained(folder)
+    # some ways to start an adapter change the base
+    config.init_lora_weights, config.lora_dropout, config.inference_mode = True, 0.0, False
+    asked = places(model, options) if options.targets or options.head else None
+    inject(model, config)
+    if asked is not None and (different := sorted(asked ^ adapted(model).keys())):
+        raise ValueError(
+            f"model.lora.targets and model.lora.head do not say what the adapter in {folder} has: {different[0]} and "
+            f"{len(different) - 1} others differ; leave both unset"
+        )
+    if model.device.type != "meta":
+        fill_adapters(model, read_adapter(folder, model).items())
+
+
+def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's folder by the names of a policy's parameters.
+
+    Args:
+        folder: For which ``is_adapter``.
+        model: Has adapters in the same places.
+
+    Raises:
+        ValueError: When the file is missing, damaged, or not of these adapters.
+    """
+    path = folder / _TENSORS
+    try:
+        stored = load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; save the adapter with peft as safetensors") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    named = {_policy_name(name): tensor for name, tensor in stored.items()}
+    expected = {name: p.shape for name, p in adapters(model)}
+    found = {name: tensor.shape for name, tensor in named.items()}
+    if found != expected:
+        different = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+        first = different[0]
+        raise ValueError(
+            f"{path} is not of this model's adapters: {len(different)} tensors differ, the first {first}: expected "
+            f"{_shape(expected.get(first))}, got {_shape(found.get(first))}"
+        )
+    return named
+
+
+def _policy_name(name: str) -> str:
+    plain = name.removeprefix(_PREFIX)
+    return plain if checkpoint_name(plain) is not None else plain.removesuffix(".weight") + f"{_NAME}.weight"
+
+
+def _shape(shape: Any) -> str:
+    return "none" if shape is None else str(list(shape))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / _CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / _CONFIG} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder / _CONFIG} must hold a table, got {type(settings).__name__}")
+    return settings
+
+
+def _refuse_others(folder: Path, options: LoraConfig) -> None:
+    """Adapters that compute more than s B A, or are not those of the options."""
+    settings = _settings(folder)
+    for name, value in _PLAIN.items():
+        if (settings.get(name) or None) != (value or None):
+            raise ValueError(
+                f"{folder / _CONFIG} has {name}={settings.get(name)!r}; only plain LoRA, {name}={value!r}, is trained: "
+                "merge this adapter into its base and start from that"
+            )
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if not options.rank:
+        raise ValueError(
+            f"{folder} is an adapter of rank {rank}: set model.lora.rank={rank} to go on training it, or merge it into "
+            "its base to train the whole model"
+        )
+    wrong = {"rank": (options.rank, rank), "alpha": (options.alpha or alpha, alpha)}
+    for name, (asked, has) in wrong.items():
+        if asked != has:
+            raise ValueError(f"model.lora.{name}={asked}, but the adapter in {folder} has {has}; set that")
