@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from srft.policy.lora import of_base
 from srft.policy.model import in_short
 from srft.policy.parallel import World, is_sharded
 from srft.policy.weights import named_weights, own_part, own_rows
@@ -79,7 +80,7 @@ def bare_copy(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedMod
 
 @torch.no_grad()
 def fill(model: PreTrainedModel, source: str | Path, world: World, *, cpu_offload: bool = False) -> None:
-    """Fill in the weights of a skeleton: every rank reads its own rows and nothing else.
+    """Fill in the weights of a skeleton, its adapters excepted: every rank reads its own rows and nothing else.
 
     What the files hold under other names or in another shape, transformers' rules for the architecture turn into the
     model's parameters; a rank then holds one of these whole at a time.
@@ -114,7 +115,7 @@ def _read(model: PreTrainedModel, files: Mapping[str, Any]) -> None:
     Raises:
         ValueError: When a tensor has another shape in the files, or is in none of them.
     """
-    targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    targets = dict(of_base(model.state_dict(keep_vars=True).items()))
     rules, prefix = model._weight_conversions, model.base_model_prefix
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -135,7 +136,7 @@ def _read(model: PreTrainedModel, files: Mapping[str, Any]) -> None:
     for name, rule in conversions.items():
         _convert(model, name, rule, targets, filled)
     model._weight_conversions = [rule for rule in rules if rule.was_used()]  # as from_pretrained leaves it
-    if missing := [name for name, tensor in named_weights(model) if id(tensor) not in filled]:
+    if missing := [name for name, tensor in of_base(named_weights(model)) if id(tensor) not in filled]:
         raise ValueError(f"its files lack {len(missing)} of the model's tensors, such as {missing[0]}")
 
 

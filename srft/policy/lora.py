@@ -147,6 +147,15 @@ def checkpoint_name(name: str) -> str | None:
     return name.replace(".base_layer.", ".")
 
 
+def of_base(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Leave the adapters out of the state of a policy, and give the rest the names of the base's checkpoint.
+
+    Args:
+        named_tensors: Of a model with adapters or without.
+    """
+    return ((plain, tensor) for name, tensor in named_tensors if (plain := checkpoint_name(name)) is not None)
+
+
 def merged(named_tensors: Iterable[tuple[str, Tensor]], model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Turn the state of a policy into that of a model without adapters, adding each to its weight on the way.
 
@@ -158,11 +167,9 @@ def merged(named_tensors: Iterable[tuple[str, Tensor]], model: nn.Module) -> Ite
         Names of the base's checkpoint, with W + s B A in the precision of W where there is an adapter.
     """
     layers = adapted(model)
-    for name, tensor in named_tensors:
-        plain = checkpoint_name(name) if layers else name
-        if plain is not None:
-            layer = layers.get(plain.removesuffix(".weight"))
-            yield plain, tensor if layer is None else merged_weight(layer)
+    for name, tensor in of_base(named_tensors):
+        layer = layers.get(name.removesuffix(".weight"))
+        yield name, tensor if layer is None else merged_weight(layer)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from srft.policy.lora import merged
 from srft.policy.parallel import whole
 
 
@@ -34,6 +35,8 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def whole_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of a policy one after another, each of them whole; every rank walks through all of them.
 
+    Adapters are added to the weights that they change, which then have the names and places of the base's.
+
     Args:
         model: Sharded or not.
         dtype: Of what is yielded, where it is floating-point; each rank rounds its part before the parts are
@@ -42,7 +45,7 @@ def whole_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterato
     Yields:
         (name, tensor), detached; a sharded one's lies on the device that its ranks compute on.
     """
-    for name, tensor in named_weights(model):
+    for name, tensor in merged(named_weights(model), model):
         tensor = tensor.detach()
         rounded = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         if not isinstance(tensor, DTensor):
