@@ -179,7 +179,8 @@ def merged_weight(layer: Any) -> Tensor:
     Args:
         layer: From ``adapted``.
     """
-    weight, a, b = layer.base_layer.weight.detach(), layer.lora_A[_NAME].weight, b_of(layer)
+    a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
+    weight = layer.base_layer.weight.detach()
     if layer.disable_adapters:
         return weight
     if not isinstance(weight, DTensor):
