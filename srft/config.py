@@ -113,7 +113,7 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    """The policy; ``lora`` trains adapters of it instead, ``tiny`` and ``warm_start`` are for one built from scratch."""
+    """The policy; ``lora`` trains adapters of it, ``tiny`` and ``warm_start`` are for one built from scratch."""
 
     name: str = "tiny"
     """"tiny" builds one from scratch; otherwise a folder or hub id of a Hugging Face causal LM."""
