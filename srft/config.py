@@ -198,8 +198,9 @@ class TrainConfig(Section):
     """Demonstrations joined to each prompt's group."""
     updates_per_step: int = Field(1, gt=0)
     """Optimizer updates made from one step's rollouts; must divide prompts_per_step."""
-    tokens_per_microbatch: int = Field(16384, gt=0)
-    """Memory knob: tokens in one forward pass; it does not change the result."""
+    tokens_per_microbatch: Annotated[int, Field(gt=0)] | Literal["auto"] = 16384
+    """Memory knob: tokens in one forward pass; it does not change the result. "auto" measures before the first step
+    what fits on a GPU, and is 16384 on a CPU, or the longest sequence where that is more."""
     lr: float = Field(1e-3, gt=0)
     """AdamW learning rate after warm-up."""
     lr_warmup_steps: int = Field(0, ge=0)
@@ -267,7 +268,7 @@ class Config(Section):
                 f"take {_nearest_multiple(train.prompts_per_step, train.updates_per_step)} prompts or other updates"
             )
         longest = self.longest_sequence
-        if longest > train.tokens_per_microbatch:
+        if longest > self.microbatch_tokens:
             raise ValueError(
                 f"train.tokens_per_microbatch={train.tokens_per_microbatch} cannot hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens; raise it to at least that"
@@ -317,6 +318,12 @@ class Config(Section):
     def longest_sequence(self) -> int:
         """Most tokens a prompt and its completion may have together."""
         return self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Most tokens in one forward pass; of "auto", what a CPU takes."""
+        most = self.train.tokens_per_microbatch
+        return max(16384, self.longest_sequence) if most == "auto" else most
 
     @property
     def run_dir(self) -> Path:

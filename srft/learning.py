@@ -142,7 +142,7 @@ def micro_batches(learner: Learner, sequences: list[Response], totals: Totals) -
         totals: Of the whole update.
     """
     device = learner.world.device
-    batches = pack(sequences, learner.config.train.tokens_per_microbatch, device)
+    batches = pack(sequences, learner.config.microbatch_tokens, device)
     missing = learner.world.largest(len(batches)) - len(batches)
     return batches + [empty_batch(is_demo=not totals.rollout_sequences, device=device) for _ in range(missing)]
 

@@ -17,8 +17,9 @@ from srft.data.prompts import Prompt
 from srft.data.sampler import PromptSampler
 from srft.dataset import Prompts, make_prompts, read_problems, warm_starts
 from srft.engine.sampling import describe_ends, make_sampling
-from srft.engine.start import start_engine
+from srft.engine.start import engine_bytes, start_engine
 from srft.options import to_toml
+from srft.policy.budget import choose_tokens_per_microbatch
 from srft.policy.learner import Learner
 from srft.policy.loading import fill, skeleton
 from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy
@@ -174,16 +175,21 @@ def load_policy(
         world: The ranks; the first gives a model its start while the others wait.
 
     Returns:
-        The policy with a new optimizer, and the proof that it computes on packed sequences what it is.
+        The policy with a new optimizer and the tokens that a forward pass may have, and the proof that it computes on
+        packed sequences what it is.
 
     Raises:
-        ValueError: When it cannot be read, or fails that proof.
+        ValueError: When it cannot be read, fails that proof, or leaves no room for a sequence.
     """
     folder = checkpoint
     if warm_starts(config) and checkpoint is None:
         folder = world.on_first(lambda: _started(config, tokenizer, prompts, pool, world.device))
     model = load_prepared(config, tokenizer, folder, world)
     proof = prove(model, config)
+    tokens = choose_tokens_per_microbatch(config, model, world, engine_bytes(config, model, world))
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"tokens_per_microbatch": tokens})}
+    )
     return Learner(config, model, tokenizer, make_optimizer(model, config), world), proof
 
 
@@ -233,7 +239,7 @@ def load_prepared(
             f"the tokenizer has {len(tokenizer)} tokens, the model {name} embeddings for {rows}; "
             "set model.tokenizer to the model's own"
         )
-    prepare_policy(model, config.model, config.train.tokens_per_microbatch, world)
+    prepare_policy(model, config.model, config.microbatch_tokens, world)
     if source is not None and world.mesh is not None:
         fill(model, source, world, cpu_offload=world.cpu_offload)
     return model
@@ -259,7 +265,7 @@ def describe_step(learner: Learner, data_note: str) -> str:
     return (
         f"Each of {train.steps} steps: {train.prompts_per_step} prompts x ({' + '.join(parts)}) -> {updates} of a "
         f"{size:.1f}M-parameter policy by {config.method.label}, "
-        f"at most {train.tokens_per_microbatch} tokens per forward pass; "
+        f"at most {config.microbatch_tokens} tokens per forward pass; "
         f"{data_note}."
     )
 

@@ -95,7 +95,7 @@ def cached_start(config: Config, prompts: Prompts, reward: str) -> Path:
     train, rollout = config.train, config.rollout
     facts = [
         _VERSION, config.model.model_dump(mode="json", exclude={"lora"}), train.seed, train.betas, train.grad_clip,
-        train.tokens_per_microbatch, train.device, config.longest_sequence, rollout.max_new_tokens, rollout.stop,
+        config.microbatch_tokens, train.device, config.longest_sequence, rollout.max_new_tokens, rollout.stop,
         torch.__version__, reward, _digest_of_file(reward),
         [(p.prompt_ids, p.demo_ids) for p in prompts.train],
         [(p.prompt_ids, str(p.example.answer)) for p in prompts.held_out],

@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
+from srft.config import Config
 from srft.engine.base import Engine
 from srft.engine.hf import HfEngine
 from srft.engine.shared import SharedEngine
@@ -30,9 +32,7 @@ def start_engine(learner: Learner, folder: Path) -> Engine:
         EngineError: When it cannot be started.
     """
     config, world = learner.config, learner.world
-    kind = config.engine.kind
-    if kind == "auto":
-        kind = "vllm" if world.device.type == "cuda" and importlib.util.find_spec("vllm") else "hf"
+    kind = _kind(config, world)
     sharing = _ranks_per_engine(learner, kind)
     if kind == "hf":
         return start_in_process(learner, config.engine_dtype)
@@ -40,6 +40,27 @@ def start_engine(learner: Learner, folder: Path) -> Engine:
     start = partial(_start_vllm, learner, folder, sharing)
     weights = partial(whole_tensors, learner.model)
     return SharedEngine(start, weights, world, sharing, config.engine.restarts)
+
+
+def _kind(config: Config, world: World) -> str:
+    if config.engine.kind != "auto":
+        return config.engine.kind
+    return "vllm" if world.device.type == "cuda" and importlib.util.find_spec("vllm") else "hf"
+
+
+def engine_bytes(config: Config, model: PreTrainedModel, world: World) -> int:
+    """Return what an engine will take of the memory of a rank's GPU: vLLM's share, or a copy of the policy; 0 on a CPU.
+
+    Args:
+        config: The whole configuration.
+        model: The policy.
+        world: The ranks.
+    """
+    if world.device.type != "cuda":
+        return 0
+    if _kind(config, world) == "vllm":
+        return int(config.engine.gpu_memory_utilization * torch.cuda.mem_get_info(world.device)[1])
+    return sum(p.numel() for p in model.parameters()) * config.engine_dtype.itemsize
 
 
 def _ranks_per_engine(learner: Learner, kind: str) -> int:

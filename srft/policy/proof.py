@@ -149,7 +149,7 @@ class Refusal(ValueError):
 
 def _compare(model: PreTrainedModel, config: Config) -> tuple[dict[str, Gap], dict[str, Gap], list[int]]:
     sequences = probe_sequences(model, config)
-    budget = config.train.tokens_per_microbatch
+    budget = config.microbatch_tokens
     packed = pack(sequences, budget, device_of(model))
     small = _first_tokens(sequences, _GRADIENT_TOKENS)
     packed_small = pack(small, budget, device_of(model))

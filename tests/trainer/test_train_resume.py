@@ -216,10 +216,12 @@ def test_fewer_steps_than_done_are_refused(tmp_path: Path) -> None:
         train(tmp_path, **RUN | {"train__steps": 1}, train__resume=True)
 
 
-def test_memory_options_may_change_on_resume(tmp_path: Path) -> None:
+def test_memory_options_may_change_on_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Options that only say how fast or where, such as the micro-batch size, are free when a run goes on."""
     run = train(tmp_path, **RUN | {"train__steps": 2})
-    train(tmp_path, **RUN, train__resume=True, train__tokens_per_microbatch=128, engine__max_batch=8)
+    free = {"train__tokens_per_microbatch": "auto", "engine__max_batch": 8, "model__attention": "sdpa"}
+    train(tmp_path, **RUN | free, train__resume=True)
+    assert "at most 16384 tokens per forward pass" in " ".join(capsys.readouterr().out.split())
     assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == list(range(STEPS + 1))
     newest, _ = whole_checkpoint(small_config(tmp_path).run_dir)
     assert newest is not None and newest.name == f"step_{STEPS:06d}"
