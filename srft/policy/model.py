@@ -251,8 +251,9 @@ def compute(
 def _compute(
     model: PreTrainedModel, batch: Batch, compute_dtype: torch.dtype, op: Callable[..., _T], router_logits: bool
 ) -> tuple[_T, tuple[Tensor, ...]]:
+    # its cache would hold 16-bit copies of all weights until the last block is through, of sharded ones, too
     with torch.autocast(
-        batch.input_ids.device.type, dtype=compute_dtype, enabled=compute_dtype.itemsize == 2
+        batch.input_ids.device.type, dtype=compute_dtype, enabled=compute_dtype.itemsize == 2, cache_enabled=False
     ):
         output = body_of(model)(
             input_ids=batch.input_ids[None],

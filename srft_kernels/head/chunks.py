@@ -252,12 +252,39 @@ def chunking(head: HeadRows, together: bool = False) -> Chunking:
     vocab, width = head.weight.shape
     if head.vocab_parallel is not None:
         vocab = -(-head.vocab_parallel.vocab_size // head.vocab_parallel.group.size())
-    budget = GPU_WORKSPACE_BYTES if head.hidden.is_cuda else CPU_WORKSPACE_BYTES
-    score_bytes, gradient_bytes = vocab * head.scores_dtype.itemsize, vocab * head.hidden.dtype.itemsize
-    if rows_backend(head.hidden) is row_cpu:
+    return chunk_sizes(
+        vocab, width, head.scores_dtype, head.hidden.dtype, together=together, in_gpu_memory=head.hidden.is_cuda,
+        on_cpu=rows_backend(head.hidden) is row_cpu,
+    )  # fmt: skip
+
+
+def chunk_sizes(
+    vocab: int,
+    width: int,
+    scores: torch.dtype,
+    hidden: torch.dtype,
+    *,
+    together: bool,
+    in_gpu_memory: bool,
+    on_cpu: bool,
+) -> Chunking:
+    """As ``chunking``, from sizes and dtypes alone.
+
+    Args:
+        vocab: Columns of the scores.
+        width: Of the hidden states.
+        scores: Dtype of the scores.
+        hidden: Dtype of the hidden states.
+        together: As for ``chunking``.
+        in_gpu_memory: The workspace is a GPU's.
+        on_cpu: Rows are computed by the CPU's functions, in place.
+    """
+    budget = GPU_WORKSPACE_BYTES if in_gpu_memory else CPU_WORKSPACE_BYTES
+    score_bytes, gradient_bytes = vocab * scores.itemsize, vocab * hidden.itemsize
+    if on_cpu:
         rows = max(_ROW_MULTIPLE, budget // score_bytes // _ROW_MULTIPLE * _ROW_MULTIPLE)
         return Chunking(rows, rows, gathered=False, even=True)
-    if head.scores_dtype == head.hidden.dtype:
+    if scores == hidden:
         rows = _fast_rows(min(_PRODUCT_ROWS, _fitting_rows(budget, score_bytes)), width)
         return Chunking(rows, rows, gathered=False, even=False)
     if together:

@@ -1,0 +1,1 @@
+"""What a run will need before it starts: memory by part and seconds by part, from shapes alone."""

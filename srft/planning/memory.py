@@ -1,0 +1,202 @@
+"""Memory of one rank: what stands all the time, and what each moment of a step adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from srft.config import Config
+from srft.planning.devices import Device
+from srft.planning.models import ModelShape
+from srft.planning.trace import BodyPasses, Held
+from srft_kernels.head.chunks import VOCAB_TILE, chunk_sizes
+
+_FP32 = 4
+# a CUDA context with the libraries' workspaces, NCCL's buffers, and the share that an allocator loses to fragments
+_CONTEXT, _NCCL, _FRAGMENTS = int(0.8 * 2**30), 2**30, 0.03
+# what a vLLM process needs beside weights and cache: its activations, graphs and context
+_ENGINE_OVERHEAD = 3 * 2**30
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run lies on its devices.
+
+    Args:
+        device: Each of them.
+        ranks: How many.
+        shard: Ranks that share one copy of weights, gradients and moments.
+        checkpointing: Recompute activations in backward.
+        offload: Keep that copy in the memory of the host.
+        engine_ranks: Ranks that share one engine.
+    """
+
+    device: Device
+    ranks: int = 1
+    shard: int = 1
+    checkpointing: bool = False
+    offload: bool = False
+    engine_ranks: int = 1
+
+    @property
+    def gathers(self) -> bool:
+        """Parameters are brought together, or from the host, before they are used."""
+        return self.ranks > 1 or self.offload
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Args:
+        standing: What is there all the time, by part.
+        moments: What each moment of a step adds, by part.
+        host: Bytes in the memory of the host that are this rank's.
+        engine_cache: Bytes for the engine's keys and values; below 0 where not even its weights fit.
+        device: Where.
+    """
+
+    standing: dict[str, int]
+    moments: dict[str, dict[str, int]]
+    host: int
+    engine_cache: int
+    device: Device
+
+    @property
+    def worst(self) -> str:
+        """The moment that takes most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes at that moment, all parts together."""
+        return sum(self.standing.values()) + sum(self.moments[self.worst].values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device holds it, and the engine has a cache."""
+        return self.peak <= self.device.memory and self.engine_cache > 0
+
+    def parts(self) -> dict[str, int]:
+        """Return every part at the worst moment, those of no size left out."""
+        return {name: size for name, size in (self.standing | self.moments[self.worst]).items() if size}
+
+
+def plan_memory(
+    shape: ModelShape, passes: BodyPasses, config: Config, layout: Layout, tokens: int, rows: int
+) -> Memory:
+    """Add up what one rank holds.
+
+    Args:
+        shape: Of the model.
+        passes: Of its body, from ``trace.trace_body`` for the same tokens and the layout's checkpointing.
+        config: The whole configuration.
+        layout: How the run lies on its devices.
+        tokens: Of a micro-batch.
+        rows: Tokens of it that are counted in the loss.
+    """
+    standing = {
+        "weights, fp32": _FP32 * shape.parameters // layout.shard,
+        "gradients, fp32": _FP32 * shape.trained // layout.shard,
+        "AdamW's moments, fp32": 2 * _FP32 * shape.trained // layout.shard,
+    }
+    host = 0
+    if layout.offload:
+        host, standing = sum(standing.values()), {}
+    engine, cache = _engine(shape, config, layout)
+    standing |= engine
+    if layout.device.is_gpu:
+        standing["context, NCCL, fragments"] = int(
+            _CONTEXT + (layout.ranks > 1) * _NCCL + _FRAGMENTS * layout.device.memory
+        )
+    moments = _moments(shape, passes, config, layout, tokens, rows)
+    if not uses_vllm(config, layout.device):
+        sequences = min(config.engine.max_batch, config.train.prompts_per_step * config.train.rollouts_per_prompt)
+        wide = config.engine_dtype.itemsize / 2
+        moments["rollout"] = {"keys and values": int(sequences * config.longest_sequence * shape.kv_bytes * wide)}
+    return Memory(standing, moments, host, cache, layout.device)
+
+
+def uses_vllm(config: Config, device: Device) -> bool:
+    """Say whether a run samples by vLLM on such a device, where it is installed.
+
+    Args:
+        config: The whole configuration.
+        device: One of the run's.
+    """
+    return config.engine.kind == "vllm" or (config.engine.kind == "auto" and device.is_gpu)
+
+
+def _engine(shape: ModelShape, config: Config, layout: Layout) -> tuple[dict[str, int], int]:
+    """What the engine takes of each device, and what of that is left for keys and values."""
+    weights = shape.parameters * config.engine_dtype.itemsize
+    if not config.method.needs_rollouts:
+        return {}, 1
+    if not uses_vllm(config, layout.device):
+        return {"engine's copy of the weights": weights}, 1
+    share = int(config.engine.gpu_memory_utilization * layout.device.memory)
+    if not layout.device.is_gpu:
+        return {}, 1  # a process of its own, which has a memory of its own
+    cache = share - weights // layout.engine_ranks - _ENGINE_OVERHEAD
+    return {"engine, by engine.gpu_memory_utilization": share}, cache
+
+
+def _moments(
+    shape: ModelShape, passes: BodyPasses, config: Config, layout: Layout, tokens: int, rows: int
+) -> dict[str, dict[str, int]]:
+    block, gathers, trains_head = max(shape.blocks, default=0), layout.gathers, shape.trained == shape.parameters
+    dhead = _FP32 * shape.head * trains_head
+    gathered_root, gathered_blocks = gathers * _FP32 * shape.root, gathers * 2 * _FP32 * block
+    names = ("gathered: embedding, norm, head", "gathered: two blocks, fp32")
+    # a tied gradient waits for its other half, a sharded one for the end of the pass
+    waiting = dhead if shape.tied or gathers else 0
+    # gradients of a block in whole, and what they are reduced in
+    unreduced = gathers * 2 * _FP32 * block * trains_head
+
+    def body(held: Held) -> dict[str, int]:
+        return {"activations": held.activations, f"weights in {config.model.compute_dtype}": held.copies}
+
+    head_now, head_after = _head(shape, config, layout, rows, trains_head)
+    root = {names[0]: gathered_root}
+    return {
+        "forward": body(passes.forward) | root | {names[1]: gathered_blocks},
+        "loss": body(passes.between) | root | head_now,
+        "backward of the head": body(passes.between) | root | head_after,
+        "backward of the blocks": body(passes.backward) | root
+        | {names[1]: gathered_blocks, "gradients before they are reduced": unreduced, "gradient of the head": waiting},
+        "backward of the embedding": body(passes.embedding) | root | {"gradient of the head": waiting},
+        "optimizer": {"AdamW's temporaries": _optimizer(shape, layout)},
+    }  # fmt: skip
+
+
+def _head(
+    shape: ModelShape, config: Config, layout: Layout, rows: int, trained: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What the fused head holds while it computes the loss, and while its gradients are rounded and handed on."""
+    dtype, on_gpu = config.compute_dtype, layout.device.is_gpu
+    sizes = chunk_sizes(
+        shape.vocab, shape.hidden, torch.float32, dtype, together=getattr(config.method, "scope", "token") != "token",
+        in_gpu_memory=on_gpu, on_cpu=not on_gpu,
+    )  # fmt: skip
+    workspace = min(rows, sizes.scores) * shape.vocab * _FP32
+    if sizes.gathered:
+        workspace += min(rows, sizes.products) * shape.vocab * dtype.itemsize
+    hidden = rows * shape.hidden * (dtype.itemsize + _FP32)
+    copy, sum_ = 0, _FP32 * shape.head * trained
+    if dtype != torch.float32:
+        copy = shape.head * dtype.itemsize
+        if not on_gpu:  # 16-bit factors are made fp32, some columns at a time
+            workspace += VOCAB_TILE * (2 * shape.hidden + min(rows, sizes.scores)) * _FP32
+    now = {"head: workspace": workspace, "head: hidden states and their gradient": hidden,
+           "head: weight and its gradient": copy + sum_}  # fmt: skip
+    # the rounded gradient lies in the memory of the sum; beside it the one in fp32 again
+    after = {"head: hidden states and their gradient": hidden,
+             "head: weight and its gradient": copy + sum_ * (1 + (dtype != torch.float32))}  # fmt: skip
+    return now, after
+
+
+def _optimizer(shape: ModelShape, layout: Layout) -> int:
+    if layout.device.is_gpu and not layout.gathers:
+        return _FP32 * shape.trained  # the roots of all second moments at once
+    return 2 * _FP32 * shape.largest // layout.shard

@@ -1,0 +1,169 @@
+"""Seconds of a step by part: the work of each, by the rates of the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from srft.config import Config
+from srft.planning.devices import GPUS_A_NODE, HOST_LINK, TRAFFIC_SHARE
+from srft.planning.memory import Layout, uses_vllm
+from srft.planning.models import ModelShape
+from srft.planning.trace import BodyPasses
+
+# Share of the peak that the fused head reaches: 88.1 ms on one H100 for N=16,384, D=3,584, V=152,064, 6NDV FLOPs.
+_HEAD_SHARE = 0.61
+# Attention's products against the others'
+_ATTENTION_SHARE = 0.6
+# Bytes that AdamW reads and writes a parameter, one operation after another
+_ADAMW_TRAFFIC = 60
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Lengths that a plan counts with, in tokens.
+
+    Args:
+        prompt: Of a prompt.
+        response: Of a completion or demonstration.
+    """
+
+    prompt: int
+    response: int
+
+    @property
+    def sequence(self) -> int:
+        """Of both."""
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a step.
+
+    Args:
+        rollout: Completions are sampled.
+        train: Forward, backward, optimizer.
+        sync: Weights go to the engine.
+        gathering: Of the training's, what parameters and gradients take on the network, whether hidden or not.
+        computing: Of the training's, what the device computes.
+        micro_batches: Of a rank, in all updates of a step.
+        idle: Share of the ranks' tokens that are missing in their last micro-batch.
+    """
+
+    rollout: float
+    train: float
+    sync: float
+    gathering: float
+    computing: float
+    micro_batches: int
+    idle: float
+
+    @property
+    def step(self) -> float:
+        """All of them."""
+        return self.rollout + self.train + self.sync
+
+
+def training_flops(shape: ModelShape, tokens: float, responses: float, squares: float) -> float:
+    """Return the FLOPs that a forward and backward pass needs, recomputation not counted.
+
+    Args:
+        shape: Of the model.
+        tokens: Of all sequences.
+        responses: Those of them that the head computes.
+        squares: Sum of the squared lengths of the sequences.
+    """
+    # scores and their sums over values, causal: half of S^2 each
+    attention = 3 * 2 * shape.layers * shape.heads * shape.head_dim * squares
+    return 6 * shape.products * tokens + attention + 6 * shape.head * responses
+
+
+def plan_pace(
+    shape: ModelShape, passes: BodyPasses, config: Config, layout: Layout, lengths: Tokens, micro_batch: int, cache: int
+) -> Pace:
+    """Estimate the seconds of a step.
+
+    Args:
+        shape: Of the model.
+        passes: Of its body, for ``micro_batch`` tokens and the layout's checkpointing.
+        config: The whole configuration.
+        layout: How the run lies on its devices.
+        lengths: Expected, not the longest.
+        micro_batch: Tokens that ``passes`` were traced with.
+        cache: Bytes for the engine's keys and values.
+    """
+    train, device = config.train, layout.device
+    sequences = train.prompts_per_step * sequences_a_prompt(config)
+    updates = train.updates_per_step
+    own = sequences * lengths.sequence / updates / layout.ranks
+    count = max(1, math.ceil(own / micro_batch))
+    traffic = device.traffic * TRAFFIC_SHARE
+    body = passes.flops / device.products + passes.moved / traffic
+    attention = 3 * 2 * shape.layers * shape.heads * shape.head_dim * lengths.sequence * micro_batch
+    head = 6 * shape.head * micro_batch * lengths.response / lengths.sequence
+    one = body + attention / (device.flops * _ATTENTION_SHARE) + head / (
+        device.flops * (_HEAD_SHARE if device.is_gpu else 1)
+    )  # fmt: skip
+    # without a backward pass: log-probabilities of the policy that sampled, entropies of a whole batch
+    forwards = (updates > 1) + config.method.needs_entropy
+    one *= 1 + forwards / 3
+    gather = _gathering(shape, layout) * (1 + forwards / 3)
+    filled = own / (count * micro_batch)
+    computing = updates * count * one * filled
+    seconds = updates * count * max(one * filled, gather)
+    optimizer = updates * _ADAMW_TRAFFIC * shape.trained / layout.shard / (HOST_LINK if layout.offload else traffic)
+    rollout = _rollout(shape, config, layout, lengths, cache) if config.method.needs_rollouts else 0.0
+    weights = shape.parameters * config.engine_dtype.itemsize
+    sync = weights / HOST_LINK * 2 if device.is_gpu else weights * 2 / device.traffic
+    if layout.shard > 1:
+        sync += 4 * shape.parameters / _link(layout)
+    if not config.method.needs_rollouts:
+        sync = 0.0
+    return Pace(
+        rollout, seconds + optimizer, sync, updates * count * gather, computing, updates * count, 1 - filled
+    )  # fmt: skip
+
+
+def sequences_a_prompt(config: Config) -> int:
+    """Return how many sequences a prompt brings to the training.
+
+    Args:
+        config: The whole configuration.
+    """
+    method, train = config.method, config.train
+    return method.needs_rollouts * train.rollouts_per_prompt + method.needs_demos * train.demos_per_prompt
+
+
+def _link(layout: Layout) -> float:
+    return layout.device.link if layout.shard <= GPUS_A_NODE else layout.device.network
+
+
+def _gathering(shape: ModelShape, layout: Layout) -> float:
+    """Seconds on the network of one micro-batch: two gathers and a reduction in fp32, and one over the replicas."""
+    seconds = 0.0
+    if layout.shard > 1:
+        others = (layout.shard - 1) / layout.shard
+        seconds += (8 * shape.parameters + 4 * shape.trained) * others / _link(layout)
+    if layout.ranks > layout.shard:
+        seconds += 2 * 4 * shape.trained / layout.shard / layout.device.network
+    if layout.offload:
+        seconds += (8 * shape.parameters + 4 * shape.trained) / layout.shard / HOST_LINK
+    return seconds
+
+
+def _rollout(shape: ModelShape, config: Config, layout: Layout, lengths: Tokens, cache: int) -> float:
+    """Tokens come one after another; each reads the weights once for all sequences at work, and their caches."""
+    device, traffic = layout.device, layout.device.traffic * TRAFFIC_SHARE
+    engines = layout.ranks / layout.engine_ranks
+    sequences = config.train.prompts_per_step * config.train.rollouts_per_prompt / engines
+    at_once: float = config.engine.max_batch
+    if uses_vllm(config, device):
+        at_once = max(1.0, cache * layout.engine_ranks / (shape.kv_bytes * lengths.sequence))
+    at_once = min(at_once, sequences)
+    reads = shape.parameters * config.engine_dtype.itemsize + at_once * shape.kv_bytes * lengths.sequence / 2
+    computes = 2 * (shape.products + shape.head) * at_once / device.products
+    one = max(reads / (traffic * layout.engine_ranks), computes / layout.engine_ranks)
+    # the longest completion reaches the limit, however few tokens the others have
+    steps = max(config.rollout.max_new_tokens, sequences * lengths.response / at_once)
+    return steps * one

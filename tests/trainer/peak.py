@@ -1,0 +1,92 @@
+"""Measure the peak memory of updates in this process, beside what was planned for them.
+
+``python -m tests.trainer.peak`` prints a JSON object a setting. Start it with MALLOC_MMAP_THRESHOLD_=1000000, which
+makes the C library give back what is freed: what it keeps otherwise depends on the order of everything before.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, Qwen2Config
+
+from srft.batch import Response
+from srft.config import Config
+from srft.learning import update
+from srft.options import load_config
+from srft.planning.devices import Device
+from srft.planning.memory import Layout, plan_memory
+from srft.planning.models import build_policy, measure_shape
+from srft.planning.trace import trace_body
+from srft.policy.learner import Learner
+from srft.policy.model import byte_tokenizer, prepare_policy
+from srft.policy.optimizer import make_optimizer
+from srft.policy.parallel import ALONE
+
+TOKENS, LENGTH = 1024, 128
+SETTINGS = {
+    "fp32, tied": ([], True),
+    "bf16, recomputed": (["model.compute_dtype=bfloat16", "model.gradient_checkpointing=true"], False),
+}
+
+
+def main() -> None:
+    """Print what was planned and what was measured."""
+    for name, (options, tied) in SETTINGS.items():
+        config = load_config(
+            [f"train.tokens_per_microbatch={TOKENS}", f"data.max_prompt_tokens={LENGTH // 2}",
+             f"rollout.max_new_tokens={LENGTH // 2}", "method.name=sft", "engine.kind=vllm", *options]
+        )  # fmt: skip
+        # loads code and starts threads, which are there without the model
+        _updates(config, _shape(64, 2, 1000, tied))
+        gc.collect()
+        before = _status("VmRSS")
+        shape = _shape(512, 8, 24000, tied)
+        measured = _updates(config, shape) - before
+        print(json.dumps({"name": name, "planned": planned(config, shape), "measured": measured}))
+
+
+def planned(config: Config, shape: PretrainedConfig) -> int:
+    """Return the planned peak of training alone."""
+    checkpointing, rows = config.model.gradient_checkpointing, TOKENS // 2
+    with torch.device("meta"):
+        sizes = measure_shape(build_policy(shape, config))
+    passes = trace_body(shape, config, TOKENS, rows, checkpointing=checkpointing)
+    layout = Layout(Device("cpu", 2**40, 1e11, 1e10, 1e9, 1e9, is_gpu=False), checkpointing=checkpointing)
+    return plan_memory(sizes, passes, config, layout, TOKENS, rows).peak
+
+
+def _shape(width: int, layers: int, vocab: int, tied: bool) -> PretrainedConfig:
+    return Qwen2Config(
+        vocab_size=vocab, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def _updates(config: Config, shape: PretrainedConfig) -> int:
+    """Make two updates, and return the peak of the second, of two micro-batches."""
+    model = prepare_policy(build_policy(shape, config), config.model, TOKENS, ALONE)
+    learner = Learner(config, model, byte_tokenizer(), make_optimizer(model, config))
+    sequences = [_demonstration(i, shape.vocab_size) for i in range(2 * TOKENS // LENGTH)]
+    update(learner, sequences[:1], 1)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    update(learner, sequences, 2)
+    return _status("VmHWM")
+
+
+def _demonstration(seed: int, vocab: int) -> Response:
+    ids = torch.randint(vocab, (LENGTH,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Response(ids[: LENGTH // 2], ids[LENGTH // 2 :], True, False, [], "", reward=1.0)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Memory of training from shapes alone: equal to what is counted by hand, and to what a process takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from srft.config import Config
+from srft.options import load_config
+from srft.planning.devices import find_device, known_gpu
+from srft.planning.memory import Layout, plan_memory
+from srft.planning.models import KNOWN, ModelShape, build_policy, measure_shape, read_shape
+from srft.planning.trace import BodyPasses, Held, trace_body
+
+GIB = 2**30
+H100 = find_device("H100")
+
+
+def shape_of(config: Config) -> ModelShape:
+    """Count the parameters of a run's model."""
+    with torch.device("meta"):
+        return measure_shape(build_policy(read_shape(config), config))
+
+
+def trace(config: Config, checkpointing: bool = False, tokens: int = 1024, rows: int = 512) -> BodyPasses:
+    """Count what its body holds."""
+    return trace_body(read_shape(config), config, tokens, rows, checkpointing=checkpointing)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, which can forget a peak")
+def test_the_planned_peak_is_the_measured_one() -> None:
+    """Of updates of models of 50 and 65 million parameters, in fp32 and in bf16 with recomputation."""
+    command = [sys.executable, "-m", "tests.trainer.peak"]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 2
+    for each in found:
+        assert each["planned"] == pytest.approx(each["measured"], rel=0.15), each
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen/Qwen2.5-Math-7B", 7_615_616_512),
+        ("Qwen/Qwen2.5-72B", 72_706_203_648),
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("meta-llama/Meta-Llama-3-70B", 70_553_706_496),
+    ],
+)
+def test_shapes_that_are_built_in_have_the_size_of_their_models(name: str, parameters: int) -> None:
+    """The numbers of parameters that their authors publish."""
+    assert name in KNOWN
+    shape = shape_of(load_config([f"model.name={name}"]))
+    assert shape.parameters == shape.trained == parameters
+    assert sum(shape.blocks) + shape.root == parameters and len(set(shape.blocks)) == 1
+
+
+def test_a_shape_that_cannot_be_read_says_what_to_give(tmp_path: Path) -> None:
+    """A folder without a config.json is named, with the remedy; one that has it needs no weights."""
+    with pytest.raises(ValueError, match=r"cannot read the shape of .*config\.json \(weights are not needed\)"):
+        read_shape(load_config([f"model.name={tmp_path}"]))
+    read_shape(load_config(["model.name=Qwen/Qwen2.5-7B"])).save_pretrained(tmp_path)
+    assert shape_of(load_config([f"model.name={tmp_path}"])) == shape_of(load_config(["model.name=Qwen/Qwen2.5-7B"]))
+
+
+def test_activations_grow_with_tokens_and_blocks_alone() -> None:
+    """In fp32 nothing is copied, and twice the tokens hold twice as much; so do twice the blocks, but for the ends."""
+    config = load_config([])
+    once, twice = trace(config), trace(config, tokens=2048, rows=1024)
+    assert once.between.copies == 0
+    assert twice.between.activations == pytest.approx(2 * once.between.activations, rel=0.01)
+    few = load_config(["model.tiny.num_layers=4"])
+    # of the last norm and of what attention is told, once
+    block = (trace(few).between.activations - once.between.activations) / 2
+    more = trace(load_config(["model.tiny.num_layers=10"])).between.activations
+    assert more == pytest.approx(once.between.activations + 8 * block, rel=1e-3)
+
+
+def test_products_are_six_flops_a_weight_and_token() -> None:
+    """And recomputation leaves out the last product of a block, whose result nobody needs again."""
+    config = load_config(["model.name=Qwen/Qwen2.5-1.5B"])
+    shape, tokens = shape_of(config), 1024
+    assert trace(config).flops == 6 * shape.products * tokens
+    down = 28 * 1536 * 8960
+    assert trace(config, checkpointing=True).flops == (6 * shape.products + 2 * (shape.products - down)) * tokens
+
+
+def test_copies_in_16_bit_live_as_long_as_their_block_where_it_is_recomputed() -> None:
+    """Not until the last block is through, whatever the number of blocks; without recomputation backward needs all."""
+    config = load_config(["model.name=Qwen/Qwen2.5-1.5B", "model.compute_dtype=bfloat16"])
+    block = 2 * shape_of(config).blocks[0]
+    passes = trace(config, checkpointing=True)
+    assert 0 < passes.forward.copies < block and 0 < passes.backward.copies <= block
+    assert trace(config).between.copies > 27 * 0.9 * block
+
+
+def test_sharded_ranks_hold_their_part_and_what_they_gather() -> None:
+    """16 bytes a parameter over the ranks; the embedding, norm and head, and two blocks whole."""
+    config = load_config(["recipes/qwen2.5-math-7b.toml"])
+    shape, passes = shape_of(config), BodyPasses(*[Held(0, 0)] * 4, flops=0, moved=0)
+    one = plan_memory(shape, passes, config, Layout(H100), 1024, 1024)
+    eight = plan_memory(shape, passes, config, Layout(H100, 8, 8), 1024, 1024)
+    state = ("weights, fp32", "gradients, fp32", "AdamW's moments, fp32")
+    assert sum(one.standing[part] for part in state) == 16 * shape.parameters
+    assert sum(eight.standing[part] for part in state) == 2 * shape.parameters
+    gathered = {part: size for part, size in eight.moments["forward"].items() if part.startswith("gathered")}
+    assert sum(gathered.values()) == 4 * shape.root + 2 * 4 * shape.blocks[0]
+    assert not any(part.startswith("gathered") and size for part, size in one.moments["forward"].items())
+    away = plan_memory(shape, passes, config, Layout(H100, 8, 8, offload=True), 1024, 1024)
+    assert away.host == 2 * shape.parameters and not set(state) & set(away.standing)
+
+
+def test_the_head_holds_its_workspace_and_no_logits() -> None:
+    """At most 2 GiB on a GPU however many tokens there are, beside a weight in bf16 and its gradient in fp32."""
+    config = load_config(["recipes/qwen2.5-math-7b.toml"])
+    shape, passes = shape_of(config), BodyPasses(*[Held(0, 0)] * 4, flops=0, moved=0)
+    few, many = (plan_memory(shape, passes, config, Layout(H100), n, n).moments["loss"] for n in (16_384, 131_072))
+    assert few["head: workspace"] == many["head: workspace"] <= 2 * GIB
+    assert few["head: weight and its gradient"] == 6 * shape.head
+    assert many["head: hidden states and their gradient"] == 6 * shape.hidden * 131_072
+
+
+def test_an_engine_that_has_no_room_does_not_fit() -> None:
+    """A share below the engine's own weights leaves no cache."""
+    config = load_config(["recipes/qwen2.5-math-7b.toml"])
+    shape, passes = shape_of(config), BodyPasses(*[Held(0, 0)] * 4, flops=0, moved=0)
+    big = replace(H100, memory=400 * GIB)
+    memory = plan_memory(shape, passes, config, Layout(big), 1024, 1024)
+    assert memory.fits and memory.engine_cache == int(0.2 * 400 * GIB) - 2 * shape.parameters - 3 * GIB
+    small = plan_memory(shape, passes, config, Layout(replace(H100, memory=80 * GIB), 8, 8), 1024, 1024)
+    assert small.peak < 80 * GIB and small.engine_cache < 0 and not small.fits
+
+
+def test_mixtures_of_experts_are_refused() -> None:
+    """Their work depends on where tokens go."""
+    from transformers import AutoConfig
+
+    shape = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, intermediate_size=64, vocab_size=100,
+    )  # fmt: skip
+    with torch.device("meta"), pytest.raises(ValueError, match="mixture of experts"):
+        measure_shape(build_policy(shape, load_config([])))
+
+
+@pytest.mark.parametrize(
+    ("product", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-40GB", "A100-40"), ("NVIDIA H20", "H20"),
+        ("NVIDIA H200", "H200"), ("NVIDIA GeForce RTX 4090", "RTX-4090"), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_gpus_are_known_by_what_their_driver_says(product: str, name: str | None) -> None:
+    """H200 is no H20."""
+    found = known_gpu(product)
+    assert (found and found.name) == name
