@@ -41,13 +41,14 @@ def scaled(x: Tensor, scale: Tensor, out: Tensor) -> None:
 
     Args:
         x: [n] fp32, contiguous, on a GPU.
-        scale: [] fp32 beside it, which the host does not look at.
+        scale: [] beside it, of any floating dtype; the host does not look at it.
         out: [n] bf16 or fp16, contiguous, in other memory.
     """
-    assert x.dtype == scale.dtype == torch.float32 and x.is_contiguous() and out.is_contiguous()
+    assert x.dtype == torch.float32 and x.is_contiguous() and out.is_contiguous()
     assert x.dim() == 1 and x.shape == out.shape
     if x.numel() == 0:
         return
+    scale = scale.to(torch.float32)
     with torch.cuda.device_of(x):
         _scaled_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
             x, out, scale, x.numel(), BLOCK=_BLOCK, num_warps=_NUM_WARPS,

@@ -191,11 +191,12 @@ def test_gathered_gradients_match_the_reference(op, dtype, on_device):
 
 
 @interpreted
+@pytest.mark.parametrize("factor", [FP32, FP16, torch.float64], ids=case_id)
 @pytest.mark.parametrize("shape", [(1,), (7,), (8, 8), (13, 517)], ids=str)
-def test_a_scaled_gradient_is_rounded_in_its_own_memory(shape, monkeypatch):
+def test_a_scaled_gradient_is_rounded_in_its_own_memory(shape, factor, monkeypatch):
     """Every part of it, to the bits of a product in fp32 that is rounded elsewhere."""
     monkeypatch.setattr(head_gradients, "_ROUNDED_FIRST", 7)
-    total, scale = torch.randn(shape), torch.tensor([9.0, -1.7])[1]
+    total, scale = torch.randn(shape), torch.tensor([9.0, -1.7], dtype=factor)[1]
     expected, place = (total * scale).half(), total.data_ptr()
     with device_path("cpu") as traffic:
         actual = head_gradients._rounded(total, FP16, scale)

@@ -135,7 +135,7 @@ def test_no_host_sync(op, options, monkeypatch):
 def test_a_scaled_gradient_is_rounded_in_its_own_memory(shape, first, dtype, monkeypatch):
     """Every part of it, to the bits of a product in fp32 that is rounded elsewhere."""
     monkeypatch.setattr(head_gradients, "_ROUNDED_FIRST", first)
-    total, scale = torch.randn(shape, device="cuda"), torch.tensor([9.0, -1.7], device="cuda")[1]
+    total, scale = torch.randn(shape, device="cuda"), torch.tensor([9.0, -1.7], device="cuda", dtype=dtype)[1]
     expected, place = (total * scale).to(dtype), total.data_ptr()
     actual = head_gradients._rounded(total, dtype, scale)
     assert torch.equal(actual, expected) and actual.data_ptr() == place
