@@ -22,6 +22,7 @@ from srft.rewards.kinds import check_kind
 
 STARTUP_SECONDS = 120.0
 _DIED = "the worker died twice on this item"
+_KILLED_STARTS = 3  # processes that the kernel may end while they load, before the run ends too
 _DEATHS = 8  # a verifier that has ended its process on so many items and graded none ends the run
 Item = tuple[str, Any, dict[str, Any]]
 
@@ -119,6 +120,7 @@ class RewardPool:
         self.deadline_s = deadline_s
         self.counts: Counter[str] = Counter()
         self._graded = False
+        self._killed_starts = 0
         self._size = workers
         self._workers: list[_Worker] = []
         self._closed = False
@@ -131,8 +133,8 @@ class RewardPool:
             ValueError: If the verifier cannot be loaded, with the worker's reason.
         """
         with self._lock, self._all_or_nothing():
-            self._start_missing()
-            while any(not worker.ready for worker in self._workers):
+            while len(self._workers) < self._size or any(not worker.ready for worker in self._workers):
+                self._start_missing()
                 self._collect({}, deque(), set())
 
     def score(self, items: Sequence[Item], *, may_fail: bool = False) -> list[RewardResult]:
@@ -266,5 +268,8 @@ class RewardPool:
         end = worker.kill(ended=event == "died")
         if event == "failed":
             raise ValueError(f"reward {self.kind!r} cannot be loaded: {reason}")
+        if end == signal.SIGKILL.name and event == "died" and self._killed_starts < _KILLED_STARTS:
+            self._killed_starts += 1
+            return
         what = f"took more than {STARTUP_SECONDS:g} s" if event == "late" else f"ended with {end}"
         raise ValueError(f"reward {self.kind!r} cannot be loaded: its worker {what} while loading")

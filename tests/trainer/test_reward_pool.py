@@ -221,6 +221,29 @@ def test_idle_workers_that_are_killed_are_replaced(custom: str) -> None:
         assert len(third) == 2 and second <= third and not first & third
 
 
+@pytest.mark.parametrize("times", [3, 4])
+def test_worker_killed_while_it_loads_is_replaced(times: int, tmp_path: Path) -> None:
+    """What the memory killer may do comes to pass three times; the fourth ends the run, with its reason."""
+    deaths = f"""
+import os
+if len(os.listdir({str(tmp_path / "deaths")!r})) < {times}:
+    open({str(tmp_path / "deaths")!r} + "/" + str(os.getpid()), "w")
+    os.kill(os.getpid(), 9)
+
+def right(completion, answer, row):
+    return 1.0
+"""
+    (tmp_path / "deaths").mkdir()
+    (tmp_path / "dying.py").write_text(deaths)
+    with RewardPool(f"{tmp_path}/dying.py:right", 1, 5.0) as pool:
+        if times == 4:
+            with pytest.raises(ValueError, match="cannot be loaded: its worker ended with SIGKILL while loading"):
+                pool.prewarm()
+        else:
+            pool.prewarm()
+            assert pool.score([("", "", {})]) == [RewardResult(1.0, "ok")]
+
+
 def test_pool_started_in_a_thread_outlives_it(custom: str) -> None:
     """The kernel ends workers with the thread that started them; the next batch starts new ones."""
     with RewardPool(f"{custom}:graded", 1, 5.0) as pool:
