@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from srft.config import Config
@@ -12,9 +13,13 @@ def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.AdamW:
     """Return AdamW over the policy, with weight decay on matrices alone.
 
     Args:
-        model: The policy, fp32.
+        model: The policy, fp32, sharded or not.
         config: The whole configuration.
     """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # after a forward without a backward the root still has its gathered parameters, which are thrown away
+            module.reshard()
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.train.weight_decay},
