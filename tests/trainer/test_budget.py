@@ -34,6 +34,8 @@ class Memory:
     def peak(self, model: Any, config: Config, sequences: int, world: World) -> int:
         tokens = sequences * config.longest_sequence
         self.measured.append(tokens)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
         size = int(self.fixed + self.each * tokens)
         if size > self.free + self.held:
             raise torch.OutOfMemoryError("out of memory")
@@ -64,11 +66,11 @@ def test_a_cpu_has_a_fixed_number() -> None:
 
 
 @pytest.mark.parametrize("longest", [20, 1500, 9000])
-def test_a_gpu_is_filled(memory: Memory, longest: int) -> None:
+def test_a_gpu_is_filled(memory: Memory, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the next multiple it would be overfull; the moments of Adam, the engine and a tenth are kept free."""
     model, config = policy(plain_model()), tiny_config(AUTO, f"data.max_prompt_tokens={longest - 12}")
-    moments = sum(p.numel() for p in model.parameters()) * 8
-    engine = 3 * 10**6
+    moments, engine = 7 * 10**6, 3 * 10**6
+    monkeypatch.setattr(budget, "_moments", lambda model, device: moments)
     chosen = choose_tokens_per_microbatch(config, model, GPU, engine)
     assert chosen % 1024 == 0 and chosen >= longest
 
@@ -117,6 +119,14 @@ def test_ranks_agree_on_the_least(memory: Memory, other: int) -> None:
     else:
         with pytest.raises(ValueError, match="no room"):
             choose_tokens_per_microbatch(tiny_config(AUTO), model, world)
+
+
+def test_moments_are_of_what_is_trained_and_lies_there() -> None:
+    """Two numbers in fp32 a parameter; none for a frozen one, or for one that was offloaded."""
+    model = policy(plain_model())
+    model.lm_head.weight.requires_grad_(False)
+    assert budget._moments(model, CPU) == 8 * sum(p.numel() for p in model.model.parameters())
+    assert budget._moments(model, GPU.device) == 0
 
 
 def test_what_is_measured_is_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:

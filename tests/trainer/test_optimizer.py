@@ -13,7 +13,7 @@ from tests.trainer.tiny import CPU, members, plain_model, random_groups, tiny_co
 
 
 def test_a_sharded_policy_is_moved_whole_after_a_forward_without_a_backward() -> None:
-    """FSDP2 leaves the embedding, the last norm and the head gathered then; an optimizer of these would move nothing."""
+    """FSDP2 leaves embedding, last norm and head gathered then; an optimizer of these would move nothing."""
     config = tiny_config("train.cpu_offload=true")
     (batch,) = pack(members(random_groups()), 10_000, CPU)
     with joined(config, CPU) as world:
