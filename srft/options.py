@@ -16,6 +16,8 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from srft.config import Config
 from srft.methods import DEFAULT, find_method, method_names
 
+_EFFECT = "With no argument: the demo. --dry-run: what a run would need."
+
 
 def load_config(arguments: list[str]) -> Config:
     """Read TOML files, then apply ``section.key=value`` overrides, in the order given.
@@ -81,7 +83,7 @@ def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def help_text(
-    program: str = "srft.train", effect: str = "With no argument: the demo.", method: str = DEFAULT
+    program: str = "srft.train", effect: str = _EFFECT, method: str = DEFAULT
 ) -> str:
     """Return every option with its type, default and meaning, one paragraph a section.
 
@@ -345,7 +347,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def exit_on_help(
-    arguments: list[str], program: str = "srft.train", effect: str = "With no argument: the demo."
+    arguments: list[str], program: str = "srft.train", effect: str = _EFFECT
 ) -> None:
     """Print the options, of the method that is named beside, and leave when they are asked for.
 

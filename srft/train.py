@@ -10,7 +10,8 @@ from srft.stop import Stopped, leave_at_once
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds, in which a signal would end in a traceback of theirs
-    start_ranks(sys.argv[1:])  # what waits for the ranks of a run needs none of them
+    if "--dry-run" not in sys.argv:
+        start_ranks(sys.argv[1:])  # what waits for the ranks of a run needs none of them
 
 import signal
 
@@ -24,6 +25,7 @@ from srft.evaluate import evaluate
 from srft.learning import learn
 from srft.methods import place_in_method
 from srft.options import exit_on_help, load_config
+from srft.plan import dry_run
 from srft.policy.checkpoint import export_model
 from srft.policy.lost import LostRank
 from srft.policy.parallel import Elsewhere
@@ -99,7 +101,10 @@ def main() -> None:
     exit_on_help(arguments)
     transformers.utils.logging.disable_progress_bar()
     try:
-        fit(load_config(arguments))
+        if "--dry-run" in arguments:
+            dry_run(load_config([argument for argument in arguments if argument != "--dry-run"]))
+        else:
+            fit(load_config(arguments))
     except Elsewhere:
         sys.exit(2)
     except (ValueError, CanaryError, EngineError, LostRank, FloatingPointError, OSError) as error:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import torch
 from transformers import PretrainedConfig
 
 from srft.config import Config
 from srft.planning.devices import GPUS_A_NODE, Device
-from srft.planning.memory import Layout, Memory, plan_memory
+from srft.planning.memory import ENGINE_SHARE, Layout, Memory, plan_memory, uses_vllm
 from srft.planning.models import ModelShape, build_policy, measure_shape, read_shape
-from srft.planning.pace import Pace, Tokens, plan_pace
+from srft.planning.pace import Pace, Tokens, expected_lengths, plan_pace
 from srft.planning.trace import BodyPasses, trace_body
 
 
@@ -25,11 +27,13 @@ class Plan:
         layout: How the run lies on its devices.
         memory: Of one rank.
         pace: Of a step.
+        share: ``engine.gpu_memory_utilization``.
     """
 
     layout: Layout
     memory: Memory
     pace: Pace
+    share: float
 
 
 class Planner:
@@ -37,7 +41,7 @@ class Planner:
 
     Args:
         config: The whole configuration.
-        lengths: Expected of prompts and responses; None takes half of each limit.
+        lengths: Expected of prompts and responses; None takes ``pace.expected_lengths``.
 
     Raises:
         ValueError: When the shape of the model cannot be read, or it cannot be planned.
@@ -45,31 +49,33 @@ class Planner:
 
     def __init__(self, config: Config, lengths: Tokens | None = None):
         self.config = config
-        limits = config.data.max_prompt_tokens, config.rollout.max_new_tokens
-        self.lengths = lengths or Tokens(*(max(1, limit // 2) for limit in limits))
+        self.lengths = lengths or expected_lengths(config)
         self._shape: PretrainedConfig = read_shape(config)
         with torch.device("meta"):
             self.shape: ModelShape = measure_shape(build_policy(self._shape, config))
-        self.tokens = config.microbatch_tokens
-        # prompts are short beside what they are answered with: as many rows as there can be
-        self.rows = max(1, self.tokens - self.tokens // config.longest_sequence)
         self._passes = lru_cache(self._trace)
 
-    def _trace(self, checkpointing: bool) -> BodyPasses:
-        return trace_body(self._shape, self.config, self.tokens, self.rows, checkpointing=checkpointing)
+    def _trace(self, tokens: int, checkpointing: bool) -> BodyPasses:
+        return trace_body(self._shape, self.config, tokens, self._rows(tokens), checkpointing=checkpointing)
 
-    def plan(self, layout: Layout) -> Plan:
+    def _rows(self, tokens: int) -> int:
+        """As many as can be counted: prompts may be short."""
+        return max(1, tokens - tokens // self.config.longest_sequence)
+
+    def plan(self, layout: Layout, share: float | None = None) -> Plan:
         """Plan one layout.
 
         Args:
             layout: How the run lies on its devices.
+            share: ``engine.gpu_memory_utilization``, (0, 1]; None takes that of the options.
         """
-        passes = self._passes(layout.checkpointing)
-        memory = plan_memory(self.shape, passes, self.config, layout, self.tokens, self.rows)
-        pace = plan_pace(
-            self.shape, passes, self.config, layout, self.lengths, self.tokens, max(0, memory.engine_cache)
-        )
-        return Plan(layout, memory, pace)
+        config, passes = self.config, self._passes(layout.tokens, layout.checkpointing)
+        if share is not None:
+            engine = config.engine.model_copy(update={"gpu_memory_utilization": share})
+            config = config.model_copy(update={"engine": engine})
+        memory = plan_memory(self.shape, passes, config, layout, self._rows(layout.tokens))
+        pace = plan_pace(self.shape, passes, config, layout, self.lengths, max(0, memory.engine_cache))
+        return Plan(layout, memory, pace, config.engine.gpu_memory_utilization)
 
     def as_configured(self, device: Device, ranks: int) -> Plan:
         """Plan the layout that the options ask for.
@@ -85,79 +91,89 @@ class Planner:
         shard = train.shard_ranks or ranks
         if ranks % shard:
             raise ValueError(f"train.shard_ranks={shard} must divide the number of ranks, {ranks}")
-        return self.plan(
-            Layout(device, ranks, shard, self.config.model.gradient_checkpointing, train.cpu_offload)
-        )
+        checkpointing, tokens = self.config.model.gradient_checkpointing, self.config.microbatch_tokens
+        return self.plan(Layout(device, tokens, ranks, shard, checkpointing, train.cpu_offload))
 
-    def recommended(self, device: Device, ranks: int) -> Plan:
-        """Return the fastest layout that fits, or the smallest where none does.
-
-        Args:
-            device: Each of the devices.
-            ranks: How many.
-        """
-        plans = [self.plan(layout) for layout in _layouts(device, ranks)]
-        fitting = [plan for plan in plans if plan.memory.fits]
-        if fitting:
-            return min(fitting, key=lambda plan: plan.pace.step)
-        return min(plans, key=lambda plan: plan.memory.peak)
-
-    def obstacle(self, device: Device, ranks: int) -> str:
-        """Say what breaks first on so many devices: what does not fit, or what the time goes into.
+    def recommended(self, device: Device, ranks: int, engine_ranks: int = 1) -> Plan:
+        """Return the plainest layout that fits and is about as fast as any; the nearest to fitting where none does.
 
         Args:
             device: Each of the devices.
             ranks: How many.
+            engine_ranks: Devices of an engine.
         """
-        plan = self.recommended(device, ranks)
-        memory, pace, gib = plan.memory, plan.pace, 2**30
-        if not memory.fits:
-            if memory.peak <= device.memory:
-                return f"the engine's weights and cache lack {-memory.engine_cache / gib:.0f} GiB of its share"
+        plans = [self._roomy(layout) for layout in _layouts(self.config, device, ranks, engine_ranks)]
+        if fitting := [plan for plan in plans if plan.memory.fits]:
+            limit = _ABOUT_AS_FAST * min(plan.pace.step for plan in fitting)
+            return next(plan for plan in fitting if plan.pace.step <= limit)
+        trains = [plan for plan in plans if plan.memory.trains]
+        return min(trains, key=lambda plan: plan.pace.train) if trains else min(plans, key=lambda p: p.memory.peak)
+
+    def _roomy(self, layout: Layout) -> Plan:
+        """A layout whose engine gets what training leaves, in hundredths."""
+        if not (self.config.method.needs_rollouts and layout.device.is_gpu and uses_vllm(self.config, layout.device)):
+            return self.plan(layout)
+        least, whole = self.plan(layout, 0.01), layout.device.memory
+        left = (whole - least.memory.peak) / whole + 0.01
+        return self.plan(layout, min(0.9, max(0.01, math.floor(100 * left) / 100)))
+
+    def obstacle(self, plan: Plan) -> str:
+        """Say what breaks first: what does not fit, or what the time goes into.
+
+        Args:
+            plan: Of this run.
+        """
+        memory, pace, ranks, gib = plan.memory, plan.pace, plan.layout.ranks, 2**30
+        whole = plan.layout.device.memory
+        if memory.peak > whole:
             name, size = max(memory.parts().items(), key=lambda part: part[1])
-            whole = f"memory, {memory.peak / gib:.0f} of {device.memory / gib:.0f} GiB"
-            return f"{whole}; most of it {name}, {size / gib:.0f}"
-        if ranks > self.config.train.prompts_per_step:
-            return f"{ranks - self.config.train.prompts_per_step} ranks have no prompt of {_prompts(self.config)}"
+            return f"memory: {memory.peak / gib:.0f} of {whole / gib:.0f} GiB, {size / gib:.0f} of it {name}"
+        if not memory.trains:
+            return f"memory of the host: {memory.host / gib:.0f} GiB a rank"
+        if memory.engine_cache <= 0:
+            return f"engine: its weights lack {-memory.engine_cache / gib:.0f} GiB on its {_gpus(plan.layout)}"
+        prompts = self.config.train.prompts_per_step
+        if ranks > prompts:
+            return f"prompts: {ranks - prompts} of {ranks} ranks have none of train.prompts_per_step={prompts}"
         if pace.rollout > pace.train:
-            return f"rollouts, {pace.rollout / pace.step:.0%} of the step"
+            return f"rollouts: {pace.rollout / pace.step:.0%} of the step"
         if pace.gathering > pace.computing:
-            return f"gathering in fp32, {pace.gathering:.0f} s against {pace.computing:.0f} s of computing"
+            return f"network: {pace.gathering:.0f} s of gathering hide {pace.computing:.0f} s of computing"
         if pace.idle > 0.3:
-            return f"micro-batches are filled to {1 - pace.idle:.0%}"
-        return f"computing, {pace.computing / pace.step:.0%} of the step"
+            return f"micro-batches: filled to {1 - pace.idle:.0%}"
+        return f"computing: {pace.computing / pace.step:.0%} of the step"
 
 
-def _prompts(config: Config) -> str:
-    return f"train.prompts_per_step={config.train.prompts_per_step}"
+# a layout is taken before a less plain one that would save no more than this factor of a step
+_ABOUT_AS_FAST = 1.15
 
 
-def _layouts(device: Device, ranks: int) -> Iterator[Layout]:
+def _gpus(layout: Layout) -> str:
+    return f"{layout.engine_ranks} GPU{'s' if layout.engine_ranks > 1 else ''}"
+
+
+def _layouts(config: Config, device: Device, ranks: int, engine_ranks: int) -> Iterator[Layout]:
     """Layouts that the options can make, the plain ones first."""
+    sizes = sorted({config.microbatch_tokens, config.longest_sequence}, reverse=True)
     shards = sorted({s for s in (1, min(ranks, GPUS_A_NODE), ranks) if ranks % s == 0})
-    for offload in (False, True) if device.is_gpu else (False,):
-        for shard in shards:
-            for checkpointing in (False, True):
-                yield Layout(device, ranks, shard, checkpointing, offload)
+    offloads = (False, True) if device.is_gpu else (False,)
+    for offload, checkpointing, tokens, shard in product(offloads, (False, True), sizes, shards):
+        yield Layout(device, tokens, ranks, shard, checkpointing, offload, min(engine_ranks, ranks))
 
 
-def settings(layout: Layout) -> list[str]:
+def settings(plan: Plan) -> list[str]:
     """Return the options that make a layout, as on the command line.
 
     Args:
-        layout: Of a plan.
+        plan: Of a run.
     """
-    options = [f"train.shard_ranks={layout.shard}"] if layout.shard != layout.ranks else []
-    options.append(f"model.gradient_checkpointing={str(layout.checkpointing).lower()}")
-    return options + (["train.cpu_offload=true"] if layout.offload else [])
-
-
-def with_layout(layout: Layout, ranks: int) -> Layout:
-    """Return a layout of the same kind on another number of devices.
-
-    Args:
-        layout: Of a plan.
-        ranks: How many; one that its shards do not divide shards over all.
-    """
-    shard = layout.shard if ranks % layout.shard == 0 else ranks
-    return replace(layout, ranks=ranks, shard=shard)
+    layout = plan.layout
+    options = [f"train.tokens_per_microbatch={layout.tokens}"]
+    options += [f"model.gradient_checkpointing={str(layout.checkpointing).lower()}"]
+    if layout.shard != layout.ranks:
+        options.append(f"train.shard_ranks={layout.shard}")
+    if layout.offload:
+        options.append("train.cpu_offload=true")
+    if plan.memory.standing.get(ENGINE_SHARE):
+        options.append(f"engine.gpu_memory_utilization={plan.share:g}")
+    return options

@@ -28,6 +28,7 @@ class Device:
         traffic: Bytes a second from its memory.
         link: Bytes a second to another device of its node, one way.
         network: Bytes a second to a device of another node, one way.
+        host: Bytes of its node's own memory that are for it.
         is_gpu: Whether it is one.
     """
 
@@ -37,6 +38,7 @@ class Device:
     traffic: float
     link: float
     network: float
+    host: int = 0
     is_gpu: bool = True
 
     @property
@@ -45,20 +47,22 @@ class Device:
         return self.flops * (PRODUCT_SHARE if self.is_gpu else 1.0)
 
 
-def _gpu(name: str, gib: float, tflops: float, tbs: float, link: float, network: float) -> Device:
-    return Device(name, int(gib * 2**30), tflops * 1e12, tbs * 1e12, link * 1e9, network * 1e9)
+def _gpu(name: str, gib: float, tflops: float, tbs: float, link: float, network: float, host_gib: float) -> Device:
+    rates = tflops * 1e12, tbs * 1e12, link * 1e9, network * 1e9
+    return Device(name, int(gib * 2**30), *rates, int(host_gib * 2**30))
 
 
-# Memory in GiB as the driver shows it, bf16 TFLOP/s, TB/s; GB/s one way by NVLink or PCIe, and by the usual network
+# Memory in GiB as the driver shows it, bf16 TFLOP/s, TB/s; GB/s one way by NVLink or PCIe, and by the usual network; an
+# eighth of the memory of the usual node, in GiB
 _GPUS = [
-    _gpu("B200", 179, 2250, 8.0, 900, 50),
-    _gpu("H200", 139, 989, 4.8, 450, 50),
-    _gpu("H100", 79, 989, 3.35, 450, 50),
-    _gpu("H20", 95, 148, 4.0, 450, 50),
-    _gpu("A100-80", 79, 312, 2.0, 300, 25),
-    _gpu("A100-40", 39, 312, 1.55, 300, 25),
-    _gpu("L40S", 44, 362, 0.86, 25, 12),
-    _gpu("RTX-4090", 23.5, 165, 1.0, 25, 12),
+    _gpu("B200", 179, 2250, 8.0, 900, 50, 250),
+    _gpu("H200", 139, 989, 4.8, 450, 50, 250),
+    _gpu("H100", 79, 989, 3.35, 450, 50, 250),
+    _gpu("H20", 95, 148, 4.0, 450, 50, 250),
+    _gpu("A100-80", 79, 312, 2.0, 300, 25, 125),
+    _gpu("A100-40", 39, 312, 1.55, 300, 25, 125),
+    _gpu("L40S", 44, 362, 0.86, 25, 12, 125),
+    _gpu("RTX-4090", 23.5, 165, 1.0, 25, 12, 60),
 ]
 
 

@@ -17,6 +17,7 @@ _FP32 = 4
 _CONTEXT, _NCCL, _FRAGMENTS = int(0.8 * 2**30), 2**30, 0.03
 # what a vLLM process needs beside weights and cache: its activations, graphs and context
 _ENGINE_OVERHEAD = 3 * 2**30
+ENGINE_SHARE = "engine, by its share of the device"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Layout:
 
     Args:
         device: Each of them.
+        tokens: Of a micro-batch.
         ranks: How many.
         shard: Ranks that share one copy of weights, gradients and moments.
         checkpointing: Recompute activations in backward.
@@ -33,6 +35,7 @@ class Layout:
     """
 
     device: Device
+    tokens: int
     ranks: int = 1
     shard: int = 1
     checkpointing: bool = False
@@ -76,7 +79,12 @@ class Memory:
     @property
     def fits(self) -> bool:
         """Whether the device holds it, and the engine has a cache."""
-        return self.peak <= self.device.memory and self.engine_cache > 0
+        return self.trains and self.engine_cache > 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether the device and its host hold what training needs."""
+        return self.peak <= self.device.memory and (not self.host or self.host <= self.device.host)
 
     def parts(self) -> dict[str, int]:
         """Return every part at the worst moment, those of no size left out."""
@@ -84,17 +92,16 @@ class Memory:
 
 
 def plan_memory(
-    shape: ModelShape, passes: BodyPasses, config: Config, layout: Layout, tokens: int, rows: int
+    shape: ModelShape, passes: BodyPasses, config: Config, layout: Layout, rows: int
 ) -> Memory:
     """Add up what one rank holds.
 
     Args:
         shape: Of the model.
-        passes: Of its body, from ``trace.trace_body`` for the same tokens and the layout's checkpointing.
+        passes: Of its body, from ``trace.trace_body`` for the layout's tokens and checkpointing.
         config: The whole configuration.
         layout: How the run lies on its devices.
-        tokens: Of a micro-batch.
-        rows: Tokens of it that are counted in the loss.
+        rows: Tokens of a micro-batch that are counted in the loss.
     """
     standing = {
         "weights, fp32": _FP32 * shape.parameters // layout.shard,
@@ -110,7 +117,7 @@ def plan_memory(
         standing["context, NCCL, fragments"] = int(
             _CONTEXT + (layout.ranks > 1) * _NCCL + _FRAGMENTS * layout.device.memory
         )
-    moments = _moments(shape, passes, config, layout, tokens, rows)
+    moments = _moments(shape, passes, config, layout, rows)
     if not uses_vllm(config, layout.device):
         sequences = min(config.engine.max_batch, config.train.prompts_per_step * config.train.rollouts_per_prompt)
         wide = config.engine_dtype.itemsize / 2
@@ -139,25 +146,25 @@ def _engine(shape: ModelShape, config: Config, layout: Layout) -> tuple[dict[str
     if not layout.device.is_gpu:
         return {}, 1  # a process of its own, which has a memory of its own
     cache = share - weights // layout.engine_ranks - _ENGINE_OVERHEAD
-    return {"engine, by engine.gpu_memory_utilization": share}, cache
+    return {ENGINE_SHARE: share}, cache
 
 
 def _moments(
-    shape: ModelShape, passes: BodyPasses, config: Config, layout: Layout, tokens: int, rows: int
+    shape: ModelShape, passes: BodyPasses, config: Config, layout: Layout, rows: int
 ) -> dict[str, dict[str, int]]:
-    block, gathers, trains_head = max(shape.blocks, default=0), layout.gathers, shape.trained == shape.parameters
-    dhead = _FP32 * shape.head * trains_head
-    gathered_root, gathered_blocks = gathers * _FP32 * shape.root, gathers * 2 * _FP32 * block
+    gathers = layout.gathers
+    dhead = _FP32 * shape.head * shape.head_trained
+    gathered_root, gathered_blocks = gathers * _FP32 * shape.root, gathers * 2 * _FP32 * shape.block
     names = ("gathered: embedding, norm, head", "gathered: two blocks, fp32")
     # a tied gradient waits for its other half, a sharded one for the end of the pass
     waiting = dhead if shape.tied or gathers else 0
     # gradients of a block in whole, and what they are reduced in
-    unreduced = gathers * 2 * _FP32 * block * trains_head
+    unreduced = gathers * 2 * _FP32 * shape.trained_block
 
     def body(held: Held) -> dict[str, int]:
         return {"activations": held.activations, f"weights in {config.model.compute_dtype}": held.copies}
 
-    head_now, head_after = _head(shape, config, layout, rows, trains_head)
+    head_now, head_after = _head(shape, config, layout, rows)
     root = {names[0]: gathered_root}
     return {
         "forward": body(passes.forward) | root | {names[1]: gathered_blocks},
@@ -171,7 +178,7 @@ def _moments(
 
 
 def _head(
-    shape: ModelShape, config: Config, layout: Layout, rows: int, trained: bool
+    shape: ModelShape, config: Config, layout: Layout, rows: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What the fused head holds while it computes the loss, and while its gradients are rounded and handed on."""
     dtype, on_gpu = config.compute_dtype, layout.device.is_gpu
@@ -183,7 +190,7 @@ def _head(
     if sizes.gathered:
         workspace += min(rows, sizes.products) * shape.vocab * dtype.itemsize
     hidden = rows * shape.hidden * (dtype.itemsize + _FP32)
-    copy, sum_ = 0, _FP32 * shape.head * trained
+    copy, sum_ = 0, _FP32 * shape.head * shape.head_trained
     if dtype != torch.float32:
         copy = shape.head * dtype.itemsize
         if not on_gpu:  # 16-bit factors are made fp32, some columns at a time

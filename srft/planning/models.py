@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from srft.config import Config
+from srft.policy.lora import attach
 from srft.policy.model import body_of, build_tiny, in_short, load_tokenizer
 from srft.policy.parallel import blocks_of
 
@@ -97,9 +98,12 @@ def build_policy(shape: PretrainedConfig, config: Config) -> PreTrainedModel:
         shape: From ``read_shape``.
         config: The whole configuration.
     """
-    return AutoModelForCausalLM.from_config(
+    model = AutoModelForCausalLM.from_config(
         shape, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
     )
+    if config.model.lora.rank:
+        attach(model, config.model.lora, base=config.model.name, seed=0)
+    return model
 
 
 @dataclass(frozen=True)
@@ -107,22 +111,30 @@ class ModelShape:
     """Numbers of parameters by unit, and the sizes that memory and time follow from.
 
     Args:
-        blocks: Parameters of each block.
+        parameters: All of them.
+        trained: Those that have a gradient.
+        layers: Blocks.
+        block: Parameters of the largest block.
+        trained_block: Those of a block that have a gradient, at most.
         root: Parameters of all that is no block: embedding, last norm, head.
-        trained: Parameters that have a gradient.
-        largest: Parameters of the largest single one.
+        largest: The largest single one that is trained.
         vocab: Rows of the head.
         hidden: Width of the residual stream.
         heads: Attention heads.
         kv_heads: Heads of keys and values.
         head_dim: Width of one.
         tied: The head is the embedding.
+        head_trained: Its weight has a gradient.
         products: Parameters of the linear layers of the body, each of which is 2 FLOPs a token.
+        trained_products: Those of them that have a gradient.
     """
 
-    blocks: tuple[int, ...]
-    root: int
+    parameters: int
     trained: int
+    layers: int
+    block: int
+    trained_block: int
+    root: int
     largest: int
     vocab: int
     hidden: int
@@ -130,17 +142,9 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     tied: bool
+    head_trained: bool
     products: int
-
-    @property
-    def parameters(self) -> int:
-        """All of them."""
-        return sum(self.blocks) + self.root
-
-    @property
-    def layers(self) -> int:
-        """Blocks."""
-        return len(self.blocks)
+    trained_products: int
 
     @property
     def head(self) -> int:
@@ -169,21 +173,27 @@ def measure_shape(model: PreTrainedModel) -> ModelShape:
             "run it for one step instead: train.steps=1 measures a worst-case micro-batch first"
         )
     blocks = blocks_of(model)
-    counts = tuple(sum(p.numel() for p in block.parameters()) for block in blocks)
-    sizes = [p.numel() for p in model.parameters()]
+    counts = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    parameters = sum(p.numel() for p in model.parameters())
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     linear = [m.weight for m in body_of(model).modules() if isinstance(m, nn.Linear)]
     heads = text.num_attention_heads
     return ModelShape(
-        blocks=counts,
-        root=sum(sizes) - sum(counts),
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        largest=max(sizes),
+        parameters=parameters,
+        trained=sum(trained),
+        layers=len(blocks),
+        block=max(counts),
+        trained_block=max(sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks),
+        root=parameters - sum(counts),
+        largest=max(trained),
         vocab=head.weight.shape[0],
         hidden=head.weight.shape[1],
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         tied=head.weight is embedding.weight,
+        head_trained=head.weight.requires_grad,
         products=sum(weight.numel() for weight in linear),
+        trained_products=sum(weight.numel() for weight in linear if weight.requires_grad),
     )

@@ -76,24 +76,28 @@ def training_flops(shape: ModelShape, tokens: float, responses: float, squares: 
     """
     # scores and their sums over values, causal: half of S^2 each
     attention = 3 * 2 * shape.layers * shape.heads * shape.head_dim * squares
-    return 6 * shape.products * tokens + attention + 6 * shape.head * responses
+    body = 4 * shape.products + 2 * shape.trained_products
+    return body * tokens + attention + _head_flops(shape) * responses
+
+
+def _head_flops(shape: ModelShape) -> int:
+    return (6 if shape.head_trained else 4) * shape.head
 
 
 def plan_pace(
-    shape: ModelShape, passes: BodyPasses, config: Config, layout: Layout, lengths: Tokens, micro_batch: int, cache: int
+    shape: ModelShape, passes: BodyPasses, config: Config, layout: Layout, lengths: Tokens, cache: int
 ) -> Pace:
     """Estimate the seconds of a step.
 
     Args:
         shape: Of the model.
-        passes: Of its body, for ``micro_batch`` tokens and the layout's checkpointing.
+        passes: Of its body, for the layout's tokens and checkpointing.
         config: The whole configuration.
         layout: How the run lies on its devices.
         lengths: Expected, not the longest.
-        micro_batch: Tokens that ``passes`` were traced with.
         cache: Bytes for the engine's keys and values.
     """
-    train, device = config.train, layout.device
+    train, device, micro_batch = config.train, layout.device, layout.tokens
     sequences = train.prompts_per_step * sequences_a_prompt(config)
     updates = train.updates_per_step
     own = sequences * lengths.sequence / updates / layout.ranks
@@ -101,7 +105,7 @@ def plan_pace(
     traffic = device.traffic * TRAFFIC_SHARE
     body = passes.flops / device.products + passes.moved / traffic
     attention = 3 * 2 * shape.layers * shape.heads * shape.head_dim * lengths.sequence * micro_batch
-    head = 6 * shape.head * micro_batch * lengths.response / lengths.sequence
+    head = _head_flops(shape) * micro_batch * lengths.response / lengths.sequence
     one = body + attention / (device.flops * _ATTENTION_SHARE) + head / (
         device.flops * (_HEAD_SHARE if device.is_gpu else 1)
     )  # fmt: skip
@@ -123,6 +127,15 @@ def plan_pace(
     return Pace(
         rollout, seconds + optimizer, sync, updates * count * gather, computing, updates * count, 1 - filled
     )  # fmt: skip
+
+
+def expected_lengths(config: Config) -> Tokens:
+    """Return the lengths that a plan counts with where nobody knows better: half of each limit.
+
+    Args:
+        config: The whole configuration.
+    """
+    return Tokens(max(1, config.data.max_prompt_tokens // 2), max(1, config.rollout.max_new_tokens // 2))
 
 
 def sequences_a_prompt(config: Config) -> int:

@@ -55,8 +55,9 @@ def planned(config: Config, shape: PretrainedConfig) -> int:
     with torch.device("meta"):
         sizes = measure_shape(build_policy(shape, config))
     passes = trace_body(shape, config, TOKENS, rows, checkpointing=checkpointing)
-    layout = Layout(Device("cpu", 2**40, 1e11, 1e10, 1e9, 1e9, is_gpu=False), checkpointing=checkpointing)
-    return plan_memory(sizes, passes, config, layout, TOKENS, rows).peak
+    device = Device("cpu", 2**40, 1e11, 1e10, 1e9, 1e9, is_gpu=False)
+    layout = Layout(device, TOKENS, checkpointing=checkpointing)
+    return plan_memory(sizes, passes, config, layout, rows).peak
 
 
 def _shape(width: int, layers: int, vocab: int, tied: bool) -> PretrainedConfig:

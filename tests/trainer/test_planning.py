@@ -62,7 +62,7 @@ def test_shapes_that_are_built_in_have_the_size_of_their_models(name: str, param
     assert name in KNOWN
     shape = shape_of(load_config([f"model.name={name}"]))
     assert shape.parameters == shape.trained == parameters
-    assert sum(shape.blocks) + shape.root == parameters and len(set(shape.blocks)) == 1
+    assert shape.layers * shape.block + shape.root == parameters and shape.trained_block == shape.block
 
 
 def test_a_shape_that_cannot_be_read_says_what_to_give(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_products_are_six_flops_a_weight_and_token() -> None:
 def test_copies_in_16_bit_live_as_long_as_their_block_where_it_is_recomputed() -> None:
     """Not until the last block is through, whatever the number of blocks; without recomputation backward needs all."""
     config = load_config(["model.name=Qwen/Qwen2.5-1.5B", "model.compute_dtype=bfloat16"])
-    block = 2 * shape_of(config).blocks[0]
+    block = 2 * shape_of(config).block
     passes = trace(config, checkpointing=True)
     assert 0 < passes.forward.copies < block and 0 < passes.backward.copies <= block
     assert trace(config).between.copies > 27 * 0.9 * block
@@ -108,15 +108,15 @@ def test_sharded_ranks_hold_their_part_and_what_they_gather() -> None:
     """16 bytes a parameter over the ranks; the embedding, norm and head, and two blocks whole."""
     config = load_config(["recipes/qwen2.5-math-7b.toml"])
     shape, passes = shape_of(config), BodyPasses(*[Held(0, 0)] * 4, flops=0, moved=0)
-    one = plan_memory(shape, passes, config, Layout(H100), 1024, 1024)
-    eight = plan_memory(shape, passes, config, Layout(H100, 8, 8), 1024, 1024)
+    one = plan_memory(shape, passes, config, Layout(H100, 1024), 1024)
+    eight = plan_memory(shape, passes, config, Layout(H100, 1024, 8, 8), 1024)
     state = ("weights, fp32", "gradients, fp32", "AdamW's moments, fp32")
     assert sum(one.standing[part] for part in state) == 16 * shape.parameters
     assert sum(eight.standing[part] for part in state) == 2 * shape.parameters
     gathered = {part: size for part, size in eight.moments["forward"].items() if part.startswith("gathered")}
-    assert sum(gathered.values()) == 4 * shape.root + 2 * 4 * shape.blocks[0]
+    assert sum(gathered.values()) == 4 * shape.root + 2 * 4 * shape.block
     assert not any(part.startswith("gathered") and size for part, size in one.moments["forward"].items())
-    away = plan_memory(shape, passes, config, Layout(H100, 8, 8, offload=True), 1024, 1024)
+    away = plan_memory(shape, passes, config, Layout(H100, 1024, 8, 8, offload=True), 1024)
     assert away.host == 2 * shape.parameters and not set(state) & set(away.standing)
 
 
@@ -124,7 +124,7 @@ def test_the_head_holds_its_workspace_and_no_logits() -> None:
     """At most 2 GiB on a GPU however many tokens there are, beside a weight in bf16 and its gradient in fp32."""
     config = load_config(["recipes/qwen2.5-math-7b.toml"])
     shape, passes = shape_of(config), BodyPasses(*[Held(0, 0)] * 4, flops=0, moved=0)
-    few, many = (plan_memory(shape, passes, config, Layout(H100), n, n).moments["loss"] for n in (16_384, 131_072))
+    few, many = (plan_memory(shape, passes, config, Layout(H100, n), n).moments["loss"] for n in (16_384, 131_072))
     assert few["head: workspace"] == many["head: workspace"] <= 2 * GIB
     assert few["head: weight and its gradient"] == 6 * shape.head
     assert many["head: hidden states and their gradient"] == 6 * shape.hidden * 131_072
@@ -135,9 +135,9 @@ def test_an_engine_that_has_no_room_does_not_fit() -> None:
     config = load_config(["recipes/qwen2.5-math-7b.toml"])
     shape, passes = shape_of(config), BodyPasses(*[Held(0, 0)] * 4, flops=0, moved=0)
     big = replace(H100, memory=400 * GIB)
-    memory = plan_memory(shape, passes, config, Layout(big), 1024, 1024)
+    memory = plan_memory(shape, passes, config, Layout(big, 1024), 1024)
     assert memory.fits and memory.engine_cache == int(0.2 * 400 * GIB) - 2 * shape.parameters - 3 * GIB
-    small = plan_memory(shape, passes, config, Layout(replace(H100, memory=80 * GIB), 8, 8), 1024, 1024)
+    small = plan_memory(shape, passes, config, Layout(replace(H100, memory=80 * GIB), 1024, 8, 8), 1024)
     assert small.peak < 80 * GIB and small.engine_cache < 0 and not small.fits
 
 

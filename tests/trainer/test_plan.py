@@ -1,0 +1,130 @@
+"""The plan of a run as its command prints it: what fits, by which options, and what breaks first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import srft.train
+from srft import plan
+from srft.options import load_config
+from srft.planning.advice import Planner, settings
+from srft.planning.devices import find_device
+from srft.planning.memory import Layout
+from srft.planning.pace import Tokens, plan_pace, training_flops
+
+GIB = 2**30
+H100 = find_device("H100")
+RECIPE = "recipes/qwen2.5-math-7b.toml"
+
+
+@pytest.fixture(scope="module")
+def math_7b() -> Planner:
+    """Plan the recipe of the paper."""
+    return Planner(load_config([RECIPE]))
+
+
+def test_the_recipe_of_the_paper_fits_eight_gpus(math_7b: Planner) -> None:
+    """Sharded over all, recomputed, and its engine gets what is left; over more nodes copies lie side by side."""
+    eight = math_7b.recommended(H100, 8)
+    assert eight.memory.fits and eight.memory.peak <= H100.memory and eight.layout.shard == 8
+    assert eight.layout.checkpointing and not eight.layout.offload
+    assert f"engine.gpu_memory_utilization={eight.share:g}" in settings(eight)
+    more = math_7b.recommended(H100, 64)
+    assert more.layout.shard == 8 and "train.shard_ranks=8" in settings(more)
+    assert more.pace.train < eight.pace.train / 7
+    # an engine share one hundredth larger would not fit
+    assert not math_7b.plan(eight.layout, eight.share + 0.01).memory.fits
+
+
+def test_one_gpu_takes_adapters_and_not_the_whole_policy(math_7b: Planner) -> None:
+    """16 bytes a parameter are more than it has; adapters leave fp32 weights and the engine beside them."""
+    pytest.importorskip("peft", reason="adapters need peft")
+    whole = math_7b.plan(Layout(H100, 16384, checkpointing=True), 0.01)
+    assert whole.memory.peak > 113 * GIB and not whole.memory.fits
+    adapters = Planner(load_config([RECIPE, "model.lora.rank=32"]))
+    one = adapters.plan(Layout(H100, 16384, checkpointing=True), 0.4)
+    assert one.memory.fits and one.memory.standing["weights, fp32"] == 4 * adapters.shape.parameters
+    assert one.memory.standing["gradients, fp32"] == 4 * adapters.shape.trained < 0.02 * 4 * adapters.shape.parameters
+    assert one.memory.moments["loss"]["head: weight and its gradient"] == 2 * adapters.shape.head
+
+
+def test_what_breaks_first_is_said(math_7b: Planner) -> None:
+    """Memory, the engine, the host, prompts or time, by name."""
+    small = replace(H100, memory=24 * GIB)
+    assert math_7b.obstacle(math_7b.plan(Layout(small, 16384), 0.01)).startswith("memory: ")
+    assert "its weights lack 1 GiB on its 1 GPU" in math_7b.obstacle(math_7b.as_configured(H100, 8))
+    away = Layout(replace(H100, host=8 * GIB), 16384, 8, 8, checkpointing=True, offload=True)
+    assert math_7b.obstacle(math_7b.plan(away, 0.4)) == "memory of the host: 14 GiB a rank"
+    assert math_7b.obstacle(math_7b.recommended(H100, 512)).startswith("prompts: 384 of 512 ranks have none")
+    assert math_7b.obstacle(math_7b.recommended(H100, 64)).startswith("rollouts: ")
+
+
+def test_a_step_has_the_flops_of_its_products(math_7b: Planner) -> None:
+    """6 a weight and token, 6 a weight of the head and response, and for causal attention 6 S^2 a column and layer."""
+    shape = math_7b.shape
+    flops = training_flops(shape, tokens=1000, responses=500, squares=1000 * 100)
+    assert flops == 6 * shape.products * 1000 + 6 * shape.head * 500 + 6 * 28 * 28 * 128 * 100_000
+
+
+def test_seconds_follow_work_and_network(math_7b: Planner) -> None:
+    """Twice the rates halve the computing; a slow network is what a step waits for."""
+    layout, lengths = Layout(H100, 16384, 64, 64, checkpointing=True), Tokens(512, 4096)
+    passes, config = math_7b._passes(16384, True), math_7b.config
+
+    def pace(device):
+        return plan_pace(math_7b.shape, passes, config, replace(layout, device=device), lengths, 20 * GIB)
+
+    usual = pace(H100)
+    fast = pace(replace(H100, flops=2 * H100.flops, traffic=2 * H100.traffic))
+    assert fast.computing == pytest.approx(usual.computing / 2) and fast.gathering == usual.gathering
+    slow = pace(replace(H100, network=H100.network / 100))
+    assert slow.gathering == pytest.approx(100 * usual.gathering) and slow.train > slow.gathering > usual.train
+
+
+def test_the_command_prints_parts_seconds_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """For every number of devices a column, an answer whether it fits, and the options that make it."""
+    plan.main([RECIPE, "--gpus", "8,64", "--gpu-memory", "80", "--response-tokens", "2048"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "7.62B parameters; 28 blocks of 233.1M, a head of 152,064 x 3,584" in text
+    assert "8 sequences of at most 9,216 tokens, 73,728 in all. Counted with 512 + 2,048 each" in text
+    for part in ("weights, fp32", "AdamW's moments", "gathered: two blocks", "activations", "rollout", "sync", "80.0"):
+        assert part in text, part
+    assert "8 x H100: fits. train.tokens_per_microbatch=16384 model.gradient_checkpointing=true" in text
+    assert "64 x H100: fits." in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "H300"], "--gpu must be one of B200, "),
+        (["--gpus", "8,x"], "--gpus must be numbers divided by commas"),
+        (["--gpu-memory", "0"], "--gpu-memory must be above 0"),
+        (["--response-tokens", "65"], "--response-tokens must be from 1 to the limit of the options, 64"),
+        (["model.name=nowhere/none"], "cannot read the shape of 'nowhere/none'"),
+        (["train.sharks=1"], "unknown option train.sharks"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit status 2, and what was expected."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as left:
+        plan.main(arguments)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and words in error and len(error.splitlines()) == 1
+
+
+def test_a_dry_run_plans_this_machine_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options stand as they are, for as many ranks as they name, and no folder appears."""
+    words = ["--dry-run", "train.ranks=2", f"runs_dir={tmp_path}", "train.device=cpu"]
+    monkeypatch.setattr("sys.argv", ["srft.train", *words])
+    srft.train.main()
+    text = capsys.readouterr().out
+    assert "On this machine, as the options stand" in text and "2 on CPU" in text and "2 x cpu: fits." in text
+    assert not list(tmp_path.iterdir())
