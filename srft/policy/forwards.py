@@ -18,7 +18,7 @@ from srft.batch import Batch, Response
 from srft.config import Config
 from srft.policy.lora import adapted, b_of, merged_parameters, merged_weight
 from srft.policy.model import compute, device_of, own_attention
-from srft.policy.parallel import is_sharded
+from srft.policy.parallel import is_sharded, let_go
 from srft.policy.weights import own_part
 from srft_kernels import linear_logprobs
 
@@ -127,6 +127,7 @@ def own_logprobs(
     """
     with torch.no_grad(), own_attention(model), Rounding(model, round_again):
         every = [torch.stack(own_forward(model, s, dtype)).cpu() for s in sorted(sequences, key=len)]
+    let_go(model)
     return torch.cat(every, dim=1)
 
 
@@ -158,6 +159,7 @@ def sampler_logprobs(model: PreTrainedModel, sequences: list[Response], dtype: t
         if is_sharded(model):
             with _rounded_in_place(model, dtype):
                 every = [own_forward(model, s, dtype)[0].cpu() for s in sequences]
+            let_go(model)
             return torch.cat(every)
         rounded = {name: p.to(dtype) for name, p in merged_parameters(model).items()}
         for path, module in model.named_modules():

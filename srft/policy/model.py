@@ -29,7 +29,7 @@ from srft.config import ModelConfig
 from srft.policy.attention import register_packed_attention
 from srft.policy.attention_choice import PackedAttention, caps_scores, choose_attention
 from srft.policy.head import PolicyHead, make_head
-from srft.policy.parallel import World, open_to, shard
+from srft.policy.parallel import World, let_go, open_to, shard
 
 _T = TypeVar("_T")
 
@@ -245,7 +245,10 @@ def compute(
     Returns:
         What ``op`` returns, and one [T, experts] tensor a routed layer where they are asked for.
     """
-    return model.srft_compute(batch, compute_dtype, op, router_logits)
+    result = model.srft_compute(batch, compute_dtype, op, router_logits)
+    if not torch.is_grad_enabled():
+        let_go(model)
+    return result
 
 
 def _compute(

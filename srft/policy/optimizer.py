@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from srft.config import Config
+from srft.policy.parallel import let_go
 
 
 def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.AdamW:
@@ -16,10 +16,7 @@ def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.AdamW:
         model: The policy, fp32, sharded or not.
         config: The whole configuration.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # after a forward without a backward the root still has its gathered parameters, which are thrown away
-            module.reshard()
+    let_go(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.train.weight_decay},

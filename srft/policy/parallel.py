@@ -240,6 +240,16 @@ def open_to(model: nn.Module, method: str) -> None:
     register_fsdp_forward_method(model, method)
 
 
+def let_go(model: nn.Module) -> None:
+    """Free what a forward pass without a backward has left gathered, so that ``parameters()`` are the rank's own again.
+
+    Args:
+        model: Sharded or not.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Say whether a policy is sharded.
 

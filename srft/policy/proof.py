@@ -25,7 +25,7 @@ from srft.config import Config
 from srft.policy.attention import UnsupportedAttention
 from srft.policy.forwards import Rounding, own_forward, own_logprobs, packed_forward, packed_logprobs, probe_sequences
 from srft.policy.model import device_of, in_short, own_attention
-from srft.policy.parallel import whole
+from srft.policy.parallel import let_go, whole
 from srft.policy.router import router_logits, router_of
 from srft.policy.spread import Spread
 from srft.policy.suspects import find_cause, limits_passed
@@ -207,6 +207,7 @@ def _compare_router(model: PreTrainedModel, config: Config, sequence: Response) 
         actual = float(router.loss(gates, router.load(gates))) if gates else math.nan
         with own_attention(model):
             output = model(input_ids=ids, use_cache=False, output_router_logits=True)
+    let_go(model)
     expected = router.coef * float(output.aux_loss) if isinstance(output.aux_loss, Tensor) else math.nan
     if not abs(actual - expected) <= 1e-4 * expected:
         raise Refusal(
