@@ -70,8 +70,6 @@ class _Rank:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if number else None,
             stderr=subprocess.PIPE,
-            # its own group: Ctrl-C reaches the launcher alone, which passes it on once
-            process_group=0,
         )
         self.said: deque[str] = deque(maxlen=_LINES_KEPT)
         """Its last lines on stdout, which nobody sees unless it fails."""

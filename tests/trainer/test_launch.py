@@ -196,8 +196,10 @@ with StopSignals() as stop:
 def test_signal_stops_all_ranks_once(number: int, whom: str, tmp_path: Path) -> None:
     """All save; also where a scheduler signals every process, and the launcher passes on what they had already."""
     with waiting(tmp_path, STOPPING) as (launcher, family):
-        for pid in family if whom == "all" else ():
-            os.kill(pid, number)
+        if whom == "all":
+            for pid in family:
+                os.kill(pid, number)
+            time.sleep(0.15)
         launcher.send_signal(number)
         assert launcher.wait(timeout=20) == 128 + number
         assert launcher.stderr is not None
