@@ -152,9 +152,9 @@ class Live(NamedTuple):
         return scores[: len(self.positions)]
 
 
-# Rows that one product adds to the weight gradient on CPU. The library sums a block of at most 192 fp32 rows
-# one by one, so that rows of zeros can be left out without a change of any bit; measured, it costs no time. Logits
-# in 16 bits and LoRA have other products, where the last bits may change.
+# Rows that one product adds to the weight gradient on CPU. The library sums a block of 2 to 192 fp32 rows one by one,
+# so that rows of zeros can be left out without a change of any bit; measured, it costs no time. A row alone has other
+# bits on an Intel CPU. Logits in 16 bits and LoRA have other products, where the last bits may change.
 _BLOCK_ROWS = 128
 # A CPU's product of a multiple of 16 rows gives each row the same bits, whatever the number of rows: found so for
 # fp32, fp64 and bf16 and one or several threads. For some D that are no multiple of 4 the place of a row counts too.
@@ -180,6 +180,9 @@ def live_rows(count: int, coefficients: Coefficients | None, drop: bool) -> Live
     live = dlogp != 0
     if dentropy is not None:
         live |= dentropy != 0
+    for block in live.split(_BLOCK_ROWS):
+        if int(block.sum()) == 1:
+            block[(~block).nonzero()[:1, 0]] = True
     number = int(live.sum())
     padded = min(count, _padded(number))
     if padded == count:

@@ -10,6 +10,7 @@ import srft_kernels
 from srft_kernels.head import chunks as chunked_head
 from srft_kernels.head import loss as known_loss
 from srft_kernels.head import sweep
+from srft_kernels.rows.types import Coefficients
 from tests.kernels.cases import LOSSES, grpo, logprobs, make_case, run, srft, token_loss
 
 N, V, D = SHAPE = (320, 257, 64)
@@ -137,3 +138,12 @@ def test_gradients_are_bitwise_those_with_dead_rows(op, dtype, live, monkeypatch
             assert torch.equal(without[name], whole[name]), name
         assert not without["dhidden"][~keep].any()
 
+
+
+def test_no_block_has_one_live_row_alone():
+    """A library may compute a product of one row otherwise: another row of its block stays, and no more than that."""
+    dlogp = torch.zeros(320)
+    dlogp[[3, 200, 201, 319]] = 1.0
+    live = chunked_head.live_rows(320, Coefficients(dlogp), True)
+    assert live.positions is not None and {3, 200, 201, 319} <= set(live.positions.tolist())
+    assert len(live.positions) == 16 and [block.stop - block.start for block in live.blocks] == [12, 2, 2]
