@@ -217,6 +217,8 @@ class TrainConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(2, gt=0)
     """Newest checkpoints kept."""
+    async_checkpoints: bool | None = None
+    """Go on training while a checkpoint is written, from a copy in the CPU's memory; unset: with several ranks."""
     canary_tolerance: float | None = Field(None, gt=0)
     """Largest |log p| difference between trainer and engine on the probe; unset: 1e-4 in fp32; where either computes
     in bf16 the distribution of the differences is judged against the model's own rounding, measured at the start."""

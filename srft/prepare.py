@@ -241,7 +241,7 @@ def load_prepared(
         )
     prepare_policy(model, config.model, config.microbatch_tokens, world)
     if source is not None and world.mesh is not None:
-        fill(model, source, world, cpu_offload=world.cpu_offload)
+        fill(model, source, world)
     return model
 
 
