@@ -1,4 +1,4 @@
-"""Adapters of a policy that is sharded over two ranks: gradients, steps, engines and folders are those of one process."""
+"""Adapters of a policy sharded over two ranks: gradients, steps, engines and folders are those of one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from srft.policy.learner import Learner
 from srft.policy.model import byte_tokenizer
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import ALONE, World, whole
-from srft.policy.weights import own_part, whole_tensors
+from srft.policy.weights import named_weights, own_part, whole_tensors
 from srft.prepare import load_prepared
 from tests.ranks import results_of_two_ranks
 from tests.trainer.tiny import plain_model, random_groups, relative_error, sequence, tiny_config
@@ -57,11 +57,12 @@ def trained(folder: Path, world: World) -> tuple[Learner, dict[str, torch.Tensor
 
 def report(learner: Learner, folder: Path) -> dict[str, Any]:
     model, world = learner.model, learner.world
+    sampler = sampler_logprobs(model, PROBE, torch.bfloat16)
+    names = [name for name, _ in named_weights(model)]
     tensors = tensors_of(model)
     if world.is_first:
         write_adapter(folder / f"saved-{world.size}", model, tensors)
     world.barrier()
-    sampler = sampler_logprobs(model, PROBE, torch.bfloat16)
     again = load_prepared(learner.config, learner.tokenizer, folder / f"saved-{world.size}", world)
     own = dict(again.named_parameters())
     return {
@@ -70,6 +71,7 @@ def report(learner: Learner, folder: Path) -> dict[str, Any]:
         "merged": {name: x.clone() for name, x in whole_tensors(model)},
         "rounded": {name: x.clone() for name, x in whole_tensors(model, torch.bfloat16)},
         "sampler": sampler,
+        "names": names,
         "base": {name: whole(p.detach()).clone() for name, p in lora.of_base(model.named_parameters())},
         "moments": sum(len(state) > 0 for state in learner.optimizer.state.values()),
     }
@@ -119,6 +121,8 @@ def test_engines_get_whole_merged_weights(both: tuple[dict[str, Any], list[dict[
             assert relative_error(found["merged"][name], expected) <= 1e-4, name
             assert torch.equal(found["rounded"][name], found["merged"][name].bfloat16()), name
         assert all(torch.equal(found["base"][name], base[name]) for name in found["base"])
+        # once each, also after a forward pass that FSDP2 leaves the root's gathered parameters of
+        assert found["names"] == alone["names"]
         # what the canary measures noise by
         assert (found["sampler"] - alone["sampler"]).abs().max() < 0.2
 
