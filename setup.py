@@ -40,6 +40,8 @@ setup(
         "flash4": ["flash-attn-4>=4.0.0b36"],
         "vllm": ["vllm>=0.32,<0.34"],
         "lora": ["peft>=0.19"],
+        "tensorboard": ["tensorboard>=2.19"],
+        "wandb": ["wandb>=0.19"],
         "gym": ["reasoning-gym>=0.1.25"],
         "dev": [
             "hypothesis",

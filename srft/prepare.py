@@ -19,11 +19,10 @@ from srft.dataset import Prompts, make_prompts, read_problems, warm_starts
 from srft.engine.sampling import describe_ends, make_sampling
 from srft.engine.start import engine_bytes, start_engine
 from srft.options import to_toml
-from srft.policy.adapter import base_of, first_adapters, is_adapter, put_adapters
+from srft.planning.speed import Speed
 from srft.policy.budget import choose_tokens_per_microbatch
 from srft.policy.learner import Learner
 from srft.policy.loading import fill, skeleton
-from srft.policy.lora import adapters, fill_adapters, without_adapters
 from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import World, joined
@@ -32,12 +31,14 @@ from srft.record.files import write_atomically
 from srft.record.folder import METHOD_FILE, refuse_other_data, run_folder
 from srft.record.log import NoLog, RunLog
 from srft.record.progress import Progress
+from srft.record.trackers import open_trackers, refuse_absent
 from srft.report.build import build_report
 from srft.rewards.pool import RewardPool
 from srft.rollout import Actor
 from srft.stop import StopSignals
 from srft.sync import WeightSync
 from srft.warm_start import cached_start, keep_start, warm_start
+from srft.worst_case import worst_case
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Run:
         stop: Signals wait from the first moved weight of a step until ``release``.
         progress: The last whole step, and its checkpoint.
         log: The record.
+        speed: Measures each step beside what its devices allow.
     """
 
     world: World
@@ -65,6 +67,7 @@ class Run:
     stop: StopSignals
     progress: Progress
     log: RunLog | NoLog
+    speed: Speed
 
 
 @contextmanager
@@ -80,6 +83,7 @@ def prepared(config: Config) -> Iterator[Run]:
         ValueError: For anything wrong with the options or the data, before a model is loaded.
         WriteError: When the disk refuses.
     """
+    refuse_absent(config)
     tokenizer, problems = load_tokenizer(config.model), read_problems(config)
     with (
         joined(config, choose_device(config)) as world,
@@ -92,6 +96,7 @@ def prepared(config: Config) -> Iterator[Run]:
         refuse_other_data(config, data, checkpoint)
         prompts = make_prompts(config, problems, tokenizer, pool, world)
         learner, proof = load_policy(config, tokenizer, prompts, pool, checkpoint, world)
+        speed = Speed(learner)
         sampling = make_sampling(config, tokenizer, learner.model)
         # a step is abandoned without a trace until its first update moves the weights, and finished from then on
         learner.optimizer.register_step_pre_hook(lambda *_: stop.hold())
@@ -109,7 +114,8 @@ def prepared(config: Config) -> Iterator[Run]:
             log.say(proof.sentence())
             sync = WeightSync(learner.model, engine, _probe(prompts.train, config), config, world)
             actor = Actor(engine, sampling, tokenizer, pool, world)
-            yield Run(world, prompts, sampler, actor, learner, sync, stop, progress, log)
+            log.say(worst_case(learner))
+            yield Run(world, prompts, sampler, actor, learner, sync, stop, progress, log, speed)
 
 
 def _refuse_differences(config: Config, data: dict[str, Any], world: World) -> None:
@@ -128,10 +134,12 @@ def _record(
     """The record of the run, which the first rank keeps."""
     if not world.is_first:
         return nullcontext(NoLog(run_dir))
+    resume_step = progress.step if config.train.resume else None
     return RunLog(
         run_dir, total_steps=config.train.steps, config_text=to_toml(config.without_resume()),
         title=f"{config.method.label} · {config.data.train}",
-        resume_step=progress.step if config.train.resume else None, report=build_report, curves=config.method.curves,
+        resume_step=resume_step, report=build_report, curves=config.method.curves,
+        trackers=open_trackers(config, run_dir, resume_step),
     )  # fmt: skip
 
 
@@ -184,8 +192,7 @@ def load_policy(
         ValueError: When it cannot be read, fails that proof, or leaves no room for a sequence.
     """
     folder = checkpoint
-    # adapters are of a model in a folder, which they name
-    if checkpoint is None and config.model.name == "tiny" and (warm_starts(config) or config.model.lora.rank):
+    if warm_starts(config) and checkpoint is None:
         folder = world.on_first(lambda: _started(config, tokenizer, prompts, pool, world.device))
     model = load_prepared(config, tokenizer, folder, world)
     proof = prove(model, config)
@@ -203,14 +210,13 @@ def _started(
     pool: RewardPool,
     device: torch.device,
 ) -> Path:
-    """The folder of a model built from scratch, after its supervised start, made where there is none yet."""
+    """The folder of a model after its supervised start, made where there is none yet."""
     folder = cached_start(config, prompts, pool.kind)
     if not (folder / "config.json").exists():
-        config, alone = without_adapters(config), World(device=device)
+        alone = World(device=device)
         model = load_prepared(config, tokenizer, None, alone)
         learner = Learner(config, model, tokenizer, make_optimizer(model, config), alone)
-        if warm_starts(config):
-            warm_start(learner, prompts, pool)
+        warm_start(learner, prompts, pool)
         keep_start(folder, learner)
     return folder
 
@@ -218,12 +224,12 @@ def _started(
 def load_prepared(
     config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path | None, world: World
 ) -> PreTrainedModel:
-    """Load or build the policy with its adapters, as training needs it; of a sharded one a rank reads its part.
+    """Load or build the policy, and put it into the state that training needs; of a sharded one a rank reads its part.
 
     Args:
         config: The whole configuration.
         tokenizer: The policy's.
-        folder: Of a model, or of adapters; None takes what the options say.
+        folder: Of a model; None takes what the options say.
         world: The ranks.
 
     Raises:
@@ -231,24 +237,21 @@ def load_prepared(
     """
     remote, name = config.model.trust_remote_code, config.model.name
     source = name if folder is None and name != "tiny" else folder
-    base = base_of(source) if source is not None and is_adapter(source) else source
-    if base is None:
+    if source is None:
         model = build_tiny(config.model, tokenizer, config.longest_sequence, config.train.seed)
     elif world.mesh is None:
-        model = load_model(base, trust_remote_code=remote)
+        model = load_model(source, trust_remote_code=remote)
     else:
-        model = skeleton(base, trust_remote_code=remote)
+        model = skeleton(source, trust_remote_code=remote)
     rows = model.get_input_embeddings().num_embeddings
     if folder is None and len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {name} embeddings for {rows}; "
             "set model.tokenizer to the model's own"
         )
-    put_adapters(model, source or name, config)
     prepare_policy(model, config.model, config.microbatch_tokens, world)
-    if base is not None and world.mesh is not None:
-        fill(model, base, world)
-        fill_adapters(model, first_adapters(model, source or name, config))
+    if source is not None and world.mesh is not None:
+        fill(model, source, world, cpu_offload=world.cpu_offload)
     return model
 
 
@@ -267,14 +270,11 @@ def describe_step(learner: Learner, data_note: str) -> str:
         )
     if config.method.needs_demos:
         parts.append(f"{train.demos_per_prompt} demonstration{'s' if train.demos_per_prompt > 1 else ''}")
-    size = f"{sum(p.numel() for p in learner.model.parameters()) / 1e6:.1f}M-parameter policy"
-    if config.model.lora.rank:
-        own = sum(p.numel() for _, p in adapters(learner.model)) / 1e6
-        size = f"{size}, of which {own:.3g}M in adapters are trained,"
+    size = sum(p.numel() for p in learner.model.parameters()) / 1e6
     updates = f"{train.updates_per_step} update{'s' if train.updates_per_step > 1 else ''}"
     return (
         f"Each of {train.steps} steps: {train.prompts_per_step} prompts x ({' + '.join(parts)}) -> {updates} of a "
-        f"{size} by {config.method.label}, "
+        f"{size:.1f}M-parameter policy by {config.method.label}, "
         f"at most {config.microbatch_tokens} tokens per forward pass; "
         f"{data_note}."
     )

@@ -26,7 +26,7 @@ from srft.learning import learn
 from srft.methods import place_in_method
 from srft.options import exit_on_help, load_config
 from srft.plan import dry_run
-from srft.policy.export import export_model
+from srft.policy.checkpoint import export_model
 from srft.policy.lost import LostRank
 from srft.policy.parallel import Elsewhere
 from srft.prepare import Run, prepared
@@ -76,13 +76,13 @@ def fit(config: Config) -> None:
                 with clock("eval"):
                     row |= evaluate(run.actor, run.prompts.held_out)
                 run.stop.hold()
-            run.log.metrics(row | clock.seconds())
+            run.log.metrics(run.speed.with_figures(row | clock.seconds()))
             run.progress.reached(step, unlogged=None)
             if step % train.save_every == 0 or is_last:
                 run.progress.save()
             run.stop.release()
         model = run.log.run_dir / "model"
-        export_model(model, run.learner.model, run.learner.tokenizer, run.world)
+        export_model(model, run.learner.model, run.learner.tokenizer)
         run.log.finish({"model": str(model)})
 
 

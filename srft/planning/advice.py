@@ -131,14 +131,15 @@ class Planner:
         if not memory.trains:
             return f"memory of the host: {memory.host / gib:.0f} GiB a rank"
         if memory.engine_cache <= 0:
-            return f"engine: its weights lack {-memory.engine_cache / gib:.0f} GiB on its {_gpus(plan.layout)}"
+            short = -memory.engine_cache / gib
+            return f"engine: with its weights {short:.0f} GiB too large for what is left of {_gpus(plan.layout)}"
         prompts = self.config.train.prompts_per_step
         if ranks > prompts:
             return f"prompts: {ranks - prompts} of {ranks} ranks have none of train.prompts_per_step={prompts}"
         if pace.rollout > pace.train:
             return f"rollouts: {pace.rollout / pace.step:.0%} of the step"
         if pace.gathering > pace.computing:
-            return f"network: {pace.gathering:.0f} s of gathering hide {pace.computing:.0f} s of computing"
+            return f"transfers: {pace.gathering:.0f} s to gather and reduce hide {pace.computing:.0f} s of computing"
         if pace.idle > 0.3:
             return f"micro-batches: filled to {1 - pace.idle:.0%}"
         return f"computing: {pace.computing / pace.step:.0%} of the step"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -15,6 +16,7 @@ TRAFFIC_SHARE = 0.88
 # Bytes a second between a GPU and its host, by PCIe 4 or 5.
 HOST_LINK = 25e9
 GPUS_A_NODE = 8
+_MEASURED_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,13 @@ def this_device(device: torch.device) -> Device:
     return replace(found, memory=properties.total_memory)
 
 
-def this_cpu() -> Device:
-    """Return this machine's CPU: the memory that is free now, and the rate of its fp32 products."""
-    rate = product_rate(torch.device("cpu"), torch.float32)
+def this_cpu(rate: float | None = None) -> Device:
+    """Return this machine's CPU, with the memory that is free now.
+
+    Args:
+        rate: Of its products, FLOP/s; None measures those in fp32.
+    """
+    rate = rate or product_rate(torch.device("cpu"), torch.float32)
     # cores read about 10 GB/s each
     traffic = 10e9 * torch.get_num_threads()
     return Device("cpu", free_memory(), rate, traffic, 5e9, 1e9, is_gpu=False)
@@ -141,19 +147,23 @@ def free_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
-    """Measure the rate of square products, FLOP/s.
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the rate of square products, FLOP/s, once in a process for each number of threads.
 
     Args:
         device: Where.
         dtype: Of both factors.
-        seconds: How long at least, once it is warm.
     """
-    size = 1024
+    return _product_rate(device, dtype, torch.get_num_threads())
+
+
+@lru_cache
+def _product_rate(device: torch.device, dtype: torch.dtype, _threads: int) -> float:
+    size = 512
     x = torch.ones(size, size, dtype=dtype, device=device)
     x @ x
     start, count = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < seconds:
+    while (spent := time.perf_counter() - start) < _MEASURED_S:
         x @ x
         count += 1
     return 2 * size**3 * count / spent

@@ -85,7 +85,13 @@ def _head_flops(shape: ModelShape) -> int:
 
 
 def plan_pace(
-    shape: ModelShape, passes: BodyPasses, config: Config, layout: Layout, lengths: Tokens, cache: int
+    shape: ModelShape,
+    passes: BodyPasses,
+    config: Config,
+    layout: Layout,
+    lengths: Tokens,
+    cache: int,
+    sequences: float | None = None,
 ) -> Pace:
     """Estimate the seconds of a step.
 
@@ -96,9 +102,10 @@ def plan_pace(
         layout: How the run lies on its devices.
         lengths: Expected, not the longest.
         cache: Bytes for the engine's keys and values.
+        sequences: Of a step; None takes those of the options.
     """
     train, device, micro_batch = config.train, layout.device, layout.tokens
-    sequences = train.prompts_per_step * sequences_a_prompt(config)
+    sequences = train.prompts_per_step * sequences_a_prompt(config) if sequences is None else sequences
     updates = train.updates_per_step
     own = sequences * lengths.sequence / updates / layout.ranks
     count = max(1, math.ceil(own / micro_batch))

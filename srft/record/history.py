@@ -208,12 +208,25 @@ def _places(
         places.append(("run time", format_seconds(elapsed[-1] if elapsed else total)))
         if shares:
             places.append(("time split", shares))
+    if sentence := _speed(rows):
+        places.append(("training speed", sentence))
     places += [(str(label), str(value)) for label, value in about.get("summary", {}).items()]
     places.append(("page", str(run_dir / "report.html")))
     if rows:
         places.append(("plots", str(run_dir / "plots")))
     places.append(("metrics", str(run_dir / "metrics.jsonl")))
     return places
+
+
+def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return how fast training was in the middle of its steps, beside its plan; empty where nobody knows."""
+    known = [row for row in rows if row.get("speed/mfu") is not None]
+    if not known:
+        return ""
+    shares = [row["speed/mfu"] for row in known]
+    sentence = f"{np.median(shares):.1%} of the peak of the devices' products"
+    times = [row["time/train"] / row["speed/planned_s"] for row in known if row.get("speed/planned_s")]
+    return sentence + (f"; {np.median(times):.1f} times as long as planned" if times else "")
 
 
 def _warnings(rows: Sequence[Mapping[str, Any]], broken: int) -> list[str]:

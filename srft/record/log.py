@@ -31,6 +31,7 @@ from srft.record.files import (
 )
 from srft.record.history import RunRecord
 from srft.record.screen import Screen
+from srft.record.trackers import Tracker
 
 
 class NoLog:
@@ -87,6 +88,7 @@ class RunLog:
         report: Draws the plots and the page of a folder, and returns what it read there; called by ``finish``.
         curves: Figures of the run's method; kept in ``run.json``, so that the page needs no code of the method.
         quiet: Show nothing; the files are written all the same.
+        trackers: Get every row, too.
 
     Raises:
         ValueError: When the folder holds a run already and ``resume_step`` is None, or a count is negative.
@@ -103,6 +105,7 @@ class RunLog:
         report: Callable[[Path], RunRecord],
         curves: Sequence[Curves] = (),
         quiet: bool = False,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         if total_steps < 0:
             raise ValueError(f"total_steps must be >= 0, got {total_steps}")
@@ -115,6 +118,7 @@ class RunLog:
         self._resume_step = resume_step
         self._report = report
         self._curves = curves
+        self._trackers = trackers
         self._screen = Screen(total_steps, quiet=quiet)
         self._last_step = -1
         self._nonfinite: set[str] = set()
@@ -140,6 +144,8 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._screen.stop()
+        for tracker in self._trackers:
+            tracker.close()
         for file in (self._metrics_file, self._samples_file):
             # what ended the run tells more than that the disk refuses here too
             with suppress(WriteError) if error is not None else nullcontext(), writing(Path(file.name)), file:
@@ -190,6 +196,8 @@ class RunLog:
         row: dict[str, Any] = {key: strict(value) for key, value in values.items()}
         row.setdefault("time/elapsed", round(time.monotonic() - self._start, 3))
         write_json_line(self._metrics_file, row)
+        for tracker in self._trackers:
+            tracker.write(row)
         self._last_step = int(step)
         fresh = {key for key, value in row.items() if value is None} - self._nonfinite
         if fresh:

@@ -17,7 +17,7 @@ from srft_kernels import PolicyLoss
 
 # what stands before the slash, or alone, in names of a row that are no method's
 _EVERY_RUNS = ("step", "lr", "grad_norm", "canary", "eval", "groups", "length", "mismatch", "reward", "time", "tokens",
-                "updates")
+                "updates", "speed")
 
 
 class Clock:
@@ -135,6 +135,9 @@ def group_metrics(groups: list[Group], world: World = ALONE) -> dict[str, float]
     metrics["reward/timeouts"] = sum(s.status == "timeout" for s in everything)
     metrics["reward/errors"] = sum(s.status in ("error", "bad_gold") for s in everything)
     metrics["tokens/step"] = sum(s.tokens for s in everything)
+    metrics["tokens/counted"] = sum(s.response_tokens for s in everything)
+    # what attention grows with
+    metrics["tokens/squared"] = sum(s.tokens**2 for s in everything)
     return metrics
 
 

@@ -28,6 +28,16 @@ _MAX_SECONDS_BETWEEN_LINES = 60.0
 _STEPS_FOR_ETA = 20
 
 
+def _beside_plan(row: Mapping[str, Any]) -> str:
+    """Say how long training took beside what the plan allows for it, and what share of the device's peak that is."""
+    parts = []
+    if row.get("speed/mfu") is not None:
+        parts.append(f"{row['speed/mfu']:.0%} of peak")
+    if row.get("speed/planned_s") is not None:
+        parts.append(f"train {format_seconds(row['time/train'])}, planned {format_seconds(row['speed/planned_s'])}")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
 class Screen:
     """The terminal side of a run log.
 
@@ -148,7 +158,7 @@ class Screen:
             facts.append("entropy " + ", ".join(entropies))
         rate = tokens_per_second(row)
         if rate is not None:
-            facts.append(f"{format_count(rate)} tok/s")
+            facts.append(f"{format_count(rate)} tok/s{_beside_plan(row)}")
         return facts
 
     def _remember_eval(self, row: Mapping[str, Any]) -> None:

@@ -97,7 +97,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def comparable_rows(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics of a run without what a clock said."""
     rows = read_lines(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "speed/"))} for row in rows]
 
 
 def weights(run_dir: Path) -> bytes:

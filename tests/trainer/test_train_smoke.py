@@ -18,7 +18,10 @@ METHODS = {
     "grpo": {"method__name": "grpo"},
     "sft": {"method__name": "sft"},
 }
-ALWAYS = {"step", "loss/total", "grad_norm", "lr", "canary/max_abs_diff", "reward/timeouts", "reward/errors"}
+ALWAYS = {
+    "step", "loss/total", "grad_norm", "lr", "canary/max_abs_diff", "reward/timeouts", "reward/errors",
+    "speed/tokens_per_s", "speed/mfu", "speed/planned_s",
+}  # fmt: skip
 TIMES = {f"time/{part}" for part in ("rollout", "reward", "train", "sync", "eval", "step")}
 EVAL = {"eval/accuracy", "eval/ci_low", "eval/ci_high"}
 OF_ROLLOUTS = {
