@@ -17,6 +17,10 @@ def _one_or_more(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _separated(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
+
+
 def _method(value: object) -> object:
     """The options of a method, checked by its own class."""
     if not isinstance(value, Mapping):
@@ -98,8 +102,8 @@ class LoraConfig(Section):
     """Rank of every adapter; 0 trains the whole policy. A policy with adapters wants about ten times its train.lr."""
     alpha: float | None = Field(None, gt=0)
     """What an adapter adds is scaled by alpha / rank; unset: twice the rank."""
-    targets: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_more)] = []
-    """Linear layers of the blocks that get one, by the ends of their names, such as q_proj; empty: all."""
+    targets: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_separated)] = []
+    """Linear layers of the blocks that get one, by the ends of their names, such as q_proj,v_proj; unset: all."""
     head: bool = False
     """The head gets one, too; not where it is tied to the embedding."""
     merge: bool = False
@@ -217,6 +221,8 @@ class TrainConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(2, gt=0)
     """Newest checkpoints kept."""
+    async_checkpoints: bool | None = None
+    """Go on training while a checkpoint is written, from a copy in the CPU's memory; unset: with several ranks."""
     canary_tolerance: float | None = Field(None, gt=0)
     """Largest |log p| difference between trainer and engine on the probe; unset: 1e-4 in fp32; where either computes
     in bf16 the distribution of the differences is judged against the model's own rounding, measured at the start."""

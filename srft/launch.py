@@ -106,6 +106,10 @@ class _Rank:
         """Write a line of this rank to the terminal."""
         _write(f"[rank {self.number}] {line}" if self.number else line)
 
+    def says(self, other: _Rank) -> bool:
+        """Whether it says all that another does."""
+        return "\n".join(self.last_words).startswith("\n".join(other.last_words))
+
     def end(self) -> str:
         """How it ended."""
         code = self.process.returncode
@@ -222,7 +226,7 @@ class _Job:
         """Say what went wrong, and return the status to leave with."""
         first, *others = self._ranks
         for rank in others:
-            if rank.last_words != first.last_words:
+            if not first.says(rank):
                 for line in rank.last_words:
                     rank.show(line)
         if self._failed is None:
@@ -230,8 +234,7 @@ class _Job:
         failed, code = self._failed, self._failed.process.returncode
         if code == 2 and not failed.last_words:  # a rank that leaves the reason to another
             failed = next((rank for rank in self._ranks if rank.last_words), failed)
-        said_by_first = bool(first.last_words) and all(rank.last_words in ([], first.last_words) for rank in others)
-        if code != 2 or not said_by_first:
+        if code != 2 or not first.last_words or not all(map(first.says, others)):
             for line in failed.said:
                 failed.show(line)
             _write(

@@ -20,9 +20,11 @@ from srft.engine.sampling import describe_ends, make_sampling
 from srft.engine.start import engine_bytes, start_engine
 from srft.options import to_toml
 from srft.planning.speed import Speed
+from srft.policy.adapter import base_of, first_adapters, is_adapter, put_adapters
 from srft.policy.budget import choose_tokens_per_microbatch
 from srft.policy.learner import Learner
 from srft.policy.loading import fill, skeleton
+from srft.policy.lora import adapters, fill_adapters, without_adapters
 from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import World, joined
@@ -192,7 +194,8 @@ def load_policy(
         ValueError: When it cannot be read, fails that proof, or leaves no room for a sequence.
     """
     folder = checkpoint
-    if warm_starts(config) and checkpoint is None:
+    # adapters are of a model in a folder, which they name
+    if checkpoint is None and config.model.name == "tiny" and (warm_starts(config) or config.model.lora.rank):
         folder = world.on_first(lambda: _started(config, tokenizer, prompts, pool, world.device))
     model = load_prepared(config, tokenizer, folder, world)
     proof = prove(model, config)
@@ -210,13 +213,14 @@ def _started(
     pool: RewardPool,
     device: torch.device,
 ) -> Path:
-    """The folder of a model after its supervised start, made where there is none yet."""
+    """The folder of a model built from scratch, after its supervised start, made where there is none yet."""
     folder = cached_start(config, prompts, pool.kind)
     if not (folder / "config.json").exists():
-        alone = World(device=device)
+        config, alone = without_adapters(config), World(device=device)
         model = load_prepared(config, tokenizer, None, alone)
         learner = Learner(config, model, tokenizer, make_optimizer(model, config), alone)
-        warm_start(learner, prompts, pool)
+        if warm_starts(config):
+            warm_start(learner, prompts, pool)
         keep_start(folder, learner)
     return folder
 
@@ -224,12 +228,12 @@ def _started(
 def load_prepared(
     config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path | None, world: World
 ) -> PreTrainedModel:
-    """Load or build the policy, and put it into the state that training needs; of a sharded one a rank reads its part.
+    """Load or build the policy with its adapters, as training needs it; of a sharded one a rank reads its part.
 
     Args:
         config: The whole configuration.
         tokenizer: The policy's.
-        folder: Of a model; None takes what the options say.
+        folder: Of a model, or of adapters; None takes what the options say.
         world: The ranks.
 
     Raises:
@@ -237,21 +241,24 @@ def load_prepared(
     """
     remote, name = config.model.trust_remote_code, config.model.name
     source = name if folder is None and name != "tiny" else folder
-    if source is None:
+    base = base_of(source) if source is not None and is_adapter(source) else source
+    if base is None:
         model = build_tiny(config.model, tokenizer, config.longest_sequence, config.train.seed)
     elif world.mesh is None:
-        model = load_model(source, trust_remote_code=remote)
+        model = load_model(base, trust_remote_code=remote)
     else:
-        model = skeleton(source, trust_remote_code=remote)
+        model = skeleton(base, trust_remote_code=remote)
     rows = model.get_input_embeddings().num_embeddings
     if folder is None and len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {name} embeddings for {rows}; "
             "set model.tokenizer to the model's own"
         )
+    put_adapters(model, source or name, config)
     prepare_policy(model, config.model, config.microbatch_tokens, world)
-    if source is not None and world.mesh is not None:
-        fill(model, source, world, cpu_offload=world.cpu_offload)
+    if base is not None and world.mesh is not None:
+        fill(model, base, world)
+        fill_adapters(model, first_adapters(model, source or name, config))
     return model
 
 
@@ -270,11 +277,14 @@ def describe_step(learner: Learner, data_note: str) -> str:
         )
     if config.method.needs_demos:
         parts.append(f"{train.demos_per_prompt} demonstration{'s' if train.demos_per_prompt > 1 else ''}")
-    size = sum(p.numel() for p in learner.model.parameters()) / 1e6
+    size = f"{sum(p.numel() for p in learner.model.parameters()) / 1e6:.1f}M-parameter policy"
+    if config.model.lora.rank:
+        own = sum(p.numel() for _, p in adapters(learner.model)) / 1e6
+        size = f"{size}, of which {own:.3g}M in adapters are trained,"
     updates = f"{train.updates_per_step} update{'s' if train.updates_per_step > 1 else ''}"
     return (
         f"Each of {train.steps} steps: {train.prompts_per_step} prompts x ({' + '.join(parts)}) -> {updates} of a "
-        f"{size:.1f}M-parameter policy by {config.method.label}, "
+        f"{size} by {config.method.label}, "
         f"at most {config.microbatch_tokens} tokens per forward pass; "
         f"{data_note}."
     )

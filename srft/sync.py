@@ -72,7 +72,7 @@ class WeightSync:
         Raises:
             CanaryError: When the differences are more than that, with what the numbers say about the cause.
         """
-        self._engine.update_weights(whole_tensors(self._model), version)
+        self._engine.update_weights(whole_tensors(self._model, self._engine_dtype), version)
         trainer = self._trainer_logprobs()
         engine = torch.tensor([x for row in self._engine.score(self._probe) for x in row])
         if not self._all_agree(engine, trainer):

@@ -26,7 +26,7 @@ from srft.learning import learn
 from srft.methods import place_in_method
 from srft.options import exit_on_help, load_config
 from srft.plan import dry_run
-from srft.policy.checkpoint import export_model
+from srft.policy.export import export_model
 from srft.policy.lost import LostRank
 from srft.policy.parallel import Elsewhere
 from srft.prepare import Run, prepared
@@ -82,7 +82,7 @@ def fit(config: Config) -> None:
                 run.progress.save()
             run.stop.release()
         model = run.log.run_dir / "model"
-        export_model(model, run.learner.model, run.learner.tokenizer)
+        export_model(model, run.learner.model, run.learner.tokenizer, run.world)
         run.log.finish({"model": str(model)})
 
 

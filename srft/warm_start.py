@@ -20,7 +20,7 @@ from srft.engine.start import start_in_process
 from srft.evaluate import evaluate
 from srft.learning import update
 from srft.methods import find_method
-from srft.policy.checkpoint import export_model
+from srft.policy.export import export_model
 from srft.policy.learner import Learner
 from srft.policy.optimizer import make_optimizer
 from srft.rewards.pool import RewardPool

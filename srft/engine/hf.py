@@ -11,7 +11,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.engine.base import Completion, Sampling
 from srft.engine.stops import StopTexts
-from srft.policy.lora import merge_in
+from srft.policy.loading import allocate, bare_copy
+from srft.policy.weights import whole_tensors
 
 
 class HfEngine:
@@ -114,7 +115,6 @@ class HfEngine:
             )
         ]
 
-    @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy these weights in; nothing is cached between calls.
 
@@ -122,9 +122,7 @@ class HfEngine:
             named_tensors: Named as in the checkpoint.
             version: Carried by every later completion.
         """
-        own = dict(self._model.named_parameters(remove_duplicate=False)) | dict(self._model.named_buffers())
-        for name, tensor in named_tensors:
-            own[name].copy_(tensor)
+        _copy_in(self._model, named_tensors)
         self.version = version
 
     @torch.no_grad()
@@ -147,21 +145,31 @@ class HfEngine:
 
 def _own_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy as transformers loads it in that precision: its own attention, and rotary frequencies left in fp32."""
-    sampler = copy.deepcopy(model)
-    merge_in(sampler)
+    config = copy.deepcopy(model.config)
+    if (traits := getattr(model, "srft_traits", None)) is not None:
+        config._attn_implementation = traits.attention
+    sampler = bare_copy(model, config)
+    buffers = dict(model.named_buffers())
     unsaved = {
-        (module, name): buffer.clone()
-        for module in sampler.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        (module, name): buffers[f"{path}.{name}" if path else name].clone()
+        for path, module in sampler.named_modules()
+        for name, _ in module.named_buffers(recurse=False)
         if name in module._non_persistent_buffers_set
     }
-    sampler.to(dtype).eval().requires_grad_(False)
+    sampler.to(dtype).requires_grad_(False)
     for (module, name), buffer in unsaved.items():
         setattr(module, name, buffer)
-    sampler.gradient_checkpointing_disable()
-    if (traits := getattr(model, "srft_traits", None)) is not None:
-        sampler.set_attn_implementation(traits.attention)
+    device = model.device if traits is None else traits.device
+    allocate(sampler, device, device)
+    _copy_in(sampler, whole_tensors(model, dtype))
     return sampler
+
+
+@torch.no_grad()
+def _copy_in(model: PreTrainedModel, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name, tensor in named_tensors:
+        own[name].copy_(tensor)
 
 
 def _uniforms(seeds: list[int], count: int) -> Tensor:

@@ -14,7 +14,7 @@ from srft.config import Config
 from srft.engine.base import Engine
 from srft.engine.hf import HfEngine
 from srft.engine.shared import SharedEngine
-from srft.policy.checkpoint import export_model
+from srft.policy.export import export_model
 from srft.policy.learner import Learner
 from srft.policy.parallel import World
 from srft.policy.weights import whole_tensors
@@ -25,7 +25,8 @@ def start_engine(learner: Learner, folder: Path) -> Engine:
 
     Args:
         learner: Holds the policy.
-        folder: For the engine's log and the model that it loads, where it has a process of its own.
+        folder: For the engine's log and the model that it loads, where it has a process of its own. The first rank
+            writes that model once for all of them.
 
     Raises:
         ValueError: When vLLM is asked for and not installed, or ``engine.ranks_per_engine`` does not fit the ranks.
@@ -36,9 +37,9 @@ def start_engine(learner: Learner, folder: Path) -> Engine:
     sharing = _ranks_per_engine(learner, kind)
     if kind == "hf":
         return start_in_process(learner, config.engine_dtype)
-    export_model(folder / "model", learner.model, learner.tokenizer)
+    export_model(folder / "model", learner.model, learner.tokenizer, world)
     start = partial(_start_vllm, learner, folder, sharing)
-    weights = partial(whole_tensors, learner.model)
+    weights = partial(whole_tensors, learner.model, config.engine_dtype)
     return SharedEngine(start, weights, world, sharing, config.engine.restarts)
 
 

@@ -102,7 +102,7 @@ def build_policy(shape: PretrainedConfig, config: Config) -> PreTrainedModel:
         shape, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
     )
     if config.model.lora.rank:
-        attach(model, config.model.lora, base=config.model.name, seed=0)
+        attach(model, config.model.lora, base=config.model.name)
     return model
 
 

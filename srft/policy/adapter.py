@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srft.config import LoraConfig
-from srft.policy.lora import adapted, adapters, checkpoint_name, fill_adapters, import_peft, inject, places
+from srft.config import Config, LoraConfig
+from srft.policy.lora import (
+    adapted,
+    adapters,
+    attach,
+    checkpoint_name,
+    fill_adapters,
+    import_peft,
+    inject,
+    new_adapters,
+    places,
+)
 from srft.policy.parallel import whole
 
 _CONFIG = "adapter_config.json"
@@ -86,19 +97,47 @@ def write_adapter(folder: Path, model: PreTrainedModel, tensors: dict[str, Tenso
     save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
 
 
-def attach_from(folder: str | Path, model: PreTrainedModel, options: LoraConfig) -> None:
-    """Put the adapters of a folder into their base, and freeze that.
+def put_adapters(model: PreTrainedModel, source: str | Path, config: Config) -> None:
+    """Put adapters into a policy: those of a folder, or new ones where the options ask for them.
 
     Args:
-        folder: For which ``is_adapter``.
-        model: Its base; on the meta device its adapters are there, too, until ``fill_adapters`` with ``read_adapter``.
-        options: Of the run; what they set must be what the adapters have.
+        model: Without adapters; on the meta device they are there, too, until ``fill_adapters``.
+        source: Folder or hub id of the model or of adapters, whose base the model is then.
+        config: The whole configuration; what it sets must be what the adapters of the folder have.
 
     Raises:
         ValueError: When peft is not installed, the adapters are no plain LoRA, are not for this model or not of these
-            options, or a file is missing or damaged.
+            options, or a file is missing or damaged; when a target is no linear layer, or a tied head has one.
     """
-    folder = Path(folder)
+    if getattr(model, "peft_config", None):
+        # transformers has put them there, from a hub
+        raise ValueError(f"{source} is an adapter; download it and set model.name to its folder")
+    if is_adapter(source):
+        _put_stored(model, Path(source), config.model.lora)
+    elif config.model.lora.rank:
+        base = str(Path(source).resolve()) if Path(source).is_dir() else str(source)
+        attach(model, config.model.lora, base=base)
+    if model.device.type != "meta":
+        fill_adapters(model, first_adapters(model, source, config))
+
+
+def first_adapters(model: PreTrainedModel, source: str | Path, config: Config) -> Iterable[tuple[str, Tensor]]:
+    """Return what the adapters of a policy start from, whole, by their names in it.
+
+    Args:
+        model: After ``put_adapters``; only names and shapes are read.
+        source: As there.
+        config: As there.
+
+    Raises:
+        ValueError: As ``read_adapter``.
+    """
+    if is_adapter(source):
+        return read_adapter(Path(source), model).items()
+    return new_adapters(model, config.train.seed)
+
+
+def _put_stored(model: PreTrainedModel, folder: Path, options: LoraConfig) -> None:
     _refuse_others(folder, options)
     config = import_peft().LoraConfig.from_pretrained(folder)
     # some ways to start an adapter change the base
@@ -110,8 +149,6 @@ def attach_from(folder: str | Path, model: PreTrainedModel, options: LoraConfig)
             f"model.lora.targets and model.lora.head do not say what the adapter in {folder} has: {different[0]} and "
             f"{len(different) - 1} others differ; leave both unset"
         )
-    if model.device.type != "meta":
-        fill_adapters(model, read_adapter(folder, model).items())
 
 
 def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, Tensor]:

@@ -1,65 +1,203 @@
 """Everything a resumed run needs, written so that a kill at any moment leaves the last complete checkpoint.
 
-Each checkpoint ends with a manifest, the size and hash of every file, which is checked before one is taken.
+A checkpoint is a Hugging Face folder with the optimizer's moments and the loop's state. Each rank writes its own rows,
+into files that are the same whatever the number of ranks, so that any other number can go on from them. A manifest,
+the size and hash of every file, is written last and checked before a checkpoint is taken.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from srft.disk import sync_to_disk, writing
+from srft.disk import WriteError, writing
+from srft.policy.export import write_config
 from srft.policy.learner import Learner
+from srft.policy.manifest import damage, digests, finish_folder, names_in, partial_of, start_folder
+from srft.policy.parallel import Elsewhere
+from srft.policy.tensor_files import TensorFiles, files_of, open_slices
+from srft.policy.weights import named_weights, own_part, own_rows, with_rows
 
-_MANIFEST = "manifest.json"
+_T = TypeVar("_T")
 _STATE = "trainer_state.json"
-_OPTIMIZER = "optimizer.safetensors"
+_WEIGHTS, _OPTIMIZER = "model", "optimizer"
 
 
-def save_checkpoint(run_dir: Path, step: int, learner: Learner, state: dict[str, Any]) -> Path:
-    """Write ``checkpoints/step_<step>``: a Hugging Face folder, the optimizer's moments, and the loop's state.
+@dataclass(frozen=True)
+class _Snapshot:
+    """What a checkpoint will hold, and this rank's rows of it: (stem, name, first row, rows) each."""
+
+    step: int
+    state: dict[str, Any]
+    files: dict[str, TensorFiles]
+    parts: list[tuple[str, str, int, Tensor]]
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run, beside training or while it waits; all ranks call every method together.
 
     No random-number state is stored: every step seeds its generators from the run's seed and the step's number.
 
     Args:
         run_dir: Folder of the run.
-        step: Steps done.
-        learner: The state of its optimizer is stored under the parameters' names. Of the checkpoints the newest
-            ``train.keep_checkpoints`` stay; older ones go once this one is complete.
-        state: Anything JSON holds.
-
-    Returns:
-        The folder.
-
-    Raises:
-        WriteError: When the disk refuses; what was written of this checkpoint is gone, those before are whole.
+        learner: The state of its optimizer is stored under the parameters' names. ``train.async_checkpoints`` says
+            whether training waits; of the checkpoints the newest ``train.keep_checkpoints`` stay, older ones go once
+            a new one is complete.
     """
-    folder = run_dir / "checkpoints" / f"step_{step:06d}"
-    for left_over in folder.parent.glob(".step_*"):  # of a killed run
-        shutil.rmtree(left_over)
-    names = {id(p): n for n, p in learner.model.named_parameters()}
-    moments = {
-        f"{names[id(p)]}:{key}": value.detach().cpu().contiguous()
-        for p, entries in learner.optimizer.state.items()
-        for key, value in entries.items()
-    }
-    with _appearing_at_once(folder) as partial:
-        learner.model.save_pretrained(partial)
-        learner.tokenizer.save_pretrained(partial)
-        save_file(moments, partial / _OPTIMIZER)
-        (partial / _STATE).write_text(json.dumps({"step": step, **state}))
-    for old in _checkpoints(run_dir)[: -learner.config.train.keep_checkpoints]:
-        shutil.rmtree(old)
-    return folder
+
+    def __init__(self, run_dir: Path, learner: Learner) -> None:
+        self._run_dir, self._learner, self._world = run_dir, learner, learner.world
+        beside = learner.config.train.async_checkpoints
+        self._beside = self._world.size > 1 if beside is None else beside
+        # traffic of its own: beside that of training it would be taken for it
+        self._group = dist.new_group(backend="gloo") if self._world.size > 1 else None
+        self._writer: threading.Thread | None = None
+        self._fault: BaseException | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write ``checkpoints/step_<step>``, after the one before.
+
+        Where training goes on meanwhile, this returns when the weights and moments are copied.
+
+        Args:
+            step: Steps done.
+            state: Anything JSON holds.
+
+        Raises:
+            WriteError: On the first rank, when the disk refuses on one of them, now or for the one before; what was
+                written of this checkpoint is gone, those before are whole.
+            Elsewhere: On the other ranks then.
+        """
+        self.wait()
+        snapshot = self._snapshot(step, state)
+        if not self._beside:
+            self._write(snapshot)
+            return
+        # a daemon: where a rank is lost and the others are waited for in vain, the process can end all the same
+        self._writer = threading.Thread(target=self._write_beside, args=(snapshot,), daemon=True, name="checkpoint")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written; nothing to do where there is none.
+
+        Raises:
+            WriteError: As ``save``.
+            Elsewhere: As ``save``.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        fault, self._fault = self._fault, None
+        if fault is not None:
+            raise fault
+
+    def _snapshot(self, step: int, state: dict[str, Any]) -> _Snapshot:
+        files, parts = {}, []
+        for stem, tensors in ((_WEIGHTS, named_weights(self._learner.model)), (_OPTIMIZER, _moments(self._learner))):
+            held = [(name, tensor.detach()) for name, tensor in tensors]
+            files[stem] = TensorFiles(stem, held)
+            for number, (name, tensor) in enumerate(held):
+                if (rows := self._to_write(tensor, number)) is not None:
+                    parts.append((stem, name, *rows))
+        return _Snapshot(step, {"step": step, **state}, files, parts)
+
+    def _to_write(self, tensor: Tensor, number: int) -> tuple[int, Tensor] | None:
+        """The rows of a tensor that this rank writes and the number of the first; replicas take turns."""
+        if not isinstance(tensor, DTensor):
+            rows, first, is_own = tensor, 0, self._world.is_first
+        else:
+            rows, first, mesh = own_part(tensor), own_rows(tensor)[0], tensor.device_mesh
+            copies = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
+            is_own = all(number % mesh.size(dim) == mesh.get_local_rank(dim) for dim in copies)
+        if not is_own or (tensor.dim() and not len(rows)):
+            return None
+        # training moves what it does not wait for
+        return first, rows.to("cpu", copy=self._beside)
+
+    def _write_beside(self, snapshot: _Snapshot) -> None:
+        try:
+            self._write(snapshot)
+        except BaseException as error:  # raised where it is waited for
+            self._fault = error
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        folder = self._run_dir / "checkpoints" / f"step_{snapshot.step:06d}"
+        try:
+            self._together(folder, lambda: self._begin(folder, snapshot) if self._world.is_first else None)
+            self._together(folder, lambda: _write_parts(partial_of(folder), snapshot))
+            found = self._together(folder, lambda: self._own_digests(partial_of(folder)))
+            digest_of = {name: digest for part in found for name, digest in part.items()}
+            self._together(folder, lambda: self._finish(folder, digest_of) if self._world.is_first else None)
+        except BaseException:
+            if self._world.is_first:
+                shutil.rmtree(partial_of(folder), ignore_errors=True)
+            raise
+
+    def _together(self, folder: Path, do: Callable[[], _T]) -> list[_T]:
+        """Do something on every rank and return all results; where one fails, all of them do."""
+        result, fault = None, None
+        try:
+            with writing(folder):
+                result = do()
+        except Exception as error:
+            if self._world.size == 1:
+                raise
+            fault = error
+        if self._world.size == 1:
+            return [result]  # type: ignore[list-item]
+        told = None if fault is None else (isinstance(fault, WriteError), str(fault))
+        everyone: list[Any] = [None] * self._world.size
+        dist.all_gather_object(everyone, (told, result), group=self._group)
+        faults = [each[0] for each in everyone if each[0] is not None]
+        if not faults:
+            return [each[1] for each in everyone]
+        if not self._world.is_first:
+            raise Elsewhere(faults[0][1]) from fault
+        if fault is not None:
+            raise fault
+        is_disk, message = faults[0]
+        raise (WriteError if is_disk else RuntimeError)(message)
+
+    def _begin(self, folder: Path, snapshot: _Snapshot) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.parent.glob(".step_*"):  # of a killed run
+            shutil.rmtree(left_over)
+        partial = start_folder(folder)
+        write_config(partial, self._learner.model)
+        self._learner.tokenizer.save_pretrained(partial)
+        (partial / _STATE).write_text(json.dumps(snapshot.state))
+        for files in snapshot.files.values():
+            files.create(partial)
+
+    def _own_digests(self, partial: Path) -> dict[str, Any]:
+        return digests(partial, self._world.own(names_in(partial)))
+
+    def _finish(self, folder: Path, digest_of: dict[str, Any]) -> None:
+        finish_folder(folder, digest_of)
+        for old in _checkpoints(self._run_dir)[: -self._learner.config.train.keep_checkpoints]:
+            shutil.rmtree(old)
+
+
+def _write_parts(partial: Path, snapshot: _Snapshot) -> None:
+    for stem, files in snapshot.files.items():
+        files.write(partial, ((name, first, rows) for of, name, first, rows in snapshot.parts if of == stem))
+
+
+def _moments(learner: Learner) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in learner.model.named_parameters():
+        for key, value in learner.optimizer.state.get(parameter, {}).items():
+            yield f"{name}:{key}", value
 
 
 def whole_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -108,32 +246,6 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return max(_checkpoints(run_dir), default=None, key=_step_of)
 
 
-def damage(folder: Path) -> str | None:
-    """Say what differs from the folder that was written, by its manifest; None when nothing does.
-
-    Args:
-        folder: From ``save_checkpoint`` or ``export_model``.
-    """
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
-        files = manifest["files"]
-        if manifest["sha256"] != _digest_of_list(files):
-            return f"{_MANIFEST} was changed"
-    except FileNotFoundError:
-        return f"it has no {_MANIFEST}; an earlier version wrote it, or a copy of it was cut short"
-    except (ValueError, KeyError, TypeError):
-        return f"{_MANIFEST} cannot be read"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (size := path.stat().st_size) != expected["size"]:
-            return f"{name} has {size:,} bytes, and had {expected['size']:,} when it was written"
-        if _digest(path) != expected["sha256"]:
-            return f"{name} has other contents than were written"
-    return None
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the loop's state stored in a checkpoint.
 
@@ -143,43 +255,38 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / _STATE).read_text())
 
 
+@torch.no_grad()
 def load_optimizer(folder: Path, learner: Learner) -> None:
-    """Restore the optimizer's moments.
+    """Restore the optimizer's moments; each rank reads those of its own rows.
 
     Args:
-        folder: From ``whole_checkpoint``.
+        folder: From ``whole_checkpoint``; any number of ranks may have written it.
         learner: Its optimizer is filled in.
 
     Raises:
         ValueError: When the stored moments belong to another model.
     """
-    stored = load_file(folder / _OPTIMIZER)
     parameters = dict(learner.model.named_parameters())
-    for name, value in stored.items():
-        parameter_name, key = name.rsplit(":", 1)
-        if parameter_name not in parameters:
-            raise ValueError(
-                f"{folder / _OPTIMIZER} holds moments of {parameter_name}, which this model lacks"
-            )
-        parameter = parameters[parameter_name]
-        # AdamW keeps its step counter on the CPU
-        learner.optimizer.state[parameter][key] = value if value.dim() == 0 else value.to(parameter.device)
-
-
-def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a plain Hugging Face folder that ``AutoModelForCausalLM`` and vLLM load, and its manifest.
-
-    Args:
-        folder: Created or replaced.
-        model: The policy.
-        tokenizer: Saved beside it.
-
-    Raises:
-        WriteError: When the disk refuses; a folder that was there before is whole.
-    """
-    with _appearing_at_once(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    with ExitStack() as stack:
+        for name, stored in open_slices(files_of(folder, _OPTIMIZER), stack).items():
+            of, key = name.rsplit(":", 1)
+            if of not in parameters:
+                raise ValueError(f"{folder} holds the optimizer's moments of {of}, which this model lacks")
+            parameter, shape = parameters[of], stored.get_shape()
+            state = learner.optimizer.state[parameter]
+            if not shape:
+                state[key] = stored[...]  # AdamW keeps its step counter on the CPU
+                continue
+            if shape != list(parameter.shape):
+                raise ValueError(
+                    f"{folder} holds the optimizer's moments of {of} in the shape {shape}, and this model's is "
+                    f"{list(parameter.shape)}"
+                )
+            first, beyond = own_rows(parameter)
+            rows = torch.empty_like(own_part(parameter))
+            if first < beyond:
+                rows.copy_(stored[first:beyond])
+            state[key] = with_rows(parameter, rows)
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
@@ -190,44 +297,3 @@ def _checkpoints(run_dir: Path) -> list[Path]:
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
-
-
-@contextmanager
-def _appearing_at_once(folder: Path) -> Iterator[Path]:
-    """Let the body fill a folder beside ``folder``, which takes its place when it is whole and on the disk.
-
-    Whatever breaks the body removes the new folder and leaves the old one.
-    """
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in (partial, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-        try:
-            yield partial
-            files = {
-                path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path)}
-                for path in sorted(partial.rglob("*"))
-                if path.is_file()
-            }
-            manifest = {"files": files, "sha256": _digest_of_list(files)}
-            (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-            for path in [*partial.rglob("*"), partial]:
-                sync_to_disk(path)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-        sync_to_disk(folder.parent)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_of_list(files: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

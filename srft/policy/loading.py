@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -28,7 +27,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from srft.policy.lora import of_base
 from srft.policy.model import in_short
-from srft.policy.parallel import World, is_sharded
+from srft.policy.parallel import Elsewhere, World, is_sharded
+from srft.policy.tensor_files import open_slices
 from srft.policy.weights import named_weights, own_part, own_rows
 
 
@@ -79,7 +79,7 @@ def bare_copy(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedMod
 
 
 @torch.no_grad()
-def fill(model: PreTrainedModel, source: str | Path, world: World, *, cpu_offload: bool = False) -> None:
+def fill(model: PreTrainedModel, source: str | Path, world: World) -> None:
     """Fill in the weights of a skeleton, its adapters excepted: every rank reads its own rows and nothing else.
 
     What the files hold under other names or in another shape, transformers' rules for the architecture turn into the
@@ -89,19 +89,21 @@ def fill(model: PreTrainedModel, source: str | Path, world: World, *, cpu_offloa
         model: From ``skeleton``, prepared and sharded as it will be trained.
         source: Where the skeleton is from.
         world: All ranks call this.
-        cpu_offload: As it was sharded with.
 
     Raises:
-        ValueError: On every rank, when one of them cannot read its rows or the files lack a parameter.
+        ValueError: On the first rank, when one of them cannot read its rows or the files lack a parameter.
+        Elsewhere: On the other ranks then.
     """
-    _allocate(model, world.device, torch.device("cpu") if cpu_offload else world.device)
-    fault = None
+    allocate(model, world.device, torch.device("cpu") if world.cpu_offload else world.device)
+    fault = ""
     try:
         with ExitStack() as stack:
-            _read(model, _open_slices(source, stack))
+            _read(model, open_slices(_files(source), stack))
     except Exception as error:  # as for the skeleton
         fault = in_short(error)
-    if faults := [fault for fault in world.gather(fault) if fault]:
+    if faults := list(filter(None, world.gather(fault))):
+        if not world.is_first:
+            raise Elsewhere(faults[0])
         raise ValueError(f"cannot load the weights of {str(source)!r}: {faults[0]}")
 
 
@@ -190,22 +192,22 @@ def _convert(
             raise ValueError(f"rows of {name} have the shape {list(tensor.shape)}, and {list(part.shape)} in the model")
 
 
-def _open_slices(source: str | Path, stack: ExitStack) -> dict[str, Any]:
-    """A slice of each tensor of a checkpoint by its name; the files stay open until the stack is closed."""
+def _files(source: str | Path) -> list[str]:
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     if index is None:
-        files = {SAFE_WEIGHTS_NAME}
-    else:
-        files = set(json.loads(Path(index).read_text())["weight_map"].values())
-    slices: dict[str, Any] = {}
-    for file in sorted(files):
-        opened = stack.enter_context(safe_open(cached_file(source, file), framework="pt"))
-        slices.update({key: opened.get_slice(key) for key in opened.keys()})
-    return slices
+        return [cached_file(source, SAFE_WEIGHTS_NAME)]
+    names = set(json.loads(Path(index).read_text())["weight_map"].values())
+    return [cached_file(source, name) for name in sorted(names)]
 
 
-def _allocate(model: PreTrainedModel, buffers: torch.device, parameters: torch.device) -> None:
-    """Give what is on the meta device uninitialised memory, and move buffers to theirs."""
+def allocate(model: PreTrainedModel, buffers: torch.device, parameters: torch.device) -> None:
+    """Give what is on the meta device uninitialised memory, and move buffers to theirs.
+
+    Args:
+        model: Sharded or not; what is tied stays so.
+        buffers: Where buffers go.
+        parameters: Where the parameters are to lie.
+    """
 
     def allocated(x: Tensor) -> Tensor:
         if own_part(x).is_meta:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from srft.config import LoraConfig
+from srft.config import Config, LoraConfig
 from srft.data.sampler import sample_seed
 from srft.policy.parallel import blocks_of, whole
 
@@ -25,14 +25,13 @@ from srft.policy.parallel import blocks_of, whole
 _NAME = "default"
 
 
-def attach(model: PreTrainedModel, options: LoraConfig, *, base: str, seed: int) -> None:
-    """Put new adapters into a policy and freeze everything else; at first they change nothing, for B is 0.
+def attach(model: PreTrainedModel, options: LoraConfig, *, base: str) -> None:
+    """Put new adapters into a policy, to be filled in by ``fill_adapters``, and freeze everything else.
 
     Args:
-        model: A causal LM; on the meta device its adapters are there, too, until ``fill_adapters``.
+        model: A causal LM; on the meta device its adapters are there, too.
         options: Their rank, at least 1, and their places.
         base: Folder or hub id of the model without them, which is noted for whoever loads an adapter alone.
-        seed: Of A, whose numbers depend on it and on the layer's name alone.
 
     Raises:
         ValueError: When peft is not installed, a target is no linear layer, or the head is tied to the embedding.
@@ -50,12 +49,10 @@ def attach(model: PreTrainedModel, options: LoraConfig, *, base: str, seed: int)
         base_model_name_or_path=base,
     )
     inject(model, config)
-    if not model.device.type == "meta":
-        fill_adapters(model, new_adapters(model, seed))
 
 
 def inject(model: PreTrainedModel, config: Any) -> None:
-    """Put uninitialised adapters into a policy as a peft configuration says, and freeze everything else.
+    """Put adapters that are yet to be filled in into a policy as peft is configured, and freeze everything else.
 
     Args:
         model: A causal LM.
@@ -72,6 +69,15 @@ def inject(model: PreTrainedModel, config: Any) -> None:
         _refuse_tied_head(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(checkpoint_name(name) is None)
+
+
+def without_adapters(config: Config) -> Config:
+    """Return the configuration of the same run without adapters.
+
+    Args:
+        config: The whole configuration.
+    """
+    return config.model_copy(update={"model": config.model.model_copy(update={"lora": LoraConfig()})})
 
 
 def import_peft() -> Any:

@@ -26,6 +26,7 @@ from transformers import (
 
 from srft.batch import Batch
 from srft.config import ModelConfig
+from srft.policy.adapter import base_of, is_adapter
 from srft.policy.attention import register_packed_attention
 from srft.policy.attention_choice import PackedAttention, caps_scores, choose_attention
 from srft.policy.head import PolicyHead, make_head
@@ -46,6 +47,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     source = config.tokenizer or config.name
     if source == "tiny":
         return byte_tokenizer()
+    if is_adapter(source) and not (Path(source) / "tokenizer_config.json").is_file():
+        source = base_of(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a damaged file fails in the libraries below with whatever they happen to raise

@@ -21,10 +21,10 @@ METHOD_FILE = "method.py"
 # options that may change when a run is resumed without making it another run
 _FREE_ON_RESUME = (
     "train.steps", "train.resume", "train.eval_every", "train.save_every", "train.keep_checkpoints",
-    "train.tokens_per_microbatch", "train.canary_tolerance", "train.device", "train.ranks", "train.shard_ranks",
-    "train.cpu_offload", "train.collective_deadline_s", "train.max_skipped_updates", "engine.", "reward.workers",
-    "name", "runs_dir", "cache_dir", "data.eval_limit", "model.gradient_checkpointing", "model.attention",
-    "model.trust_remote_code", "train.tensorboard", "train.wandb",
+    "train.async_checkpoints", "train.tokens_per_microbatch", "train.canary_tolerance", "train.device", "train.ranks",
+    "train.shard_ranks", "train.cpu_offload", "train.collective_deadline_s", "train.max_skipped_updates", "engine.",
+    "reward.workers", "name", "runs_dir", "cache_dir", "data.eval_limit", "model.gradient_checkpointing",
+    "model.attention", "model.trust_remote_code", "model.lora.merge", "train.tensorboard", "train.wandb",
 )  # fmt: skip
 # where the data lies is free too once a checkpoint remembers its rows
 _JUDGED_BY_ROWS = ("data.train", "data.eval")

@@ -10,13 +10,15 @@ from typing import Any
 from srft.data.sampler import PromptSampler
 from srft.disk import sync_to_disk, writing
 from srft.options import to_toml
-from srft.policy.checkpoint import load_optimizer, read_state, save_checkpoint
+from srft.policy.checkpoint import Checkpoints, load_optimizer, read_state
 from srft.policy.learner import Learner
 from srft.stop import Stopped
 
 
 class Progress:
     """What a checkpoint needs besides the weights: a step that was not finished leaves no trace in it.
+
+    All ranks have one and call it together.
 
     Args:
         run_dir: Folder of the run.
@@ -32,6 +34,7 @@ class Progress:
         self.unlogged: dict[str, float] | None = None
         """The row of that step while it lacks its evaluation."""
         self._saved_step = 0
+        self._checkpoints = Checkpoints(run_dir, learner)
         self._sampler_state = sampler.state_dict()
 
     def restore(self, checkpoint: Path | None) -> None:
@@ -62,31 +65,48 @@ class Progress:
         self.unlogged = None if unlogged is None else dict(unlogged)
 
     def save(self) -> None:
-        """Write a checkpoint of the last whole step, unless there is one.
+        """Write a checkpoint of the last whole step, unless there is one, or begin to: see ``Checkpoints.save``.
 
         Raises:
-            WriteError: When the disk refuses; the checkpoints before are whole.
+            WriteError: On the first rank, when the disk refuses this one or the one before; others are whole.
+            Elsewhere: On the other ranks then.
         """
         if self.step == self._saved_step:
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            # on the disk before the checkpoint is, which promises the rows up to its step
-            with writing(path := self._run_dir / name):
-                sync_to_disk(path)
+        self._learner.world.on_first(self._sync_record)
         state = {
             "sampler": self._sampler_state,
             "config": to_toml(self._learner.config.without_resume()),
             "unlogged": self.unlogged,
             "data": self._data,
         }
-        save_checkpoint(self._run_dir, self.step, self._learner, state)
+        self._checkpoints.save(self.step, state)
         self._saved_step = self.step
+
+    def _sync_record(self) -> None:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            # on the disk before the checkpoint is, which promises the rows up to its step
+            with writing(path := self._run_dir / name):
+                sync_to_disk(path)
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
-        """Save the last whole step when a signal ends the body."""
+        """Save the last whole step when a signal ends the body; however it ends, wait for what is being written.
+
+        Raises:
+            WriteError: As ``save``, unless the body raised something else that is no signal.
+            Elsewhere: As ``save``.
+        """
         try:
             yield
         except Stopped:
             self.save()
+            self._checkpoints.wait()
             raise
+        except BaseException as error:
+            try:
+                self._checkpoints.wait()
+            except (OSError, RuntimeError) as failure:
+                error.add_note(str(failure))
+            raise
+        self._checkpoints.wait()

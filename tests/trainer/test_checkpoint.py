@@ -11,7 +11,9 @@ import pytest
 import torch
 import transformers
 
-from srft.policy.checkpoint import damage, export_model, load_optimizer, read_state, save_checkpoint, whole_checkpoint
+from srft.policy.checkpoint import Checkpoints, load_optimizer, read_state, whole_checkpoint
+from srft.policy.export import export_model
+from srft.policy.manifest import damage
 from srft.policy.model import byte_tokenizer, load_model
 from srft.policy.optimizer import make_optimizer
 from tests.trainer.tiny import learner_of, plain_model, policy, tiny_config
@@ -39,7 +41,8 @@ def move(model: transformers.PreTrainedModel, optimizer: torch.optim.Optimizer) 
 
 
 def save(run_dir: Path, step: int, model: transformers.PreTrainedModel, optimizer: torch.optim.Optimizer) -> Path:
-    return save_checkpoint(run_dir, step, learner_of(CONFIG, model, optimizer), {"sampler": {"drawn": step}})
+    Checkpoints(run_dir, learner_of(CONFIG, model, optimizer)).save(step, {"sampler": {"drawn": step}})
+    return run_dir / "checkpoints" / f"step_{step:06d}"
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

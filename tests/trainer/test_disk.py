@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from srft import train as train_module
 from srft.disk import WriteError, writing
-from srft.policy.checkpoint import damage, newest_checkpoint
+from srft.policy.checkpoint import newest_checkpoint
+from srft.policy.manifest import damage
 from srft.policy.model import byte_tokenizer
 from tests.trainer.runs import arguments, assert_same_run, during_call, train
 
@@ -50,8 +51,8 @@ SESSIONS = [
     ("srft.record.log.RunLog.metrics", 1, "{run}/metrics.jsonl", 0),
     ("srft.record.log.RunLog.samples", 1, "{run}/samples.jsonl", 0),
     ("srft.record.log.RunLog.metrics", 1, "{run}/metrics.jsonl", 0),
-    ("transformers.PreTrainedModel.save_pretrained", 1, "{run}/checkpoints/step_000001", 0),
-    ("srft.policy.checkpoint.save_file", 2, "{run}/checkpoints/step_000002", 1),
+    ("srft.policy.checkpoint.write_config", 1, "{run}/checkpoints/step_000001", 0),
+    ("srft.policy.tensor_files.TensorFiles.create", 4, "{run}/checkpoints/step_000002", 1),
     ("transformers.PreTrainedTokenizerBase.save_pretrained", 1, "{run}/checkpoints/step_000002", 1),
     ("pathlib.Path.write_text", 1, "{run}/checkpoints/step_000002", 1),
     ("pathlib.Path.write_text", 2, "{run}/checkpoints/step_000002", 1),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,20 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from srft.policy import loading
+from srft.disk import WriteError
+from srft.engine.hf import HfEngine
+from srft.policy import tensor_files
+from srft.policy.export import export_model
 from srft.policy.loading import fill, skeleton
-from srft.policy.model import load_model
-from srft.policy.parallel import World, shard
+from srft.policy.manifest import damage
+from srft.policy.model import byte_tokenizer, load_model
+from srft.policy.parallel import ALONE, Elsewhere, World, shard
 from srft.policy.weights import named_weights, own_part, own_rows, whole_tensors
 from tests.ranks import results_of_ranks
 from tests.trainer.architectures import build
-from tests.trainer.tiny import CPU, plain_model
+from tests.trainer.tiny import plain_model
 from tests.trainer.worlds import world_of
 
-ALONE = World(0, 1, CPU)
 # untied and tied; with tensors that from_pretrained stacks and joins, and with buffers in the checkpoint
 SOURCES = ("qwen2", "llama-tied-bias", "mixtral", "deepseek-v3")
 
@@ -40,6 +46,14 @@ def write_sources(folder: Path) -> None:
         build(name).save_pretrained(folder / name, max_shard_size="20KB")
     narrow_model().save_pretrained(folder / "narrow")
     narrow_model().to(torch.bfloat16).save_pretrained(folder / "narrow-bf16")
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def engine_of(model: transformers.PreTrainedModel) -> HfEngine:
+    return HfEngine(model, dtype=torch.float32, pad_token_id=0, max_batch=4)
 
 
 class Counted:
@@ -82,18 +96,18 @@ class CountedSlice:
 @contextmanager
 def counted() -> Iterator[None]:
     """Count what loading reads, from 0."""
-    Counted.bytes, opened = 0, loading.safe_open
-    loading.safe_open = lambda *args, **options: Counted(opened(*args, **options))  # type: ignore[assignment]
+    Counted.bytes, opened = 0, tensor_files.safe_open
+    tensor_files.safe_open = lambda *args, **options: Counted(opened(*args, **options))  # type: ignore[assignment]
     try:
         yield
     finally:
-        loading.safe_open = opened
+        tensor_files.safe_open = opened
 
 
-def loaded(source: Path, world: World, *, cpu_offload: bool = False) -> transformers.PreTrainedModel:
+def loaded(source: Path, world: World) -> transformers.PreTrainedModel:
     model = skeleton(source, trust_remote_code=False)
-    shard(model, world, cpu_offload=cpu_offload)
-    fill(model, source, world, cpu_offload=cpu_offload)
+    shard(model, world)
+    fill(model, source, world)
     return model
 
 
@@ -121,41 +135,62 @@ def rank_main(rank: int, folder: Path) -> None:
                 "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
             }
             assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
-    offloaded = loaded(folder / "narrow", world, cpu_offload=True)
+    for source in ("mixtral", "narrow"):
+        model = loaded(folder / source, world)
+        export_model(folder / f"exported-{source}", model, byte_tokenizer(), world)
+        engine = engine_of(model)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.to_local().add_(1)
+        report[f"engine/{source}"] = [engine.score([[3, 4, 5, 6]])]
+        engine.update_weights(whole_tensors(model, torch.float32), 1)
+        report[f"engine/{source}"] += engine.score([[3, 4, 5, 6]])
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr("srft.policy.export.save_file", full)
+        try:
+            export_model(folder / "exported-narrow", model, byte_tokenizer(), world)
+        except (WriteError, Elsewhere) as error:
+            report["full disk"] = type(error).__name__
+    offloaded = loaded(folder / "narrow", replace(world, cpu_offload=True))
     report["offloaded"] = {n: t.clone() for n, t in whole_tensors(offloaded, torch.bfloat16)}
     broken = folder / "narrow" if rank != 2 else folder / "nowhere"
     model = skeleton(folder / "narrow", trust_remote_code=False)
-    shard(model, world, cpu_offload=False)
+    shard(model, world)
     try:
         fill(model, broken, world)
-    except ValueError as error:
+    except (ValueError, Elsewhere) as error:
         report["error"] = str(error)
+        report["kind"] = type(error).__name__
     torch.save(report, folder / f"rank{rank}.pt")
     world.barrier()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
     write_sources(folder)
-    return results_of_ranks("tests.trainer.test_loading", folder, 4)
+    return folder, results_of_ranks("tests.trainer.test_loading", folder, 4)
 
 
 @pytest.mark.parametrize("source", [*SOURCES, "narrow", "narrow-bf16"])
 @pytest.mark.parametrize("shards", [4, 2])
-def test_ranks_hold_the_bits_of_from_pretrained(ranks: list[dict[str, Any]], source: str, shards: int) -> None:
+def test_ranks_hold_the_bits_of_from_pretrained(
+    ranks: tuple[Path, list[dict[str, Any]]], source: str, shards: int
+) -> None:
     """Weights, buffers that no checkpoint holds, ties and dtypes; also where a checkpoint is in 16 bits."""
-    for found in (report[f"{source}/{shards}"] for report in ranks):
+    for found in (report[f"{source}/{shards}"] for report in ranks[1]):
         assert found["same"] and found["buffers"] and found["dtypes"] == ["torch.float32"]
         assert found["tied"] == (source not in ("qwen2", "mixtral", "deepseek-v3"))
 
 
 @pytest.mark.parametrize("source", [*SOURCES, "narrow", "narrow-bf16"])
 @pytest.mark.parametrize("shards", [4, 2])
-def test_a_rank_reads_its_own_rows_and_nothing_else(ranks: list[dict[str, Any]], source: str, shards: int) -> None:
+def test_a_rank_reads_its_own_rows_and_nothing_else(
+    ranks: tuple[Path, list[dict[str, Any]]], source: str, shards: int
+) -> None:
     """Bytes read are bytes held, also of experts that lie one by one in the files; nobody comes near the whole."""
     size = 2 if source.endswith("bf16") else 4
-    reports = [report[f"{source}/{shards}"] for report in ranks]
+    reports = [report[f"{source}/{shards}"] for report in ranks[1]]
     for found in reports:
         assert found["read"] == size * found["own"]
     for name in reports[0]["rows"]:
@@ -168,18 +203,46 @@ def test_a_rank_reads_its_own_rows_and_nothing_else(ranks: list[dict[str, Any]],
         assert reports[3]["rows"]["model.layers.0.self_attn.k_proj.weight"] == (6, 6)
 
 
-def test_tensors_for_an_engine_are_rounded_as_a_whole_model_is(ranks: list[dict[str, Any]]) -> None:
+def test_tensors_for_an_engine_are_rounded_as_a_whole_model_is(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     """Rounding each part before the parts are gathered gives the bits of rounding the whole; offloaded weights, too."""
     expected = {name: t.bfloat16() for name, t in named_weights(narrow_model())}
-    for report in ranks:
+    for report in ranks[1]:
         assert report["offloaded"].keys() == expected.keys()
         assert all(torch.equal(report["offloaded"][name], t) for name, t in expected.items())
 
 
-def test_what_one_rank_cannot_read_stops_all(ranks: list[dict[str, Any]]) -> None:
-    """The same line everywhere, instead of three ranks that wait for the fourth."""
-    assert all(report["error"].startswith("cannot load the weights of ") for report in ranks)
-    assert all("nowhere" in report["error"].partition(": ")[2] for report in ranks)
+@pytest.mark.parametrize("source", ["mixtral", "narrow"])
+def test_an_export_of_ranks_is_what_one_process_saves(ranks: tuple[Path, list[dict[str, Any]]], source: str) -> None:
+    """The same files, names, shapes and bits; one that fails on the first rank leaves the one before."""
+    folder, reports = ranks
+    export_model(folder / f"alone-{source}", load_model(folder / source, trust_remote_code=False), byte_tokenizer())
+    ours, theirs = folder / f"exported-{source}", folder / f"alone-{source}"
+    assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in theirs.iterdir())
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    found, expected = (load_file(path / "model.safetensors") for path in (ours, theirs))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert damage(ours) is None
+    assert [report["full disk"] for report in reports] == ["WriteError", *3 * ["Elsewhere"]]
+
+
+@pytest.mark.parametrize("source", ["mixtral", "narrow"])
+def test_an_engine_of_a_rank_has_a_whole_copy(ranks: tuple[Path, list[dict[str, Any]]], source: str) -> None:
+    """Its log-probabilities are those of the model in one process, before the weights move and after."""
+    folder, reports = ranks
+    model = load_model(folder / source, trust_remote_code=False)
+    before = engine_of(model).score([[3, 4, 5, 6]])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(1)
+    expected = [before, *engine_of(model).score([[3, 4, 5, 6]])]
+    assert all(report[f"engine/{source}"] == expected for report in reports)
+
+
+def test_what_one_rank_cannot_read_stops_all(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """The first rank says it, instead of three ranks that wait for the one."""
+    assert ranks[1][0]["error"].startswith("cannot load the weights of ")
+    assert all("nowhere" in report["error"] for report in ranks[1])
+    assert [report["kind"] for report in ranks[1]] == ["ValueError", *3 * ["Elsewhere"]]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "phi3-longrope", "apertus", "minimax", "opt", "gemma3", "jamba"])

@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from srft.batch import pack
-from srft.config import LoraConfig
 from srft.engine.hf import HfEngine
 from srft.learning import update
 from srft.methods import assign_advantages
 from srft.policy import lora
-from srft.policy.adapter import attach_from, base_of, is_adapter, tensors_of, write_adapter
+from srft.policy.adapter import base_of, first_adapters, is_adapter, put_adapters, tensors_of, write_adapter
 from srft.policy.forwards import packed_forward
 from srft.policy.model import own_attention, prepare_policy
 from srft.policy.optimizer import make_optimizer
@@ -42,12 +41,17 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def put(model: transformers.PreTrainedModel, *words: str) -> transformers.PreTrainedModel:
+    """The model, with new adapters of rank 3 as these options say."""
+    put_adapters(model, "some/base", tiny_config("model.lora.rank=3", "model.lora.alpha=4", *words))
+    return model
+
+
 def with_adapters(
     *overrides: str, tied: bool = False, head: bool = False, seed: int = 0, moved: bool = True
 ) -> transformers.PreTrainedModel:
     """A prepared policy with adapters of rank 3 on its layers, which change what it computes where ``moved``."""
-    model = plain_model(tied=tied)
-    lora.attach(model, LoraConfig(rank=3, alpha=4, head=head), base="some/base", seed=seed)
+    model = put(plain_model(tied=tied), f"train.seed={seed}", *(["model.lora.head=true"] if head else []))
     if moved:
         move(model)
     return prepare_policy(model, tiny_config(*overrides).model, 64, ALONE)
@@ -194,7 +198,7 @@ def test_a_frozen_head_costs_two_thirds(method: str) -> None:
     def cost(vocab: int, rank: int) -> float:
         model = plain_model(vocab=vocab)
         if rank:
-            lora.attach(model, LoraConfig(rank=rank), base="some/base", seed=0)
+            put(model, f"model.lora.rank={rank}")
         model = prepare_policy(model, config.model, 64, ALONE)
         learner = learner_of(config, model, make_optimizer(model, config))
         with FlopCounterMode(display=False) as counter:
@@ -222,7 +226,7 @@ def test_a_folder_is_what_peft_loads(head: bool, tmp_path: Path) -> None:
     with torch.no_grad():
         expected, found = (x.log_softmax(-1) for x in (theirs(IDS).logits, logits(model)))
     assert (expected - found).abs().max() < 1e-6
-    attach_from(tmp_path / "adapter", base, LoraConfig(rank=3))
+    put_adapters(base, tmp_path / "adapter", tiny_config("model.lora.rank=3"))
     assert all(torch.equal(p, dict(lora.adapters(base))[name]) for name, p in lora.adapters(model))
     assert {name for name, p in base.named_parameters() if p.requires_grad} == {n for n, _ in lora.adapters(base)}
 
@@ -236,7 +240,7 @@ def test_a_foreign_adapter_is_trained_on(tmp_path: Path) -> None:
     ).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path)
     base = plain_model()
-    attach_from(tmp_path, base, LoraConfig(rank=2))
+    put_adapters(base, tmp_path, tiny_config("model.lora.rank=2"))
     assert {path.rpartition(".")[2] for path in lora.adapted(base)} == {"q_proj", "down_proj"}
     with torch.no_grad():
         assert torch.allclose(base(IDS).logits, theirs(IDS).logits, atol=1e-6)
@@ -258,24 +262,25 @@ def saved(folder: Path, settings: dict[str, object]) -> Path:
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [
-        ({"use_dora": True}, {}, "use_dora=True; only plain LoRA.*merge this adapter into its base"),
-        ({"modules_to_save": ["lm_head"]}, {}, r"modules_to_save=\['lm_head'\]; only plain LoRA"),
-        ({"peft_type": "IA3"}, {}, "peft_type='IA3'; only plain LoRA"),
-        ({}, {"rank": 0}, "an adapter of rank 3: set model.lora.rank=3 to go on training it"),
-        ({}, {"rank": 8}, "model.lora.rank=8, but the adapter in .* has 3"),
-        ({}, {"alpha": 5}, "model.lora.alpha=5.0, but the adapter in .* has 4"),
-        ({}, {"targets": ["q_proj"]}, "do not say what the adapter in .* has: .* and 11 others differ"),
-        ({}, {"head": True}, "do not say what the adapter in .* has: lm_head and 0 others"),
-        ({"target_modules": ["q_proj"]}, {}, "is not of this model's adapters: 24 tensors differ.*expected none"),
-        ({"r": 2}, {"rank": 2}, r"the first .*lora_A.*: expected \[2, 40\], got \[3, 40\]"),
+        ({"use_dora": True}, [], "use_dora=True; only plain LoRA.*merge this adapter into its base"),
+        ({"modules_to_save": ["lm_head"]}, [], r"modules_to_save=\['lm_head'\]; only plain LoRA"),
+        ({"peft_type": "IA3"}, [], "peft_type='IA3'; only plain LoRA"),
+        ({}, ["rank=0"], "an adapter of rank 3: set model.lora.rank=3 to go on training it"),
+        ({}, ["rank=8"], "model.lora.rank=8, but the adapter in .* has 3"),
+        ({}, ["alpha=5"], "model.lora.alpha=5.0, but the adapter in .* has 4"),
+        ({}, ["targets=q_proj"], "do not say what the adapter in .* has: .* and 11 others differ"),
+        ({}, ["head=true"], "do not say what the adapter in .* has: lm_head and 0 others"),
+        ({"target_modules": ["q_proj"]}, [], "is not of this model's adapters: 24 tensors differ.*expected none"),
+        ({"r": 2}, ["rank=2"], r"the first .*lora_A.*: expected \[2, 40\], got \[3, 40\]"),
     ],
 )  # fmt: skip
 def test_adapters_that_are_refused(
-    settings: dict[str, object], options: dict[str, object], message: str, tmp_path: Path
+    settings: dict[str, object], options: list[str], message: str, tmp_path: Path
 ) -> None:
     """More than plain LoRA, other options than those of the run, tensors of something else."""
     with pytest.raises(ValueError, match=message) as caught:
-        attach_from(saved(tmp_path / "a", settings), plain_model(), LoraConfig(**{"rank": 3, **options}))
+        words = [f"model.lora.{word}" for word in ["rank=3", *options]]
+        put_adapters(plain_model(), saved(tmp_path / "a", settings), tiny_config(*words))
     assert "\n" not in str(caught.value)
 
 
@@ -293,39 +298,36 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     whole = load_file(tensors)
     save_file(dict(list(whole.items())[1:]), tensors)
     with pytest.raises(ValueError, match="1 tensors differ, .* got none"):
-        attach_from(folder, plain_model(), LoraConfig(rank=3))
+        put_adapters(plain_model(), folder, tiny_config("model.lora.rank=3"))
     tensors.write_bytes(tensors.read_bytes()[:100])
     with pytest.raises(ValueError, match="adapter_model.safetensors cannot be read"):
-        attach_from(folder, plain_model(), LoraConfig(rank=3))
+        put_adapters(plain_model(), folder, tiny_config("model.lora.rank=3"))
     tensors.unlink()
     with pytest.raises(ValueError, match="adapter_model.safetensors is missing; save the adapter with peft"):
-        attach_from(folder, plain_model(), LoraConfig(rank=3))
+        put_adapters(plain_model(), folder, tiny_config("model.lora.rank=3"))
 
 
 @pytest.mark.parametrize(
-    ("options", "tied", "message"),
+    ("word", "tied", "message"),
     [
-        ({"head": True}, True, "qwen2 ties its head to its embedding.*leave model.lora.head=false"),
-        ({"targets": ["q_proj", "c_attn"]}, False, "model.lora.targets=c_attn is no linear layer.*choose from down_pr"),
-        ({"targets": ["lm_head"]}, False, "model.lora.targets=lm_head is no linear layer of the blocks"),
+        ("head=true", True, "qwen2 ties its head to its embedding.*leave model.lora.head=false"),
+        ("targets=q_proj,c_attn", False, "model.lora.targets=c_attn is no linear layer.*choose from down_pr"),
+        ("targets=lm_head", False, "model.lora.targets=lm_head is no linear layer of the blocks"),
     ],
 )
-def test_places_that_are_refused(options: dict[str, object], tied: bool, message: str) -> None:
+def test_places_that_are_refused(word: str, tied: bool, message: str) -> None:
     """A head that has no weight of its own, and names that mean nothing."""
     with pytest.raises(ValueError, match=message):
-        lora.attach(plain_model(tied=tied), LoraConfig(rank=3, **options), base="b", seed=0)
+        put(plain_model(tied=tied), f"model.lora.{word}")
 
 
 def test_targets_by_the_ends_of_names() -> None:
     """One kind of layer, one layer, and what another library reads in the folder."""
-    model = plain_model()
-    options = LoraConfig(rank=1, targets=["o_proj", "1.mlp.up_proj"])
-    lora.attach(model, options, base="b", seed=0)
+    model = put(plain_model(), "model.lora.targets=o_proj,1.mlp.up_proj")
     assert set(lora.adapted(model)) == {
         "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.up_proj",
     }  # fmt: skip
-    whole = plain_model()
-    lora.attach(whole, LoraConfig(rank=1), base="b", seed=0)
+    whole = put(plain_model())
     assert whole.peft_config["default"].target_modules == KINDS
 
 
@@ -333,7 +335,7 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     """The line says what to install."""
     monkeypatch.setattr(lora.importlib, "import_module", partial(_missing, lora.importlib.import_module))
     with pytest.raises(ValueError, match=r"model.lora needs peft: pip install 'srft\[lora\]'"):
-        lora.attach(plain_model(), LoraConfig(rank=1), base="b", seed=0)
+        put(plain_model())
 
 
 def _missing(original: object, name: str) -> object:
@@ -344,18 +346,13 @@ def _missing(original: object, name: str) -> object:
 
 def test_skeletons_get_their_adapters_later() -> None:
     """On the meta device places and names are the same, and nothing is allocated until it is filled in."""
+    shape = plain_model().config
     with torch.device("meta"):
-        model = plain_model_on_meta()
-    lora.attach(model, LoraConfig(rank=3), base="b", seed=5)
+        model = put(transformers.Qwen2ForCausalLM(shape))
     assert {p.device.type for p in model.parameters()} == {"meta"}
     model.to_empty(device="cpu")
-    lora.fill_adapters(model, lora.new_adapters(model, 5))
-    real = plain_model()
-    lora.attach(real, LoraConfig(rank=3), base="b", seed=5)
+    lora.fill_adapters(model, first_adapters(model, "some/base", tiny_config()))
+    real = put(plain_model())
     expected, found = dict(lora.adapters(real)), dict(lora.adapters(model))
     assert expected.keys() == found.keys()
     assert all(torch.equal(p, found[name]) for name, p in expected.items())
-
-
-def plain_model_on_meta() -> transformers.PreTrainedModel:
-    return transformers.Qwen2ForCausalLM(plain_model().config)

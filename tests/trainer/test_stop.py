@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from srft.policy.checkpoint import damage, whole_checkpoint
+from srft.policy.checkpoint import whole_checkpoint
+from srft.policy.manifest import damage
 from srft.rewards.pool import RewardPool, RewardResult
 from srft.stop import Stopped, StopSignals
 from tests.trainer.processes import catches, marked_processes, state_and_parent
@@ -52,7 +53,7 @@ SESSIONS = [
     # before the evaluation of step 2, then in it
     ("srft.sync.WeightSync.push", 2, 2),
     ("srft.train.evaluate", 1, 2),
-    ("srft.record.progress.save_checkpoint", 1, 3),
+    ("srft.policy.checkpoint.Checkpoints.save", 1, 3),
     ("srft.train.evaluate", 1, 4),
     ("srft.train.export_model", 1, 4),
     ("srft.record.log.RunLog.finish", 1, 4),

@@ -105,12 +105,12 @@ train.main()
 """
 MOMENTS = {
     "in-warm-start": ("srft.warm_start.update", 2),
-    "warm-start-half-written": ("srft.policy.checkpoint._digest_of_list", 1),
+    "warm-start-half-written": ("srft.policy.manifest._digest_of_list", 1),
     "before-first-checkpoint": ("srft.train.judge", 2),
     "between-samples-and-metrics": ("srft.record.log.write_json_line", 7),
     # three of the warm start, then one a step: the gradient of step 3 is there and the weights are not moved yet
     "in-mid-step": ("torch.nn.utils.clip_grad_norm_", 6),
-    "checkpoint-without-moments": ("srft.policy.checkpoint.save_file", 2),
+    "checkpoint-without-moments": ("os.pwrite", 20),
     "checkpoint-before-rename": ("os.rename", 5),
     "old-checkpoint-emptied": ("os.rmdir", 1),
 }

@@ -22,7 +22,7 @@ def world_of(rank: int, folder: Path, shards: int | None = None) -> World:
     """
     size = int(os.environ["WORLD_SIZE"])
     if not dist.is_initialized():
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
     shards = shards or size
     mesh = init_device_mesh("cpu", (size // shards, shards), mesh_dim_names=("replicas", "shards"))
     return World(rank, size, torch.device("cpu"), mesh)

@@ -1,0 +1,128 @@
+"""Whole runs on two ranks in which something ends, hangs or fails: what is said, what is lost, that nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from srft.policy.checkpoint import whole_checkpoint
+from tests.trainer.processes import descendants, marked_processes, state_and_parent
+from tests.trainer.runs import ROOT, arguments, assert_same_run, command, environment, read_lines, train_process
+
+RUN = {"train__ranks": 2, "train__save_every": 3, "train__eval_every": 4}
+# of rank 1 alone: what it does once it is told to
+REWARD = """
+import os, pathlib, time
+
+def reward(completion, answer, row):
+    told = (pathlib.Path(__file__).parent / "now").exists() and os.environ["RANK"] == "1"
+    if told and {hangs}:
+        time.sleep(600)
+    return float("wrong") if told else 1.0
+"""
+
+
+class Running:
+    """A run on two ranks, as a user starts it."""
+
+    def __init__(self, folder: Path, process: subprocess.Popen[str]) -> None:
+        self.folder, self.process = folder, process
+        self.metrics = folder / "runs" / "run" / "metrics.jsonl"
+
+    def rows(self) -> int:
+        return self.metrics.read_bytes().count(b"\n") if self.metrics.exists() else 0
+
+    def wait_for_rows(self, count: int) -> None:
+        while self.process.poll() is None and self.rows() < count:
+            time.sleep(0.02)
+        assert self.process.poll() is None, self.ended()[1]
+
+    def rank(self, number: int) -> int:
+        """Process id of a rank: the launcher's only children."""
+        (found,) = [
+            pid for pid in descendants(self.process.pid)
+            if (state_and_parent(pid) or (0, 0))[1] == self.process.pid
+            and f"RANK={number}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ]  # fmt: skip
+        return found
+
+    def ended(self) -> tuple[int, str]:
+        """Its status and what it wrote to stderr; nothing of it is left by then."""
+        _, said = self.process.communicate(timeout=120)
+        assert not marked_processes(f"SRFT_TEST_RUN={self.folder}")
+        return self.process.returncode, said
+
+
+@contextmanager
+def running(folder: Path, **changes: object) -> Iterator[Running]:
+    words = arguments(folder, **RUN | changes)
+    env = environment() | {"SRFT_TEST_RUN": str(folder)}
+    with subprocess.Popen(
+        command(words), cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield Running(folder, process)
+        finally:
+            process.kill()
+
+
+def test_ranks_that_are_stopped_and_killed_go_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    """SIGTERM to the launcher, then SIGKILL to a rank: saved by both, ended with it, and the same bits in the end."""
+    with running(tmp_path, train__steps=10000) as run:
+        run.wait_for_rows(2)
+        run.process.terminate()
+        status, said = run.ended()
+        done = run.rows() - 1
+    newest, notes = whole_checkpoint(tmp_path / "runs" / "run")
+    assert status == 143
+    assert newest is not None and newest.name == f"step_{done:06d}" and not notes
+    assert said.splitlines() == [
+        "SIGTERM: stopping where the run can go on from; a second signal ends it at once",
+        f"stopped by SIGTERM; {newest} is complete, and name=run train.resume=true goes on from it",
+    ]
+    with running(tmp_path, train__steps=10000, train__resume=True) as run:
+        run.wait_for_rows(done + 3)
+        os.kill(run.rank(1), signal.SIGKILL)
+        killed = time.monotonic()
+        status, said = run.ended()
+        assert time.monotonic() - killed < 30
+        assert status == 137
+        assert "rank 1 of 2 ended by SIGKILL" in said.splitlines()[-1]
+    steps = run.rows() + 1
+    for folder, resume in ((tmp_path, True), (tmp_path / "undisturbed", False)):
+        finished = train_process(arguments(folder, **RUN, train__steps=steps, train__resume=resume))
+        assert finished.returncode == 0, finished.stderr
+    run_dir, undisturbed = (folder / "runs" / "run" for folder in (tmp_path, tmp_path / "undisturbed"))
+    assert [row["step"] for row in read_lines(run_dir / "metrics.jsonl")] == list(range(steps + 1))
+    assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "fails"])
+def test_rank_that_others_wait_for_is_named(hangs: bool, tmp_path: Path) -> None:
+    """One hangs in a reward until the deadline of collectives, or ends with an error, which does not take as long.
+
+    A checkpoint is being written all the while.
+    """
+    (tmp_path / "reward.py").write_text(REWARD.format(hangs=hangs))
+    deadline = {"reward__deadline_s": 600, "train__collective_deadline_s": 20 if hangs else 1800}
+    reward = {"reward__kind": f"{tmp_path}/reward.py:reward", "train__steps": 10000, "train__save_every": 1}
+    with running(tmp_path, **reward, **deadline) as run:
+        run.wait_for_rows(2)
+        (tmp_path / "now").touch()
+        told = time.monotonic()
+        status, said = run.ended()
+        assert time.monotonic() - told < 60
+    assert status == 2
+    if hangs:
+        assert "did not come within train.collective_deadline_s=20 s: rank 1, last at 'step " in said
+        assert ", reward'" in said
+    else:
+        assert "[rank 1] error: reward " in said and "failed on all of the first" in said
+    assert "Traceback" not in said
