@@ -13,6 +13,11 @@ from torch import Tensor
 FORWARD_FLOOR = 1e-5
 GRADIENT_FLOOR = 1e-4
 GRADIENT_CAP = 5e-3
+# A row of a gradient whose terms cancel keeps the noise of the terms: one unit in the last place of a log-probability
+# beyond 8 nats, 1e-6, moves a coefficient by 1e-6 of a weight, however little is left of it. Of the size of a typical
+# row this much is therefore the least that an error is compared with, and with GRADIENT_FLOOR the noise of a forward
+# value, FORWARD_FLOOR, of that size.
+SMALL_ROW = 0.1
 # of the absolute values of what a sum adds up: a few roundings of each in fp32, the forward passes before it included
 SUM_NOISE = 2e-6
 
@@ -29,7 +34,7 @@ def assert_accurate(
     Forward values: max error at most twice the baseline's, plus 1e-5 and two roundings of the largest value; of a
     scalar, which is a sum over tokens whose terms are together no smaller than it, the noise of a sum of its size.
     Gradients: relative RMS error at most twice the baseline's plus 1e-4, and at most 5e-3; for a matrix also
-    row by row.
+    row by row, where a row below a tenth of a typical one is held to the noise of a tenth.
 
     Args:
         name: Shown on failure.
@@ -69,8 +74,7 @@ def assert_accurate(
     bound = min(2 * _rms(base_error) / scale + GRADIENT_FLOOR, GRADIENT_CAP)
     assert _rms(error) / scale <= bound, f"{name}: relative RMS error {_rms(error) / scale:.3e} > {bound:.3e}"
     if gold.dim() == 2:
-        # a row far below the others is held to the noise of a typical row
-        row_scale = gold.square().mean(1).sqrt().clamp(min=1e-2 * scale)
+        row_scale = gold.square().mean(1).sqrt().clamp(min=SMALL_ROW * scale)
         row_error = error.square().mean(1).sqrt() / row_scale
         row_base = base_error.square().mean(1).sqrt() / row_scale
         worst = row_error.argmax()

@@ -4,18 +4,21 @@ import pytest
 import torch
 
 import srft_kernels
+from srft_kernels import reference
 from srft_kernels.head import chunks as chunked_head
 from srft_kernels.head import loss as known_loss
 from srft_kernels.head import sweep
 from srft_kernels.head.sweep import When
 from srft_kernels.rows import gpu as row_kernels
-from tests.kernels.cases import assert_matches_reference, case_id, grpo, make_case, policy, srft, token_loss
+from tests.kernels.cases import assert_matches_reference, case_id, grpo, make_case, policy, run, srft, token_loss
+from tests.numerics import assert_accurate
 
 # 16 rows fit in a workspace of no bytes: sequences of 60, 30, 9, 31 rows are 4, 2, 1 and 2 chunks
 BOUNDS = torch.tensor([0, 60, 90, 90, 99, 130], dtype=torch.int32)
 # every token has a weight: those of the sequence that waits are demonstrations, which by default have none
 GSPO = {"policy": "gspo", "policy_weights": torch.linspace(0.01, 0.04, 130)}
 RATIO_OF_A_SEQUENCE = {**GSPO, "sft_weights": None, "sft_entropy_coefs": None}
+RATIO_AND_KL = {**RATIO_OF_A_SEQUENCE, "kl_weights": torch.full((130,), 0.03), "with_ref": True}
 SCOPES = [
     (srft, {"entropy_scope": "sequence"}),
     (srft, {"entropy_scope": "batch"}),
@@ -31,7 +34,7 @@ SCOPES = [
     (token_loss, {"entropy_scope": "batch", "policy": "cispo", "temperature": 0.7}),
     (token_loss, {**GSPO, "sft_entropy_coefs": None, "policy_prob_factor": "p"}),
     (token_loss, RATIO_OF_A_SEQUENCE),
-    (token_loss, {**RATIO_OF_A_SEQUENCE, "kl_weights": torch.full((130,), 0.03), "with_ref": True}),
+    (token_loss, RATIO_AND_KL),
     (token_loss, {**RATIO_OF_A_SEQUENCE, "shaped_weights": torch.linspace(-0.02, 0.02, 130), "shaping_gamma": 0.1}),
     (token_loss, {**GSPO, "everything": True}),
     (token_loss, {**GSPO, "entropy_scope": "batch", "batch_entropy": 0.8}),
@@ -116,6 +119,31 @@ def test_a_waiting_ratio_moves_with_some_tokens(op, options, sweeps):
     case.old_logprobs = case.old_logprobs.masked_fill(out, -torch.inf)
     assert_matches_reference(op, case, **options)
     assert (When.DEFERRED, True) in sweeps
+
+
+def test_a_row_whose_terms_cancel_is_held_to_their_noise(monkeypatch):
+    """Where KL and policy term leave 1 % of each other, two last places of a log-probability are no fault, 20 are."""
+    case = long_case(scale=3.0, ignored=0.0)
+    options, row = with_ref(case, RATIO_AND_KL), 35
+    gold, baseline = (run(token_loss, reference, case.to(dtype), **options) for dtype in (torch.float64, torch.float32))
+    size = gold["dhidden"].square().mean(1).sqrt()
+    # 1 ulp is 2^-20 here
+    assert size[row] < 2e-3 * size.square().mean().sqrt() and 8 < -gold["logprobs"][row] < 16
+    plain = reference.streams.token_statistics
+
+    def gradient(ulps):
+        def off(*inputs, **options):
+            logprobs, entropy = plain(*inputs, **options)
+            return logprobs + 2.0**-20 * ulps * (torch.arange(130) == row), entropy
+
+        monkeypatch.setattr(reference.streams, "token_statistics", off)
+        return run(token_loss, reference, case, **options)["dhidden"]
+
+    for ulps in (-2, -1, 1, 2):
+        assert_accurate("dhidden", gradient(ulps), gold["dhidden"], baseline["dhidden"], gradient=True)
+    for ulps in (-20, 20):
+        with pytest.raises(AssertionError, match=f"row {row} "):
+            assert_accurate("dhidden", gradient(ulps), gold["dhidden"], baseline["dhidden"], gradient=True)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
