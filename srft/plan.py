@@ -75,8 +75,9 @@ def table(planner: Planner, plans: Sequence[Plan]) -> Table:
     def line(label: str, cells: Sequence[str]) -> None:
         result.add_row(label, *cells)
 
-    parts = dict.fromkeys(name for plan in plans for name in plan.memory.parts())
-    for name in parts:
+    # in the order of the plan that has most, so that what stands comes first
+    by_length = sorted((plan.memory.parts() for plan in plans), key=len, reverse=True)
+    for name in dict.fromkeys(name for parts in by_length for name in parts):
         line(f"GiB  {name}", [_gib(plan.memory.parts().get(name, 0)) for plan in plans])
     line("GiB  in all, at the worst moment", [_gib(plan.memory.peak) for plan in plans])
     line("GiB  of the device", [_gib(plan.layout.device.memory) for plan in plans])

@@ -101,6 +101,8 @@ class WandB:
         self._run = wandb.init(
             project=config.train.wandb, name=config.name, dir=str(run_dir), id=known,
             resume="allow" if known else None, config=config.model_dump(mode="json"),
+            # the screen is the run's own, and no code leaves the machine
+            settings={"silent": True, "console": "off", "save_code": False},
         )  # fmt: skip
         noted.write_text(self._run.id + "\n")
 

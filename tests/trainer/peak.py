@@ -1,13 +1,15 @@
 """Measure the peak memory of updates in this process, beside what was planned for them.
 
-``python -m tests.trainer.peak`` prints a JSON object a setting. Start it with MALLOC_MMAP_THRESHOLD_=1000000, which
-makes the C library give back what is freed: what it keeps otherwise depends on the order of everything before.
+``python -m tests.trainer.peak SETTING...`` prints a JSON object a setting, under torchrun of the rank that took most.
+Start it with MALLOC_MMAP_THRESHOLD_=1000000, which makes the C library give back what is freed: what it keeps otherwise
+depends on the order of everything before.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -24,39 +26,43 @@ from srft.planning.trace import trace_body
 from srft.policy.learner import Learner
 from srft.policy.model import byte_tokenizer, prepare_policy
 from srft.policy.optimizer import make_optimizer
-from srft.policy.parallel import ALONE
+from srft.policy.parallel import World, joined
 
 TOKENS, LENGTH = 1024, 128
 SETTINGS = {
-    "fp32, tied": ([], True),
-    "bf16, recomputed": (["model.compute_dtype=bfloat16", "model.gradient_checkpointing=true"], False),
+    "fp32-tied": ([], True),
+    "bf16-recomputed": (["model.compute_dtype=bfloat16", "model.gradient_checkpointing=true"], False),
 }
 
 
-def main() -> None:
-    """Print what was planned and what was measured."""
-    for name, (options, tied) in SETTINGS.items():
+def main(*names: str) -> None:
+    """Print what was planned and what was measured, of each setting that is named."""
+    for name in names:
+        options, tied = SETTINGS[name]
         config = load_config(
             [f"train.tokens_per_microbatch={TOKENS}", f"data.max_prompt_tokens={LENGTH // 2}",
              f"rollout.max_new_tokens={LENGTH // 2}", "method.name=sft", "engine.kind=vllm", *options]
         )  # fmt: skip
-        # loads code and starts threads, which are there without the model
-        _updates(config, _shape(64, 2, 1000, tied))
-        gc.collect()
-        before = _status("VmRSS")
-        shape = _shape(512, 8, 24000, tied)
-        measured = _updates(config, shape) - before
-        print(json.dumps({"name": name, "planned": planned(config, shape), "measured": measured}))
+        with joined(config, torch.device("cpu")) as world:
+            # loads code and starts threads, which are there without the model
+            _updates(config, _shape(64, 2, 1000, tied), world)
+            gc.collect()
+            before = _status("VmRSS")
+            shape = _shape(512, 8, 24000, tied)
+            measured = max(world.gather(_updates(config, shape, world) - before))
+            if world.is_first:
+                found = {"name": name, "planned": planned(config, shape, world.size), "measured": measured}
+                print(json.dumps(found), flush=True)
 
 
-def planned(config: Config, shape: PretrainedConfig) -> int:
+def planned(config: Config, shape: PretrainedConfig, ranks: int) -> int:
     """Return the planned peak of training alone."""
     checkpointing, rows = config.model.gradient_checkpointing, TOKENS // 2
     with torch.device("meta"):
         sizes = measure_shape(build_policy(shape, config))
     passes = trace_body(shape, config, TOKENS, rows, checkpointing=checkpointing)
     device = Device("cpu", 2**40, 1e11, 1e10, 1e9, 1e9, is_gpu=False)
-    layout = Layout(device, TOKENS, checkpointing=checkpointing)
+    layout = Layout(device, TOKENS, ranks, ranks, checkpointing)
     return plan_memory(sizes, passes, config, layout, rows).peak
 
 
@@ -67,10 +73,10 @@ def _shape(width: int, layers: int, vocab: int, tied: bool) -> PretrainedConfig:
     )  # fmt: skip
 
 
-def _updates(config: Config, shape: PretrainedConfig) -> int:
+def _updates(config: Config, shape: PretrainedConfig, world: World) -> int:
     """Make two updates, and return the peak of the second, of two micro-batches."""
-    model = prepare_policy(build_policy(shape, config), config.model, TOKENS, ALONE)
-    learner = Learner(config, model, byte_tokenizer(), make_optimizer(model, config))
+    model = prepare_policy(build_policy(shape, config), config.model, TOKENS, world)
+    learner = Learner(config, model, byte_tokenizer(), make_optimizer(model, config), world)
     sequences = [_demonstration(i, shape.vocab_size) for i in range(2 * TOKENS // LENGTH)]
     update(learner, sequences[:1], 1)
     gc.collect()
@@ -90,4 +96,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -35,14 +35,18 @@ def trace(config: Config, checkpointing: bool = False, tokens: int = 1024, rows:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, which can forget a peak")
-def test_the_planned_peak_is_the_measured_one() -> None:
-    """Of updates of models of 50 and 65 million parameters, in fp32 and in bf16 with recomputation."""
-    command = [sys.executable, "-m", "tests.trainer.peak"]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+@pytest.mark.parametrize(
+    ("ranks", "settings"), [(1, ["fp32-tied", "bf16-recomputed"]), (2, ["bf16-recomputed"])], ids=["alone", "sharded"]
+)
+def test_the_planned_peak_is_the_measured_one(ranks: int, settings: list[str]) -> None:
+    """Of updates of models of 44 and 56 million parameters, in fp32, in bf16 recomputed, and over two ranks."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    command = [sys.executable, "-m", *launcher, "tests.trainer.peak", *settings]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 2
+    assert [each["name"] for each in found] == settings
     for each in found:
         assert each["planned"] == pytest.approx(each["measured"], rel=0.15), each
 

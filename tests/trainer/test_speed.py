@@ -116,6 +116,7 @@ def test_rows_reach_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
 
     def init(**options: Any) -> SimpleNamespace:
+        assert options["settings"]["save_code"] is False
         told.append((options["project"], options["name"], options["id"], options["resume"], options["config"]["name"]))
         return run
 
