@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,8 +61,11 @@ class Checkpoints:
         self._run_dir, self._learner, self._world = run_dir, learner, learner.world
         beside = learner.config.train.async_checkpoints
         self._beside = self._world.size > 1 if beside is None else beside
-        # traffic of its own: beside that of training it would be taken for it
-        self._group = dist.new_group(backend="gloo") if self._world.size > 1 else None
+        self._group = None
+        if self._world.size > 1:
+            # traffic of its own: beside that of training it would be taken for it
+            deadline = timedelta(seconds=learner.config.train.collective_deadline_s)
+            self._group = dist.new_group(backend="gloo", timeout=deadline)
         self._writer: threading.Thread | None = None
         self._fault: BaseException | None = None
 
