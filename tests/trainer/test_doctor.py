@@ -42,6 +42,7 @@ def test_packages_that_are_missing_or_of_another_time_are_named_with_their_remed
     ("torch", "transformers", "clash"),
     [
         ("2.14.0+cu130", "5.17.0", None),
+        ("2.14.0", "5.16.1", None),
         ("2.15.0", "5.17.0", "torch 2.15.0 against its ==2.14.0"),
         ("2.14.0", "5.23.0", "transformers 5.23.0 against its >=5.16.1,<5.21,!=5.18.*"),
         ("2.14.0", "5.18.2", "transformers 5.18.2 against"),

@@ -10,6 +10,7 @@ import pytest
 import srft.train
 from srft import plan
 from srft.options import load_config
+from srft.planning import advice
 from srft.planning.advice import Planner, settings
 from srft.planning.devices import find_device
 from srft.planning.memory import Layout
@@ -51,11 +52,31 @@ def test_one_gpu_takes_adapters_and_not_the_whole_policy(math_7b: Planner) -> No
     assert one.memory.moments["loss"]["head: weight and its gradient"] == 2 * adapters.shape.head
 
 
+def test_the_recommended_layout_is_about_as_fast_as_any(math_7b: Planner) -> None:
+    """On 126 GiB the plainest leaves its engine so small a cache that a step takes more than twice as long."""
+    device = replace(H100, memory=126 * GIB)
+    plans = [math_7b._roomy(layout) for layout in advice._layouts(math_7b.config, device, 8, 1)]
+    fitting = [plan for plan in plans if plan.memory.fits]
+    best, found = min(plan.pace.step for plan in fitting), math_7b.recommended(device, 8)
+    assert fitting[0].pace.step > 2 * best and found.pace.step <= 1.15 * best
+    assert not any(plan.pace.step <= 1.15 * best for plan in fitting[: fitting.index(found)])
+
+
+def test_passes_without_gradients_take_their_time() -> None:
+    """Log-probabilities of the policy that sampled, where a step has several updates: a third of a pass more."""
+    once, twice = (Planner(load_config([RECIPE, f"train.updates_per_step={n}"])) for n in (1, 2))
+    layout = Layout(H100, 16384, 8, 8, checkpointing=True)
+    more = twice.plan(layout, 0.4).pace.computing / once.plan(layout, 0.4).pace.computing
+    assert more == pytest.approx(4 / 3)
+
+
 def test_what_breaks_first_is_said(math_7b: Planner) -> None:
     """Memory, the engine, the host, prompts or time, by name."""
     small = replace(H100, memory=24 * GIB)
     assert math_7b.obstacle(math_7b.plan(Layout(small, 16384), 0.01)).startswith("memory: ")
-    asked = math_7b.obstacle(math_7b.as_configured(H100, 8))
+    assert math_7b.as_configured(H100, 8).memory.fits
+    shape = Layout(H100, 16384, 8, 8, checkpointing=True)
+    asked = math_7b.obstacle(math_7b.plan(shape, 0.2))
     assert asked == "engine: with its weights 1 GiB too large for what is left of 1 GPU"
     away = Layout(replace(H100, host=8 * GIB), 16384, 8, 8, checkpointing=True, offload=True)
     assert math_7b.obstacle(math_7b.plan(away, 0.4)) == "memory of the host: 14 GiB a rank"

@@ -120,6 +120,9 @@ def test_sharded_ranks_hold_their_part_and_what_they_gather() -> None:
     gathered = {part: size for part, size in eight.moments["forward"].items() if part.startswith("gathered")}
     assert sum(gathered.values()) == 4 * shape.root + 2 * 4 * shape.block
     assert not any(part.startswith("gathered") and size for part, size in one.moments["forward"].items())
+    back = eight.moments["backward of the blocks"]
+    assert back["gradients before they are reduced"] == 2 * 4 * shape.block
+    assert back["gradient of the head"] == 4 * shape.head
     away = plan_memory(shape, passes, config, Layout(H100, 1024, 8, 8, offload=True), 1024)
     assert away.host == 2 * shape.parameters and not set(state) & set(away.standing)
 
@@ -136,7 +139,7 @@ def test_the_head_holds_its_workspace_and_no_logits() -> None:
 
 def test_an_engine_that_has_no_room_does_not_fit() -> None:
     """A share below the engine's own weights leaves no cache."""
-    config = load_config(["recipes/qwen2.5-math-7b.toml"])
+    config = load_config(["recipes/qwen2.5-math-7b.toml", "engine.gpu_memory_utilization=0.2"])
     shape, passes = shape_of(config), BodyPasses(*[Held(0, 0)] * 4, flops=0, moved=0)
     big = replace(H100, memory=400 * GIB)
     memory = plan_memory(shape, passes, config, Layout(big, 1024), 1024)
