@@ -26,7 +26,7 @@ from srft.learning import learn
 from srft.methods import place_in_method
 from srft.options import exit_on_help, load_config
 from srft.plan import dry_run
-from srft.policy.export import export_model
+from srft.policy.export import export_policy
 from srft.policy.lost import LostRank
 from srft.policy.parallel import Elsewhere
 from srft.prepare import Run, prepared
@@ -81,9 +81,7 @@ def fit(config: Config) -> None:
             if step % train.save_every == 0 or is_last:
                 run.progress.save()
             run.stop.release()
-        model = run.log.run_dir / "model"
-        export_model(model, run.learner.model, run.learner.tokenizer, run.world)
-        run.log.finish({"model": str(model)})
+        run.log.finish(export_policy(run.log.run_dir, run.learner))
 
 
 def _begin(run: Run) -> None:

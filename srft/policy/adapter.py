@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.config import Config, LoraConfig
 from srft.policy.lora import (
@@ -25,10 +25,12 @@ from srft.policy.lora import (
     new_adapters,
     places,
 )
-from srft.policy.parallel import whole
+from srft.policy.manifest import appearing_at_once
+from srft.policy.parallel import ALONE, World, whole
 
+ADAPTER = "adapter_model"
+"""What peft calls the file of tensors, without its ending."""
 _CONFIG = "adapter_config.json"
-_TENSORS = "adapter_model.safetensors"
 # what peft puts before a layer's name, and between it and the matrix
 _PREFIX, _NAME = "base_model.model.", ".default"
 # settings of an adapter that is more than s B A, with the value that means it is not
@@ -68,33 +70,54 @@ def base_of(folder: str | Path) -> str:
     return base
 
 
-def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the adapters of a policy, whole and on the CPU, by the names that peft saves them under.
+def named_adapters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the adapters of a policy by the names that peft saves them under.
 
     Args:
-        model: With adapters; of one that is sharded every rank must ask.
+        model: Sharded or not; of a sharded one each is the part that this rank holds.
     """
-    return {
-        _PREFIX + name.replace(_NAME, ""): whole(p.detach()).cpu().contiguous() for name, p in adapters(model)
-    }
+    return ((_PREFIX + name.replace(_NAME, ""), p) for name, p in adapters(model))
 
 
-def write_adapter(folder: Path, model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
-    """Write the two files by which ``peft.PeftModel.from_pretrained`` puts the adapters on their base.
+def write_settings(folder: Path, model: PreTrainedModel) -> None:
+    """Write what peft reads besides the tensors: the places and the base of the adapters of a policy.
 
     Args:
-        folder: Created where it is missing.
+        folder: Exists.
         model: Has the adapters.
-        tensors: From ``tensors_of``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     # a set has another order in every process
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(folder)
-    save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
+
+
+def export_adapter(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World = ALONE
+) -> None:
+    """Write the folder by which ``peft.PeftModel.from_pretrained`` puts the adapters on their base, and its manifest.
+
+    Args:
+        folder: Created or replaced.
+        model: The policy, with adapters.
+        tokenizer: Saved beside them.
+        world: All ranks call this.
+
+    Raises:
+        WriteError: On the first rank, when the disk refuses; a folder that was there before is whole.
+        Elsewhere: On the other ranks then.
+    """
+    tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in named_adapters(model)}
+
+    def write() -> None:
+        with appearing_at_once(folder) as partial:
+            write_settings(partial, model)
+            save_file(tensors, partial / f"{ADAPTER}.safetensors", metadata={"format": "pt"})
+            tokenizer.save_pretrained(partial)
+
+    world.on_first(write)
 
 
 def put_adapters(model: PreTrainedModel, source: str | Path, config: Config) -> None:
@@ -161,7 +184,7 @@ def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     Raises:
         ValueError: When the file is missing, damaged, or not of these adapters.
     """
-    path = folder / _TENSORS
+    path = folder / f"{ADAPTER}.safetensors"
     try:
         stored = load_file(path)
     except FileNotFoundError:

@@ -1,14 +1,16 @@
 """Everything a resumed run needs, written so that a kill at any moment leaves the last complete checkpoint.
 
-A checkpoint is a Hugging Face folder with the optimizer's moments and the loop's state. Each rank writes its own rows,
-into files that are the same whatever the number of ranks, so that any other number can go on from them. A manifest,
-the size and hash of every file, is written last and checked before a checkpoint is taken.
+A checkpoint is a folder of a model, or of its adapters where these are all that is trained, with the optimizer's
+moments and the loop's state. Each rank writes its own rows, into files that are the same whatever the number of ranks,
+so that any other number can go on from them. A manifest, the size and hash of every file, is written last and checked
+before a checkpoint is taken.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,13 +23,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from srft.disk import WriteError, writing
+from srft.policy.adapter import ADAPTER, named_adapters, write_settings
 from srft.policy.export import write_config
 from srft.policy.learner import Learner
+from srft.policy.lora import adapted
 from srft.policy.manifest import damage, digests, finish_folder, names_in, partial_of, start_folder
 from srft.policy.parallel import Elsewhere
-from srft.policy.tensor_files import TensorFiles, files_of, open_slices
+from srft.policy.tensor_files import FILE_BYTES, TensorFiles, files_of, open_slices
 from srft.policy.weights import named_weights, own_part, own_rows, with_rows
 
 _T = TypeVar("_T")
@@ -108,9 +113,10 @@ class Checkpoints:
 
     def _snapshot(self, step: int, state: dict[str, Any]) -> _Snapshot:
         files, parts = {}, []
-        for stem, tensors in ((_WEIGHTS, named_weights(self._learner.model)), (_OPTIMIZER, _moments(self._learner))):
+        for stem, tensors in (_trained(self._learner.model), (_OPTIMIZER, _moments(self._learner))):
             held = [(name, tensor.detach()) for name, tensor in tensors]
-            files[stem] = TensorFiles(stem, held)
+            # peft reads one file
+            files[stem] = TensorFiles(stem, held, sys.maxsize if stem == ADAPTER else FILE_BYTES)
             for number, (name, tensor) in enumerate(held):
                 if (rows := self._to_write(tensor, number)) is not None:
                     parts.append((stem, name, *rows))
@@ -178,7 +184,7 @@ class Checkpoints:
         for left_over in folder.parent.glob(".step_*"):  # of a killed run
             shutil.rmtree(left_over)
         partial = start_folder(folder)
-        write_config(partial, self._learner.model)
+        (write_settings if adapted(self._learner.model) else write_config)(partial, self._learner.model)
         self._learner.tokenizer.save_pretrained(partial)
         (partial / _STATE).write_text(json.dumps(snapshot.state))
         for files in snapshot.files.values():
@@ -196,6 +202,11 @@ class Checkpoints:
 def _write_parts(partial: Path, snapshot: _Snapshot) -> None:
     for stem, files in snapshot.files.items():
         files.write(partial, ((name, first, rows) for of, name, first, rows in snapshot.parts if of == stem))
+
+
+def _trained(model: PreTrainedModel) -> tuple[str, Iterator[tuple[str, Tensor]]]:
+    """What a checkpoint holds of a policy, and the stem of its files: of one with adapters these alone."""
+    return (ADAPTER, named_adapters(model)) if adapted(model) else (_WEIGHTS, named_weights(model))
 
 
 def _moments(learner: Learner) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,8 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from srft.policy.adapter import export_adapter
+from srft.policy.learner import Learner
 from srft.policy.lora import adapted
 from srft.policy.manifest import appearing_at_once
 from srft.policy.parallel import ALONE, World, is_sharded
@@ -21,6 +23,32 @@ from srft.policy.weights import whole_tensors
 
 # the first rank holds one file in memory at a time
 _FILE_BYTES = 4 * 2**30
+
+
+def export_policy(run_dir: Path, learner: Learner) -> dict[str, str]:
+    """Write what a run has come to: ``model``, the whole of it or its adapters, and on request these merged.
+
+    Args:
+        run_dir: Folder of the run.
+        learner: Holds the policy; all ranks call this.
+
+    Returns:
+        The folders, by what they are.
+
+    Raises:
+        WriteError: As ``export_model``.
+        Elsewhere: As ``export_model``.
+    """
+    model, options = learner.model, learner.config.model.lora
+    folders = {"model": run_dir / "model"}
+    if not options.rank:
+        export_model(folders["model"], model, learner.tokenizer, learner.world)
+    else:
+        export_adapter(folders["model"], model, learner.tokenizer, learner.world)
+        if options.merge:
+            folders["merged"] = run_dir / "merged"
+            export_model(folders["merged"], model, learner.tokenizer, learner.world)
+    return {name: str(folder) for name, folder in folders.items()}
 
 
 def export_model(

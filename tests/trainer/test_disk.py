@@ -56,7 +56,7 @@ SESSIONS = [
     ("transformers.PreTrainedTokenizerBase.save_pretrained", 1, "{run}/checkpoints/step_000002", 1),
     ("pathlib.Path.write_text", 1, "{run}/checkpoints/step_000002", 1),
     ("pathlib.Path.write_text", 2, "{run}/checkpoints/step_000002", 1),
-    ("srft.train.export_model", 1, "{run}/model", 3),
+    ("srft.train.export_policy", 1, "{run}/model", 3),
     ("srft.report.plots.draw_plots", 1, "{run}/plots", 3),
     ("srft.report.build.write_atomically", 1, "{run}/report.html", 3),
 ]

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from srft.learning import update
 from srft.methods import assign_advantages
 from srft.policy import lora
-from srft.policy.adapter import put_adapters, tensors_of, write_adapter
+from srft.policy.adapter import export_adapter, named_adapters, put_adapters
 from srft.policy.forwards import sampler_logprobs
 from srft.policy.learner import Learner
 from srft.policy.model import byte_tokenizer
@@ -39,7 +40,7 @@ def write_sources(folder: Path) -> None:
     with torch.no_grad():
         for _, p in lora.adapters(model):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
-    write_adapter(folder / "adapter", model, tensors_of(model))
+    export_adapter(folder / "adapter", model, byte_tokenizer())
 
 
 def trained(folder: Path, world: World) -> tuple[Learner, dict[str, torch.Tensor]]:
@@ -55,18 +56,20 @@ def trained(folder: Path, world: World) -> tuple[Learner, dict[str, torch.Tensor
     return learner, gradients
 
 
+def stored(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The adapters of a policy by the names that peft saves them under, whole."""
+    return {name: whole(p.detach()).clone() for name, p in named_adapters(model)}
+
+
 def report(learner: Learner, folder: Path) -> dict[str, Any]:
     model, world = learner.model, learner.world
     sampler = sampler_logprobs(model, PROBE, torch.bfloat16)
     names = [name for name, _ in named_weights(model)]
-    tensors = tensors_of(model)
-    if world.is_first:
-        write_adapter(folder / f"saved-{world.size}", model, tensors)
-    world.barrier()
+    export_adapter(folder / f"saved-{world.size}", model, learner.tokenizer, world)
     again = load_prepared(learner.config, learner.tokenizer, folder / f"saved-{world.size}", world)
     own = dict(again.named_parameters())
     return {
-        "saved": tensors,
+        "saved": stored(model),
         "reloaded": all(torch.equal(own_part(p), own_part(own[name])) for name, p in model.named_parameters()),
         "merged": {name: x.clone() for name, x in whole_tensors(model)},
         "rounded": {name: x.clone() for name, x in whole_tensors(model, torch.bfloat16)},
@@ -82,7 +85,7 @@ def rank_main(rank: int, folder: Path) -> None:
     world = world_of(rank, folder)
     learner, gradients = trained(folder, world)
     fresh = load_prepared(tiny_config(*WORDS), byte_tokenizer(), folder / "base", world)
-    found = {"gradients": gradients, "fresh": tensors_of(fresh), **report(learner, folder)}
+    found = {"gradients": gradients, "fresh": stored(fresh), **report(learner, folder)}
     torch.save(found, folder / f"rank{rank}.pt")
     world.barrier()
 
@@ -94,7 +97,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list
     write_sources(folder)
     learner, gradients = trained(folder, ALONE)
     fresh = load_prepared(tiny_config(*WORDS), byte_tokenizer(), folder / "base", ALONE)
-    alone = {"gradients": gradients, "fresh": tensors_of(fresh), **report(learner, folder)}
+    alone = {"gradients": gradients, "fresh": stored(fresh), **report(learner, folder)}
     return alone, results_of_two_ranks("tests.trainer.test_lora_ranks", folder)
 
 

@@ -55,7 +55,7 @@ SESSIONS = [
     ("srft.train.evaluate", 1, 2),
     ("srft.policy.checkpoint.Checkpoints.save", 1, 3),
     ("srft.train.evaluate", 1, 4),
-    ("srft.train.export_model", 1, 4),
+    ("srft.train.export_policy", 1, 4),
     ("srft.record.log.RunLog.finish", 1, 4),
 ]
 
