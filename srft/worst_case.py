@@ -52,7 +52,6 @@ def worst_case(learner: Learner) -> str:
         learner.optimizer.zero_grad(set_to_none=True)
         moments.clear()
     peak = max(learner.world.gather(_peak(device)))
-    gc.collect()
     room = torch.cuda.get_device_properties(device).total_memory if on_gpu else peak + free_memory()
     return (
         f"The largest micro-batches a step may have, of {tokens // 2:,} tokens, took {peak / _GIB:.1f} of "
@@ -97,8 +96,8 @@ def _missing_moments(learner: Learner) -> list[Tensor]:
 
 
 def _forget_peak(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
     elif (clear := Path("/proc/self/clear_refs")).exists():
         clear.write_text("5")
