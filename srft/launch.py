@@ -81,8 +81,8 @@ class _Rank:
         for stream in self.streams:
             os.set_blocking(stream.fileno(), False)
 
-    def read(self, stream: IO[bytes]) -> bool:
-        """Take what has been written to a stream; False at its end."""
+    def read(self, stream: IO[bytes], *, shown: bool) -> bool:
+        """Take what has been written to a stream, and show it; False at its end."""
         try:
             part = os.read(stream.fileno(), 1 << 16)
         except BlockingIOError:
@@ -98,7 +98,7 @@ class _Rank:
                 continue
             if self.last_words or text.startswith(_LAST_WORDS):
                 self.last_words.append(text)
-            if not self.last_words or not self.number:
+            if shown and not (self.last_words and self.number):
                 self.show(text)
         return bool(part)
 
@@ -149,15 +149,17 @@ class _Job:
         """Wait until all have ended; return the exit status."""
         running = list(self._ranks)
         while running:
-            self._pump(_POLL_S)
-            self._obey_signals(running)
+            written = self._selector.select(_POLL_S)
             ended = [rank for rank in running if rank.process.poll() is not None]
             running = [rank for rank in running if rank not in ended]
             self._look_at(ended)
+            self._read(written)
+            self._obey_signals(running)
             if self._kill_at is not None and time.monotonic() >= self._kill_at:
                 break
         self._end_all()
-        self._pump(0.0)
+        while written := self._selector.select(0.0):
+            self._read(written)
         return self._status()
 
     def _environment(self, size: int) -> dict[str, str]:
@@ -203,9 +205,12 @@ class _Job:
         until = time.monotonic() + seconds
         self._kill_at = until if self._kill_at is None else min(self._kill_at, until)
 
-    def _pump(self, timeout: float) -> None:
-        for key, _ in self._selector.select(timeout):
-            if not key.data.read(key.fileobj):
+    def _read(self, written: list[tuple[selectors.SelectorKey, int]]) -> None:
+        # what the others say of a rank that was killed is that they miss it, in many lines
+        killed = self._failed if self._failed is not None and self._failed.process.returncode < 0 else None
+        for key, _ in written:
+            rank: _Rank = key.data
+            if not rank.read(key.fileobj, shown=killed in (None, rank)):  # type: ignore[arg-type]
                 self._selector.unregister(key.fileobj)
 
     def _end_all(self) -> None:

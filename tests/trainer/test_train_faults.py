@@ -53,9 +53,9 @@ class Running:
         ]  # fmt: skip
         return found
 
-    def ended(self) -> tuple[int, str]:
+    def ended(self, within: float = 120) -> tuple[int, str]:
         """Its status and what it wrote to stderr; nothing of it is left by then."""
-        _, said = self.process.communicate(timeout=120)
+        _, said = self.process.communicate(timeout=within)
         assert not marked_processes(f"SRFT_TEST_RUN={self.folder}")
         return self.process.returncode, said
 
@@ -89,12 +89,11 @@ def test_ranks_that_are_stopped_and_killed_go_on_as_if_nothing_had_been(tmp_path
     ]
     with running(tmp_path, train__steps=10000, train__resume=True) as run:
         run.wait_for_rows(done + 3)
-        os.kill(run.rank(1), signal.SIGKILL)
-        killed = time.monotonic()
-        status, said = run.ended()
-        assert time.monotonic() - killed < 30
+        os.kill(run.rank(0), signal.SIGKILL)
+        status, said = run.ended(within=30)
         assert status == 137
-        assert "rank 1 of 2 ended by SIGKILL" in said.splitlines()[-1]
+        (line,) = said.splitlines()  # the other rank misses it in many
+        assert line.startswith("rank 0 of 2 ended by SIGKILL (")
     steps = run.rows() + 1
     for folder, resume in ((tmp_path, True), (tmp_path / "undisturbed", False)):
         finished = train_process(arguments(folder, **RUN, train__steps=steps, train__resume=resume))
@@ -116,9 +115,7 @@ def test_rank_that_others_wait_for_is_named(hangs: bool, tmp_path: Path) -> None
     with running(tmp_path, **reward, **deadline) as run:
         run.wait_for_rows(2)
         (tmp_path / "now").touch()
-        told = time.monotonic()
         status, said = run.ended()
-        assert time.monotonic() - told < 60
     assert status == 2
     if hangs:
         assert "did not come within train.collective_deadline_s=20 s: rank 1, last at 'step " in said
