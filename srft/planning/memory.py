@@ -18,6 +18,7 @@ _CONTEXT, _NCCL, _FRAGMENTS = int(0.8 * 2**30), 2**30, 0.03
 # what a vLLM process needs beside weights and cache: its activations, graphs and context
 _ENGINE_OVERHEAD = 3 * 2**30
 ENGINE_SHARE = "engine, by its share of the device"
+OVERHEAD = "context, NCCL, fragments"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def plan_memory(
     engine, cache = _engine(shape, config, layout)
     standing |= engine
     if layout.device.is_gpu:
-        standing["context, NCCL, fragments"] = int(
+        standing[OVERHEAD] = int(
             _CONTEXT + (layout.ranks > 1) * _NCCL + _FRAGMENTS * layout.device.memory
         )
     moments = _moments(shape, passes, config, layout, rows)

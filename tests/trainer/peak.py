@@ -1,6 +1,6 @@
 """Measure the peak memory of updates in this process, beside what was planned for them.
 
-``python -m tests.trainer.peak SETTING...`` prints a JSON object a setting, under torchrun of the rank that took most.
+``python -m tests.trainer.peak cpu SETTING...`` prints a JSON object a setting; under torchrun, of the largest rank.
 Start it with MALLOC_MMAP_THRESHOLD_=1000000, which makes the C library give back what is freed: what it keeps otherwise
 depends on the order of everything before.
 """
@@ -20,7 +20,7 @@ from srft.config import Config
 from srft.learning import update
 from srft.options import load_config
 from srft.planning.devices import Device
-from srft.planning.memory import Layout, plan_memory
+from srft.planning.memory import ENGINE_SHARE, OVERHEAD, Layout, plan_memory
 from srft.planning.models import build_policy, measure_shape
 from srft.planning.trace import trace_body
 from srft.policy.learner import Learner
@@ -31,39 +31,42 @@ from srft.policy.parallel import World, joined
 TOKENS, LENGTH = 1024, 128
 SETTINGS = {
     "fp32-tied": ([], True),
+    "bf16": (["model.compute_dtype=bfloat16"], False),
     "bf16-recomputed": (["model.compute_dtype=bfloat16", "model.gradient_checkpointing=true"], False),
 }
 
 
-def main(*names: str) -> None:
-    """Print what was planned and what was measured, of each setting that is named."""
+def main(kind: str, *names: str) -> None:
+    """Print what was planned and what was measured, of each setting that is named, on "cpu" or "cuda"."""
     for name in names:
         options, tied = SETTINGS[name]
         config = load_config(
             [f"train.tokens_per_microbatch={TOKENS}", f"data.max_prompt_tokens={LENGTH // 2}",
              f"rollout.max_new_tokens={LENGTH // 2}", "method.name=sft", "engine.kind=vllm", *options]
         )  # fmt: skip
-        with joined(config, torch.device("cpu")) as world:
+        with joined(config, torch.device(kind)) as world:
             # loads code and starts threads, which are there without the model
             _updates(config, _shape(64, 2, 1000, tied), world)
             gc.collect()
-            before = _status("VmRSS")
+            before = _in_use(world)
             shape = _shape(512, 8, 24000, tied)
             measured = max(world.gather(_updates(config, shape, world) - before))
             if world.is_first:
-                found = {"name": name, "planned": planned(config, shape, world.size), "measured": measured}
+                found = {"name": name, "planned": planned(config, shape, world), "measured": measured}
                 print(json.dumps(found), flush=True)
 
 
-def planned(config: Config, shape: PretrainedConfig, ranks: int) -> int:
+def planned(config: Config, shape: PretrainedConfig, world: World) -> int:
     """Return the planned peak of training alone."""
     checkpointing, rows = config.model.gradient_checkpointing, TOKENS // 2
     with torch.device("meta"):
         sizes = measure_shape(build_policy(shape, config))
     passes = trace_body(shape, config, TOKENS, rows, checkpointing=checkpointing)
-    device = Device("cpu", 2**40, 1e11, 1e10, 1e9, 1e9, is_gpu=False)
-    layout = Layout(device, TOKENS, ranks, ranks, checkpointing)
-    return plan_memory(sizes, passes, config, layout, rows).peak
+    device = Device("any", 2**40, 1e11, 1e10, 1e9, 1e9, is_gpu=world.device.type == "cuda")
+    layout = Layout(device, TOKENS, world.size, world.size, checkpointing)
+    memory = plan_memory(sizes, passes, config, layout, rows)
+    # of what no allocator counts, and of an engine that is not there
+    return memory.peak - sum(memory.standing.get(part, 0) for part in (OVERHEAD, ENGINE_SHARE))
 
 
 def _shape(width: int, layers: int, vocab: int, tied: bool) -> PretrainedConfig:
@@ -80,9 +83,16 @@ def _updates(config: Config, shape: PretrainedConfig, world: World) -> int:
     sequences = [_demonstration(i, shape.vocab_size) for i in range(2 * TOKENS // LENGTH)]
     update(learner, sequences[:1], 1)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
     update(learner, sequences, 2)
-    return _status("VmHWM")
+    return torch.cuda.max_memory_allocated() if world.device.type == "cuda" else _status("VmHWM")
+
+
+def _in_use(world: World) -> int:
+    return torch.cuda.memory_allocated() if world.device.type == "cuda" else _status("VmRSS")
 
 
 def _demonstration(seed: int, vocab: int) -> Response:

@@ -41,9 +41,22 @@ def trace(config: Config, checkpointing: bool = False, tokens: int = 1024, rows:
 def test_the_planned_peak_is_the_measured_one(ranks: int, settings: list[str]) -> None:
     """Of updates of models of 44 and 56 million parameters, in fp32, in bf16 recomputed, and over two ranks."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
-    command = [sys.executable, "-m", *launcher, "tests.trainer.peak", *settings]
+    compare([*launcher, "tests.trainer.peak", "cpu"], settings)
+
+
+@pytest.mark.gpu
+def test_the_planned_peak_is_the_measured_one_on_a_gpu() -> None:
+    """As its allocator counts it, without context and fragments."""
+    compare(["tests.trainer.peak", "cuda"], ["bf16", "bf16-recomputed"])
+
+
+def compare(module: list[str], settings: list[str]) -> None:
+    """Measure in a process of its own."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", *module, *settings], capture_output=True, text=True, cwd=Path(__file__).parents[2],
+        env=environment,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each["name"] for each in found] == settings
