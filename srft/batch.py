@@ -177,14 +177,17 @@ def pack(
     return [_to_batch(members, device) for members in bins]
 
 
-def empty_batch(*, is_demo: bool, device: torch.device) -> Batch:
+def empty_batch(*, is_demo: bool, has_old: bool, device: torch.device) -> Batch:
     """Return a micro-batch whose every loss and gradient is zero.
 
     Args:
         is_demo: Which kind its one token is of; of a kind that the update has.
+        has_old: Whether it has ``old_logprobs``, as the other micro-batches of the update have.
         device: Where it is used.
     """
-    batch = _to_batch([Response([0], [0], is_demo, truncated=False, rollout_logprobs=[], text="")], device)
+    old = torch.zeros(1) if has_old else None
+    token = Response([0], [0], is_demo, truncated=False, rollout_logprobs=[], text="", old_logprobs=old)
+    batch = _to_batch([token], device)
     return replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX), is_empty=True)
 
 

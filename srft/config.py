@@ -239,6 +239,9 @@ class TrainConfig(Section):
     """Ranks over which one copy of the policy is sharded; must divide their number; unset: all of them."""
     cpu_offload: bool = False
     """Keep weights, gradients and moments in the CPU's memory, and bring a layer to the GPU when it computes."""
+    vocab_parallel: bool = False
+    """Keep each rank's rows of the head where they are, and gather hidden states instead of the head's weight; not for
+    tied embeddings."""
     collective_deadline_s: float = Field(1800.0, gt=0)
     """Seconds that a rank waits for the others before the run is ended."""
     tensorboard: bool = False
@@ -276,6 +279,11 @@ class Config(Section):
                 f"train.prompts_per_step={train.prompts_per_step} does not divide into "
                 f"train.updates_per_step={train.updates_per_step} equal updates; "
                 f"take {_nearest_multiple(train.prompts_per_step, train.updates_per_step)} prompts or other updates"
+            )
+        if train.vocab_parallel and train.cpu_offload:
+            raise ValueError(
+                "train.vocab_parallel=true keeps the rows of the head where they compute and train.cpu_offload=true "
+                "takes them away; set one of them to false"
             )
         longest = self.longest_sequence
         if longest > self.microbatch_tokens:

@@ -143,8 +143,12 @@ def micro_batches(learner: Learner, sequences: list[Response], totals: Totals) -
     """
     device = learner.world.device
     batches = pack(sequences, learner.config.microbatch_tokens, device)
-    missing = learner.world.largest(len(batches)) - len(batches)
-    return batches + [empty_batch(is_demo=not totals.rollout_sequences, device=device) for _ in range(missing)]
+    has_old = any(batch.old_logprobs is not None for batch in batches)
+    counts, any_old = zip(*learner.world.gather((len(batches), has_old)), strict=True)
+    return batches + [
+        empty_batch(is_demo=not totals.rollout_sequences, has_old=any(any_old), device=device)
+        for _ in range(max(counts) - len(batches))
+    ]
 
 
 def _skipped(learner: Learner, step: int, norm: float, loss: float) -> bool:
@@ -205,8 +209,7 @@ def mean_entropy(learner: Learner, batches: list[Batch]) -> torch.Tensor:
         0-d fp32, nats, the same on every rank.
     """
     scored = [(batch, _score(learner, batch)[1]) for batch in batches]
-    none = torch.zeros(0, device=learner.world.device)
-    return learner.world.mean(torch.cat([none, *(entropy for batch, entropy in scored if not batch.is_empty)]))
+    return learner.world.mean(torch.cat([entropy[:0] if batch.is_empty else entropy for batch, entropy in scored]))
 
 
 def _score(learner: Learner, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,9 +25,23 @@ class PolicyHead(FusedLMHead):
 
         Args:
             hidden_states: [N, D]; their dtype is that of the computation.
-            op: A fused op with its other arguments bound by ``functools.partial``.
+            op: A fused op with its other arguments bound by ``functools.partial``, or ``no_head``.
         """
+        if op is no_head:
+            return op(hidden_states, self.weight)
         return super().forward(hidden_states, partial(_with_rounded_bias, op))
+
+
+def no_head(hidden_states: Tensor, _weight: Tensor) -> Tensor:
+    """Compute nothing: an op for whoever asks for what a policy computes before its head.
+
+    Args:
+        hidden_states: [N, D].
+
+    Returns:
+        A 0-d zero.
+    """
+    return hidden_states.new_zeros(())
 
 
 def make_head(model: PreTrainedModel) -> PolicyHead:

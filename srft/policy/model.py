@@ -31,6 +31,7 @@ from srft.policy.attention import register_packed_attention
 from srft.policy.attention_choice import PackedAttention, caps_scores, choose_attention
 from srft.policy.head import PolicyHead, make_head
 from srft.policy.parallel import World, let_go, open_to, shard
+from srft.policy.split_head import SplitHead
 
 _T = TypeVar("_T")
 
@@ -141,7 +142,7 @@ class Traits:
     attention: str
     packed: PackedAttention
     dropout: dict[str, float]
-    head: PolicyHead
+    head: PolicyHead | SplitHead
     device: torch.device
 
 
@@ -160,7 +161,8 @@ def prepare_policy(
 
     Raises:
         ValueError: For an architecture whose attention cannot be told where packed sequences end, or whose head is
-            not a linear layer; for a ``model.attention`` that does not run here.
+            not a linear layer; for a ``model.attention`` that does not run here, or a head that cannot be split as
+            ``train.vocab_parallel`` asks.
     """
     text = model.config.get_text_config()
     if getattr(text, "attn_temperature_tuning", False) and max_tokens > (text.floor_scale or max_tokens):
@@ -175,7 +177,10 @@ def prepare_policy(
     model.eval()
     if world.mesh is None:
         model.to(world.device)
-    model.srft_traits = Traits(own, packed, _dropout_rates(text), make_head(model), world.device)
+    head: PolicyHead | SplitHead = make_head(model)
+    if world.mesh is not None and world.vocab_parallel:
+        head = SplitHead(model, world.mesh["shards"], world.device)
+    model.srft_traits = Traits(own, packed, _dropout_rates(text), head, world.device)
     model.srft_compute = MethodType(_compute, model)
     register_packed_attention()
     model.set_attn_implementation(packed.name)
@@ -193,7 +198,7 @@ def prepare_policy(
     return model
 
 
-def head_of(model: PreTrainedModel) -> PolicyHead:
+def head_of(model: PreTrainedModel) -> PolicyHead | SplitHead:
     """Return the head through which every loss and every score of a policy goes.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,7 @@ class World:
         device: Where this one computes.
         mesh: Replicas by shards; None for a world of one that shards nothing.
         cpu_offload: Keep parameters, gradients and moments in the CPU's memory.
+        vocab_parallel: Leave each rank's rows of the head where they are, and gather hidden states instead.
     """
 
     rank: int = 0
@@ -53,6 +54,7 @@ class World:
     device: torch.device = torch.device("cpu")
     mesh: DeviceMesh | None = None
     cpu_offload: bool = False
+    vocab_parallel: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -173,7 +175,8 @@ def joined(config: Config, device: torch.device) -> Iterator[World]:
         device: "cpu", or "cuda" for the GPU of this rank's place on its machine.
 
     Raises:
-        ValueError: When ``train.ranks`` or ``train.shard_ranks`` does not fit the number of ranks.
+        ValueError: When ``train.ranks``, ``train.shard_ranks`` or ``train.vocab_parallel`` does not fit the number of
+            ranks.
         LostRank: When a collective fails because another rank is not there, or comes too late.
     """
     train, size = config.train, int(os.environ.get("WORLD_SIZE", "1"))
@@ -185,6 +188,11 @@ def joined(config: Config, device: torch.device) -> Iterator[World]:
     shard = train.shard_ranks or size
     if size % shard:
         raise ValueError(f"train.shard_ranks={shard} must divide the number of ranks, {size}")
+    if train.vocab_parallel and (size == 1 or shard < size):
+        raise ValueError(
+            f"train.vocab_parallel=true splits the head over all ranks, got {size} in {size // shard} replicas; start "
+            "several with train.ranks=N and leave train.shard_ranks unset, or set train.vocab_parallel=false"
+        )
     if size == 1 and not train.cpu_offload:
         yield World(0, 1, device)
         return
@@ -200,7 +208,7 @@ def joined(config: Config, device: torch.device) -> Iterator[World]:
     try:
         mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicas", "shards"))
         with lost_ranks_named(dist.get_rank(), size, train.collective_deadline_s):
-            yield World(dist.get_rank(), size, device, mesh, train.cpu_offload)
+            yield World(dist.get_rank(), size, device, mesh, train.cpu_offload, train.vocab_parallel)
     finally:
         dist.destroy_process_group()
 
@@ -212,7 +220,7 @@ def shard(model: PreTrainedModel, world: World) -> None:
     lie on the meta device; its parameters are then to be filled in afterwards.
 
     Args:
-        model: From ``prepare_policy``.
+        model: From ``prepare_policy``; parameters of it that are DTensors already stay as they are.
         world: With a mesh.
     """
     assert world.mesh is not None
@@ -220,9 +228,10 @@ def shard(model: PreTrainedModel, world: World) -> None:
     offload: OffloadPolicy = OffloadPolicy()
     if world.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    split: set[Any] = {p for p in model.parameters() if isinstance(p, DTensor)}
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, offload_policy=offload)
-    fully_shard(model, mesh=mesh, offload_policy=offload)
+    fully_shard(model, mesh=mesh, offload_policy=offload, ignored_params=split)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

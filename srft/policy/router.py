@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from srft.batch import Batch
 from srft.config import Config
+from srft.policy.head import no_head
 from srft.policy.model import compute
 from srft.policy.parallel import World
 
@@ -120,8 +121,4 @@ def router_logits(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> t
         batch: Packed sequences.
         dtype: Precision of the forward pass.
     """
-
-    def nothing(hidden_states: Tensor, _weight: Tensor, **_options: object) -> Tensor:
-        return hidden_states.new_zeros(())
-
-    return compute(model, batch, dtype, nothing, router_logits=True)[1]
+    return compute(model, batch, dtype, no_head, router_logits=True)[1]
