@@ -17,6 +17,22 @@ __all__ = ["VocabParallel"]
 IGNORED, ELSEWHERE = -1, -2
 
 
+# what torch has called so until 2.12 warns of another name from then on
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def of_all_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return every rank's tensor, [ranks, ...].
+
+    Args:
+        x: This rank's; of the same shape and dtype on all.
+        group: The ranks; all of them call this.
+    """
+    out = x.new_empty(group.size() * x.numel())
+    _all_gather(out, x.reshape(-1), group=group)
+    return out.view(group.size(), *x.shape)
+
+
 def local_labels(labels: Tensor, shard: VocabParallel, rows: int, ignore_index: int) -> Tensor:
     """Labels counted from this rank's first row; those of other ranks are ELSEWHERE.
 
@@ -42,11 +58,8 @@ def merge(known: Stats, here: Tensor, shard: VocabParallel) -> Stats:
     # z_label - top
     label = torch.where(here, known.logprobs + known.log_sum, 0.0)
     own = torch.stack([known.top, known.log_sum, known.log_sum - known.entropy, label, here.to(label)])
-    ranks = shard.group.size()
-    parts = own.new_empty(ranks * own.shape[0], own.shape[1])
-    dist.all_gather_into_tensor(parts, own, group=shard.group)
     # float64: [R, C] numbers are few, and log_sum - entropy has lost a few bits already
-    top_r, log_sum_r, mean_r, label_r, here_r = parts.double().view(ranks, *own.shape).unbind(1)
+    top_r, log_sum_r, mean_r, label_r, here_r = of_all_ranks(own, shard.group).double().unbind(1)
     top = top_r.amax(0)
     # a rank whose logits are all -inf has NaN for a mean, and no share
     some = top_r > -torch.inf
@@ -76,10 +89,7 @@ def merge_smoothed(known: Stats, own: Stats, smoothing: Smoothing, shard: VocabP
     lse, count = own.top + own.log_sum, own.entropy
     # sums over the possible words; a rank may have none
     mine = torch.stack([torch.where(count > 0, (own.logprobs + lse) * count, 0.0), count])
-    ranks = shard.group.size()
-    parts = mine.new_empty(ranks * 2, mine.shape[1])
-    dist.all_gather_into_tensor(parts, mine, group=shard.group)
-    total, count = parts.double().view(ranks, *mine.shape).sum(0)
+    total, count = of_all_ranks(mine, shard.group).double().sum(0)
     lse, mean = known.top.double() + known.log_sum.double(), total / count
     q = smoothed(known.logprobs.double(), lse, mean, smoothing).to(mine.dtype)
     # rows that are ignored have no words

@@ -190,7 +190,7 @@ def joined(config: Config, device: torch.device) -> Iterator[World]:
         raise ValueError(f"train.shard_ranks={shard} must divide the number of ranks, {size}")
     if train.vocab_parallel and (size == 1 or shard < size):
         raise ValueError(
-            f"train.vocab_parallel=true splits the head over all ranks, got {size} in {size // shard} replicas; start "
+            f"train.vocab_parallel=true splits the head over all ranks, got {size // shard} replicas of {shard}; start "
             "several with train.ranks=N and leave train.shard_ranks unset, or set train.vocab_parallel=false"
         )
     if size == 1 and not train.cpu_offload:

@@ -28,6 +28,7 @@ from srft_kernels import (
     linear_token_loss,
 )
 from srft_kernels.lm_head import logit_options
+from srft_kernels.vocab_parallel import of_all_ranks
 
 _T = TypeVar("_T")
 _LOSSES = (linear_grpo_loss, linear_srft_loss, linear_token_loss)
@@ -143,15 +144,15 @@ class _Calls:
         bounds = op.keywords.get(_BOUNDS)
         many, ranks = 0 if bounds is None else bounds.numel(), group.size()
         described = _described(op, hidden_states)
-        header = torch.tensor([[zlib.crc32(repr(described).encode()), len(hidden_states), many]])
-        found, counts, many_each = (column.tolist() for column in _all_gather(header, group).unbind(1))
+        header = torch.tensor([zlib.crc32(repr(described).encode()), len(hidden_states), many])
+        found, counts, many_each = of_all_ranks(header, group).t().tolist()
         if len(set(found)) > 1:
             _refuse_differences(described, group)
         first = sum(counts[: group.rank()])
         if bounds is not None:
-            padded = torch.zeros(1, max(many_each), dtype=torch.int64)
-            padded[0, :many] = bounds
-            each = _all_gather(padded, group)
+            padded = torch.zeros(max(many_each), dtype=torch.int64)
+            padded[:many] = bounds
+            each = of_all_ranks(padded, group)
             ends = [each[rank, 1 : many_each[rank]] + sum(counts[:rank]) for rank in range(ranks)]
             bounds = torch.cat([torch.zeros(1, dtype=torch.int64), *ends]).int()
         return cls(group, counts, slice(first, first + len(hidden_states)), bounds)
@@ -163,18 +164,23 @@ class _Calls:
         bounds = {} if self.bounds is None else {_BOUNDS: self.bounds}
         return hidden, {**keywords, **dict(zip(rows, others, strict=True)), **bounds}
 
-    def all_rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Every rank's rows of each tensor [N, ...], by one collective."""
-        own = self.counts[self.group.rank()]
-        raw = [x.detach().reshape(own, -1).contiguous().view(torch.uint8) for x in tensors]
-        widths = [x.shape[1] for x in raw]
-        packed = raw[0].new_zeros(max(self.counts), sum(widths))
-        torch.cat(raw, dim=1, out=packed[:own])
-        each = _all_gather(packed, self.group).unflatten(0, (len(self.counts), -1))
-        found = torch.cat([each[rank, :count] for rank, count in enumerate(self.counts)])
+    def all_rows(self, x: Tensor) -> Tensor:
+        """Every rank's rows of a tensor [N, ...]."""
+        own, most = self.counts[self.group.rank()], max(self.counts)
+        if own < most:
+            x = torch.cat([x, x.new_zeros(most - own, *x.shape[1:])])
+        each = of_all_ranks(x, self.group)
+        if min(self.counts) == most:
+            return each.flatten(0, 1)
+        return torch.cat([each[rank, :count] for rank, count in enumerate(self.counts)])
+
+    def all_rows_of_each(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The same of several small ones, by one collective."""
+        raw = [x.detach().unsqueeze(-1).flatten(1).contiguous().view(torch.uint8) for x in tensors]
+        found = self.all_rows(torch.cat(raw, dim=1))
         return [
-            part.contiguous().view(x.dtype).reshape(-1, *x.shape[1:])
-            for part, x in zip(found.split(widths, dim=1), tensors, strict=True)
+            part.clone(memory_format=torch.contiguous_format).view(x.dtype).reshape(len(found), *x.shape[1:])
+            for part, x in zip(found.split([x.shape[1] for x in raw], dim=1), tensors, strict=True)
         ]
 
 
@@ -217,13 +223,6 @@ def _refuse_differences(said: dict[str, str], group: dist.ProcessGroup) -> NoRet
     )
 
 
-def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Every rank's rows of a tensor that has as many on each, [ranks * rows, ...]."""
-    out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x, group=group)
-    return out
-
-
 def _own(parameter: Any, dtype: torch.dtype) -> Tensor:
     """This rank's rows of a parameter in a dtype; its gradient is that of the parameter's rows here."""
     return parameter.to_local().to(dtype)
@@ -254,9 +253,9 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, calls: _Calls, *others: Tensor) -> tuple[Tensor, ...]:
         ctx.own = calls.own
-        hidden, *rest = calls.all_rows([hidden_states, *others])
+        rest = calls.all_rows_of_each(others)
         ctx.mark_non_differentiable(*rest)
-        return hidden, *rest
+        return calls.all_rows(hidden_states), *rest
 
     @staticmethod
     @once_differentiable
@@ -291,4 +290,4 @@ class _OwnLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *ctx.calls.all_rows([dlogprobs, dentropy]), None
+        return *ctx.calls.all_rows_of_each([dlogprobs, dentropy]), None
