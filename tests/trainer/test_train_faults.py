@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -123,3 +124,38 @@ def test_rank_that_others_wait_for_is_named(hangs: bool, tmp_path: Path) -> None
     else:
         assert "[rank 1] error: reward " in said and "failed on all of the first" in said
     assert "Traceback" not in said
+
+
+def test_disk_that_is_full_and_kill_in_mid_checkpoint_cost_that_checkpoint(tmp_path: Path) -> None:
+    """One error for both ranks; then SIGKILL to all while one is half written, and the run goes on without a gap."""
+    run_dir = tmp_path / "runs" / "run"
+    checkpoints = run_dir / "checkpoints"
+    steps = {"train__steps": 10000, "train__save_every": 1}
+    with running(tmp_path, **steps) as run:
+        run.wait_for_rows(3)
+        resource.prlimit(run.rank(1), resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+        status, said = run.ended()
+    newest, notes = whole_checkpoint(run_dir)
+    assert status == 2 and newest is not None and not notes
+    (line,) = [line for line in said.splitlines() if "error" in line]
+    assert line.startswith(f"error: cannot write {checkpoints}/step_") and "File too large; " in line
+    assert line.endswith(f"{newest} is complete, and name=run train.resume=true goes on from it")
+    assert not list(checkpoints.glob(".step_*"))
+    with running(tmp_path, **steps, train__resume=True) as run:
+        run.wait_for_rows(int(newest.name[5:]) + 2)
+        everybody = [run.process.pid, *descendants(run.process.pid)]
+        while run.process.poll() is None and not list(checkpoints.glob(".step_*.partial/optimizer.safetensors")):
+            pass
+        for pid in everybody:
+            os.kill(pid, signal.SIGKILL)
+        run.process.wait()
+    assert list(checkpoints.glob(".step_*.partial"))
+    newest, notes = whole_checkpoint(run_dir)
+    assert newest is not None and not notes
+    # the step whose checkpoint it was, and the one that was made meanwhile
+    done = run.rows() - 1
+    assert done - int(newest.name[5:]) <= 2
+    finished = train_process(arguments(tmp_path, **RUN | steps | {"train__steps": done + 1}, train__resume=True))
+    assert finished.returncode == 0, finished.stderr
+    assert [row["step"] for row in read_lines(run_dir / "metrics.jsonl")] == list(range(done + 2))
+    assert not list(checkpoints.glob(".step_*"))
