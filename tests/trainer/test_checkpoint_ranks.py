@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from srft.disk import WriteError
-from srft.policy import tensor_files
+from srft.policy import checkpoint
 from srft.policy.checkpoint import Checkpoints, load_optimizer, newest_checkpoint, read_state, whole_checkpoint
 from srft.policy.learner import Learner
 from srft.policy.loading import fill, skeleton
@@ -210,8 +210,7 @@ def test_a_rank_lost_in_mid_checkpoint_costs_that_checkpoint(written: tuple[Path
 
 def test_large_models_lie_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbered, with an index that transformers and the loader follow."""
-    monkeypatch.setattr(tensor_files, "FILE_BYTES", 9000)
-    monkeypatch.setattr(TensorFiles.__init__, "__defaults__", (9000,))
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 9000)
     plain_model().save_pretrained(tmp_path / "base")
     learner = learner_from(tmp_path / "base", ALONE)
     move(learner, 1)
