@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from benchmarks.heads import Inputs
@@ -61,10 +62,12 @@ def _liger_grpo(device: torch.device) -> Loss:
             beta=0.0, use_ref_model=False, loss_type="bnpo", chunk_size=max(1, 2048 // x.sequence)
         )
         rows = x.labels.view(-1, x.sequence)
-        return head(
-            x.hidden_states.view(*rows.shape, -1), x.lm_head_weight, rows, torch.ones_like(rows),
-            x.advantages.view(rows.shape)[:, 0], old_per_token_logps=x.old_logprobs.view(rows.shape),
-        )[0]  # fmt: skip
+        # torch 2.11 fails to compile for a number of sequences that may change, as it does from the gate to the timing
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            return head(
+                x.hidden_states.view(*rows.shape, -1), x.lm_head_weight, rows, torch.ones_like(rows),
+                x.advantages.view(rows.shape)[:, 0], old_per_token_logps=x.old_logprobs.view(rows.shape),
+            )[0]  # fmt: skip
 
     return loss
 
