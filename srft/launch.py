@@ -190,11 +190,12 @@ class _Job:
 
     def _look_at(self, ended: list[_Rank]) -> None:
         """Decide from the ranks that have just ended how long the others have."""
-        wanted = None if self._asked is None else 128 + self._asked[0]
+        # a rank that has just begun does not handle it yet
+        wanted = () if self._asked is None else (128 + self._asked[0], -self._asked[0])
         # the others fail in their next collective, often before this one is seen: what was killed came first
-        for rank in sorted(ended, key=lambda rank: (rank.process.returncode != wanted, rank.process.returncode >= 0)):
-            code = rank.process.returncode
-            if code == wanted:
+        codes = [(rank, rank.process.returncode) for rank in ended]
+        for rank, code in sorted(codes, key=lambda pair: (pair[1] not in wanted, pair[1] >= 0)):
+            if code in wanted:
                 self._stopped = True  # one that was told later may fail in a collective without it
                 self._hurry(_SAVING_S)
             elif code and self._failed is None and (code == 2 or not self._stopped):

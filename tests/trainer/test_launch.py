@@ -209,6 +209,15 @@ def test_signal_stops_all_ranks_once(number: int, whom: str, tmp_path: Path) -> 
     assert len(list(tmp_path.glob("saved*"))) == 3
 
 
+def test_ranks_that_have_just_begun_end_as_cleanly(tmp_path: Path) -> None:
+    """One that does not handle signals yet is ended by the system, and that is no failure."""
+    code = "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nwait()"
+    with waiting(tmp_path, code) as (launcher, _):
+        launcher.terminate()
+        assert launcher.wait(timeout=20) == 143
+        assert launcher.stderr is not None and launcher.stderr.read() == ""
+
+
 def test_second_signal_ends_all_ranks_at_once(tmp_path: Path) -> None:
     """Nothing waits for ranks that do not come to an end."""
     with waiting(tmp_path, STOPPING.replace("0.3", "60")) as (launcher, family):
