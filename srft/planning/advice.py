@@ -158,6 +158,8 @@ def _layouts(config: Config, device: Device, ranks: int, engine_ranks: int) -> I
     sizes = sorted({config.microbatch_tokens, config.longest_sequence}, reverse=True)
     shards = sorted({s for s in (1, min(ranks, GPUS_A_NODE), ranks) if ranks % s == 0})
     offloads = (False, True) if device.is_gpu else (False,)
+    if config.train.vocab_parallel:  # which goes with neither replicas nor offload
+        shards, offloads = [ranks], (False,)
     for offload, checkpointing, tokens, shard in product(offloads, (False, True), sizes, shards):
         yield Layout(device, tokens, ranks, shard, checkpointing, offload, min(engine_ranks, ranks))
 

@@ -136,6 +136,16 @@ def uses_vllm(config: Config, device: Device) -> bool:
     return config.engine.kind == "vllm" or (config.engine.kind == "auto" and device.is_gpu)
 
 
+def splits_head(config: Config, layout: Layout) -> bool:
+    """Say whether each rank keeps its rows of the head, and hidden states are gathered instead.
+
+    Args:
+        config: The whole configuration.
+        layout: How the run lies on its devices; the head is split where one copy is sharded over all ranks.
+    """
+    return config.train.vocab_parallel and 1 < layout.ranks == layout.shard
+
+
 def _engine(shape: ModelShape, config: Config, layout: Layout) -> tuple[dict[str, int], int]:
     """What the engine takes of each device, and what of that is left for keys and values."""
     weights = shape.parameters * config.engine_dtype.itemsize
@@ -153,9 +163,10 @@ def _engine(shape: ModelShape, config: Config, layout: Layout) -> tuple[dict[str
 def _moments(
     shape: ModelShape, passes: BodyPasses, config: Config, layout: Layout, rows: int
 ) -> dict[str, dict[str, int]]:
-    gathers = layout.gathers
-    dhead = _FP32 * shape.head * shape.head_trained
-    gathered_root, gathered_blocks = gathers * _FP32 * shape.root, gathers * 2 * _FP32 * shape.block
+    gathers, split = layout.gathers, splits_head(config, layout)
+    dhead = _FP32 * shape.head * shape.head_trained * (not split)
+    gathered_root = gathers * _FP32 * (shape.root - split * shape.head)
+    gathered_blocks = gathers * 2 * _FP32 * shape.block
     names = ("gathered: embedding, norm, head", "gathered: two blocks, fp32")
     # a tied gradient waits for its other half, a sharded one for the end of the pass
     waiting = dhead if shape.tied or gathers else 0
@@ -183,17 +194,20 @@ def _head(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What the fused head holds while it computes the loss, and while its gradients are rounded and handed on."""
     dtype, on_gpu = config.compute_dtype, layout.device.is_gpu
+    parts = layout.ranks if splits_head(config, layout) else 1
+    # each rank has its words for the tokens of all
+    vocab, rows, head = -(-shape.vocab // parts), rows * parts, shape.head // parts
     sizes = chunk_sizes(
-        shape.vocab, shape.hidden, torch.float32, dtype, together=getattr(config.method, "scope", "token") != "token",
+        vocab, shape.hidden, torch.float32, dtype, together=getattr(config.method, "scope", "token") != "token",
         in_gpu_memory=on_gpu, on_cpu=not on_gpu,
     )  # fmt: skip
-    workspace = min(rows, sizes.scores) * shape.vocab * _FP32
+    workspace = min(rows, sizes.scores) * vocab * _FP32
     if sizes.gathered:
-        workspace += min(rows, sizes.products) * shape.vocab * dtype.itemsize
+        workspace += min(rows, sizes.products) * vocab * dtype.itemsize
     hidden = rows * shape.hidden * (dtype.itemsize + _FP32)
-    copy, sum_ = 0, _FP32 * shape.head * shape.head_trained
+    copy, sum_ = 0, _FP32 * head * shape.head_trained
     if dtype != torch.float32:
-        copy = shape.head * dtype.itemsize
+        copy = head * dtype.itemsize
         if not on_gpu:  # 16-bit factors are made fp32, some columns at a time
             workspace += VOCAB_TILE * (2 * shape.hidden + min(rows, sizes.scores)) * _FP32
     now = {"head: workspace": workspace, "head: hidden states and their gradient": hidden,

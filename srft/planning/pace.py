@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from srft.config import Config
 from srft.planning.devices import GPUS_A_NODE, HOST_LINK, TRAFFIC_SHARE
-from srft.planning.memory import Layout, uses_vllm
+from srft.planning.memory import Layout, splits_head, uses_vllm
 from srft.planning.models import ModelShape
 from srft.planning.trace import BodyPasses
 
@@ -119,7 +119,8 @@ def plan_pace(
     # without a backward pass: log-probabilities of the policy that sampled, entropies of a whole batch
     forwards = (updates > 1) + config.method.needs_entropy
     one *= 1 + forwards / 3
-    gather = _gathering(shape, layout) * (1 + forwards / 3)
+    head_stays = shape.head if splits_head(config, layout) else 0
+    gather = _gathering(shape, layout, head_stays) * (1 + forwards / 3)
     filled = own / (count * micro_batch)
     computing = updates * count * one * filled
     seconds = updates * count * max(one * filled, gather)
@@ -159,12 +160,16 @@ def _link(layout: Layout) -> float:
     return layout.device.link if layout.shard <= GPUS_A_NODE else layout.device.network
 
 
-def _gathering(shape: ModelShape, layout: Layout) -> float:
-    """Seconds on the network of one micro-batch: two gathers and a reduction in fp32, and one over the replicas."""
+def _gathering(shape: ModelShape, layout: Layout, head_stays: int) -> float:
+    """Seconds on the network of one micro-batch: two gathers and a reduction in fp32, and one over the replicas.
+
+    Without those of the parameters that stay where they are, whose hidden states travel instead and are few.
+    """
     seconds = 0.0
     if layout.shard > 1:
         others = (layout.shard - 1) / layout.shard
-        seconds += (8 * shape.parameters + 4 * shape.trained) * others / _link(layout)
+        moved = 8 * (shape.parameters - head_stays) + 4 * (shape.trained - head_stays)
+        seconds += moved * others / _link(layout)
     if layout.ranks > layout.shard:
         seconds += 2 * 4 * shape.trained / layout.shard / layout.device.network
     if layout.offload:

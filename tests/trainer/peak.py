@@ -33,6 +33,10 @@ SETTINGS = {
     "fp32-tied": ([], True),
     "bf16": (["model.compute_dtype=bfloat16"], False),
     "bf16-recomputed": (["model.compute_dtype=bfloat16", "model.gradient_checkpointing=true"], False),
+    # over several ranks alone
+    "bf16-split-head": (
+        ["model.compute_dtype=bfloat16", "model.gradient_checkpointing=true", "train.vocab_parallel=true"], False,
+    ),
 }
 
 

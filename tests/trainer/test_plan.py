@@ -62,6 +62,13 @@ def test_the_recommended_layout_is_about_as_fast_as_any(math_7b: Planner) -> Non
     assert not any(plan.pace.step <= 1.15 * best for plan in fitting[: fitting.index(found)])
 
 
+def test_a_split_head_is_planned_where_it_can_run() -> None:
+    """Over all ranks and without offload, as the trainer has it."""
+    planner = Planner(load_config([RECIPE, "train.vocab_parallel=true"]))
+    found = planner.recommended(H100, 64)
+    assert found.layout.shard == 64 and not found.layout.offload
+
+
 def test_passes_without_gradients_take_their_time() -> None:
     """Log-probabilities of the policy that sampled, where a step has several updates: a third of a pass more."""
     once, twice = (Planner(load_config([RECIPE, f"train.updates_per_step={n}"])) for n in (1, 2))

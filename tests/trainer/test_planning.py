@@ -36,7 +36,9 @@ def trace(config: Config, checkpointing: bool = False, tokens: int = 1024, rows:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, which can forget a peak")
 @pytest.mark.parametrize(
-    ("ranks", "settings"), [(1, ["fp32-tied", "bf16-recomputed"]), (2, ["bf16-recomputed"])], ids=["alone", "sharded"]
+    ("ranks", "settings"),
+    [(1, ["fp32-tied", "bf16-recomputed"]), (2, ["bf16-recomputed", "bf16-split-head"])],
+    ids=["alone", "sharded"],
 )
 def test_the_planned_peak_is_the_measured_one(ranks: int, settings: list[str]) -> None:
     """Of updates of models of 44 and 56 million parameters, in fp32, in bf16 recomputed, and over two ranks."""
@@ -148,6 +150,23 @@ def test_the_head_holds_its_workspace_and_no_logits() -> None:
     assert few["head: workspace"] == many["head: workspace"] <= 2 * GIB
     assert few["head: weight and its gradient"] == 6 * shape.head
     assert many["head: hidden states and their gradient"] == 6 * shape.hidden * 131_072
+
+
+def test_a_split_head_stays_where_it_is() -> None:
+    """An eighth of its rows for the hidden states of all eight ranks; nothing of it is gathered or waits."""
+    usual = load_config(["recipes/qwen2.5-math-7b.toml"])
+    split = load_config(["recipes/qwen2.5-math-7b.toml", "train.vocab_parallel=true"])
+    shape, passes = shape_of(usual), BodyPasses(*[Held(0, 0)] * 4, flops=0, moved=0)
+    layout = Layout(H100, 1024, 8, 8)
+    whole, own = (plan_memory(shape, passes, config, layout, 1024).moments for config in (usual, split))
+    root = "gathered: embedding, norm, head"
+    assert whole["forward"][root] - own["forward"][root] == 4 * shape.head
+    assert own["backward of the blocks"]["gradient of the head"] == 0
+    assert own["loss"]["head: weight and its gradient"] == whole["loss"]["head: weight and its gradient"] // 8
+    hidden = "head: hidden states and their gradient"
+    assert own["loss"][hidden] == 8 * whole["loss"][hidden]
+    replicas = plan_memory(shape, passes, split, Layout(H100, 1024, 8, 4), 1024).moments
+    assert replicas["forward"][root] == whole["forward"][root]
 
 
 def test_an_engine_that_has_no_room_does_not_fit() -> None:
