@@ -98,3 +98,17 @@ def test_a_base_that_is_gone_is_one_line(run: Path, tmp_path: Path) -> None:
     (orphan / "adapter_config.json").write_text(json.dumps(settings | gone))
     with pytest.raises(ValueError, match="is for the model in .*gone, which is not there; bring it back, or set"):
         train(tmp_path, **LORA, model__name=orphan)
+
+
+@pytest.mark.vllm
+def test_vllm_samples_from_merged_weights(tmp_path: Path) -> None:
+    """A vLLM that started on the merged model gets every update: after each the two agree to 1e-4 nats."""
+    # its attention on CPU takes heads of 32 and more
+    shape = {"model__tiny__hidden_size": 64, "model__lora__head": True, "model__tiny__tie_embeddings": False}
+    run = train(tmp_path, **{**LORA, "train__steps": 2}, **shape, engine__kind="vllm", train__eval_every=2)
+    rows = comparable_rows(run)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["canary/max_abs_diff"] <= 1e-4 for row in rows)
+    assert all(row["mismatch/max"] <= 1e-3 for row in rows[1:])
+    before = logprobs(plain(base_of(run / "model")))
+    assert (logprobs(plain(run / "merged")) - before).abs().max() > 1e-2
