@@ -19,7 +19,7 @@ from srft.learning import update
 from srft.methods import assign_advantages
 from srft.policy import lora
 from srft.policy.adapter import base_of, export_adapter, first_adapters, is_adapter, put_adapters
-from srft.policy.forwards import packed_forward
+from srft.policy.forwards import packed_forward, sampler_logprobs
 from srft.policy.manifest import damage
 from srft.policy.model import byte_tokenizer, own_attention, prepare_policy
 from srft.policy.optimizer import make_optimizer
@@ -33,6 +33,7 @@ from tests.trainer.tiny import (
     policy,
     random_groups,
     relative_error,
+    sequence,
     tiny_config,
 )
 
@@ -161,6 +162,15 @@ def test_engine_gets_merged_weights_and_the_base_stays(tied: bool, head: bool, w
     assert all(torch.equal(p, before[name]) for name, p in frozen(model).items())
     names = dict(lora.merged(model.state_dict().items(), model)).keys()
     assert names == plain_model(tied=tied).state_dict().keys()
+
+
+def test_noise_is_that_of_merged_weights() -> None:
+    """What the canary measures noise by computes with W + s B A rounded once, as a bf16 engine does."""
+    model = with_adapters(head=True)
+    engine = HfEngine(model, dtype=torch.bfloat16, pad_token_id=0, max_batch=8)
+    response = sequence([5, 6], [7, 8, 9, 10, 11])
+    (scores,) = engine.score([response.prompt_ids + response.response_ids])
+    assert (sampler_logprobs(model, [response], torch.bfloat16) - torch.tensor(scores[-5:])).abs().max() < 1e-5
 
 
 def test_merged_weights_are_those_of_peft() -> None:
