@@ -37,7 +37,7 @@ def trace(config: Config, checkpointing: bool = False, tokens: int = 1024, rows:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, which can forget a peak")
 @pytest.mark.parametrize(
     ("ranks", "settings"),
-    [(1, ["fp32-tied", "bf16-recomputed"]), (2, ["bf16-recomputed", "bf16-split-head"])],
+    [(1, ["fp32-tied", "bf16-recomputed"]), (2, ["bf16-recomputed"])],
     ids=["alone", "sharded"],
 )
 def test_the_planned_peak_is_the_measured_one(ranks: int, settings: list[str]) -> None:
