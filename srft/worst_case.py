@@ -15,6 +15,8 @@ from srft.planning.devices import free_memory
 from srft.policy.learner import Learner
 
 _GIB = 2**30
+# of both micro-batches on a CPU: seconds, where the largest of a real model would take minutes and all memory
+_CPU_FLOPS = 2e12
 
 
 def worst_case(learner: Learner) -> str:
@@ -53,14 +55,18 @@ def worst_case(learner: Learner) -> str:
         moments.clear()
     peak = max(learner.world.gather(_peak(device)))
     room = torch.cuda.get_device_properties(device).total_memory if on_gpu else peak + free_memory()
+    which = "The largest micro-batches a step may have" if on_gpu else "Micro-batches of the longest sequences"
     return (
-        f"The largest micro-batches a step may have, of {tokens // 2:,} tokens, took {peak / _GIB:.1f} of "
+        f"{which}, of {tokens // 2:,} tokens, took {peak / _GIB:.1f} of "
         f"{room / _GIB:.1f} GiB{'' if on_gpu else ' with all else of this process'}."
     )
 
 
 def longest_sequences(learner: Learner) -> list[Response]:
     """Return sequences that fill two micro-batches, each of the greatest length, or those of a step where it has fewer.
+
+    On a CPU they are as many as take a few seconds, one a micro-batch at least: nothing is lost there by running out of
+    memory later, and the largest micro-batch of a real model might end the machine's other work.
 
     Args:
         learner: Its configuration says how long and how many.
@@ -69,7 +75,11 @@ def longest_sequences(learner: Learner) -> list[Response]:
     longest = config.longest_sequence
     each = train.rollouts_per_prompt * config.method.needs_rollouts + train.demos_per_prompt * config.method.needs_demos
     of_a_step = -(-train.prompts_per_step * each // (train.updates_per_step * learner.world.size))
-    number = max(1, min(config.microbatch_tokens // longest, of_a_step))
+    number = min(config.microbatch_tokens // longest, of_a_step)
+    if learner.world.device.type == "cpu":
+        weights = sum(p.numel() for p in learner.model.parameters())
+        number = min(number, int(_CPU_FLOPS / (2 * 6 * weights * longest)))
+    number = max(1, number)
     rows = learner.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     return [_longest(learner, i, torch.randint(rows, (longest,), generator=generator)) for i in range(2 * number)]

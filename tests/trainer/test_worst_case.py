@@ -42,6 +42,17 @@ def test_they_are_no_more_than_a_step_has() -> None:
     assert len(longest_sequences(learner)) == 2 * 2
 
 
+def test_a_cpu_is_given_what_it_computes_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a real model a sequence or two; one each where even that takes longer."""
+    learner = _learner("train.tokens_per_microbatch=100")
+    weights = sum(p.numel() for p in learner.model.parameters())
+    monkeypatch.setattr(srft.worst_case, "_CPU_FLOPS", 2 * 6 * weights * 20 * 3)
+    assert len(longest_sequences(learner)) == 2 * 3
+    assert worst_case(learner).startswith("Micro-batches of the longest sequences, of 60 tokens, took ")
+    monkeypatch.setattr(srft.worst_case, "_CPU_FLOPS", 1.0)
+    assert len(longest_sequences(learner)) == 2
+
+
 def test_they_leave_no_trace() -> None:
     """Weights, moments, gradients and random numbers are as before, and so is what the next update makes of them."""
     learner = _learner("train.tokens_per_microbatch=60")
