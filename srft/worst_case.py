@@ -110,7 +110,8 @@ def _forget_peak(device: torch.device) -> None:
         gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
     elif (clear := Path("/proc/self/clear_refs")).exists():
-        clear.write_text("5")
+        with clear.open("w") as file:
+            file.write("5")
 
 
 def _peak(device: torch.device) -> int:
