@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
@@ -142,10 +142,13 @@ def _traced(
     AttentionMaskInterface.register(_ATTENTION, _no_mask)
     options = config.model.model_copy(update={"gradient_checkpointing": checkpointing})
     with torch.device("meta"):
+        # or this machine would make the weights of a model that it has no room for
+        assert torch.empty(1).is_meta, "tensors of the meta device have memory"
         model = build_policy(shape, config)
         prepare_policy(model, options, tokens, World(device=torch.device("meta")))
     model.set_attn_implementation(_ATTENTION)
     with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(torch.empty(1), FakeTensor), "fake tensors have memory"
         _to_cpu(model)
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
