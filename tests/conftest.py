@@ -30,8 +30,11 @@ TESTS = Path(__file__).parent
 KERNEL_TESTS = TESTS / "kernels"
 # of a worker together with what its tests start: two trainers, an engine, an inner pytest
 WORKER_BYTES = 3 * 2**30
-# the largest unit, so that a new worker takes it: a plan that was traced in one which had run vLLM's tests took 22 GB
-PLANNED_FIRST = ("tests/trainer/test_layouts.py", "tests/trainer/test_plan.py")
+
+# torch looks once at what makes tensors, for `with torch.device(...)`: before a test stands in for some of it, or the
+# meta device would have memory for the rest of the worker's life
+with torch.device("cpu"):
+    torch.empty(0)
 
 hypothesis.settings.register_profile("srft", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("srft")
@@ -59,8 +62,6 @@ class ByWhatTheyShare(LoadScopeScheduling):
 
 @functools.cache
 def _shared_by(module: str) -> str:
-    if module in PLANNED_FIRST:
-        return "planned first"
     text = (TESTS.parent / module).read_text()
     return "vllm" if "pytest.mark.vllm" in text else "fixture" if 'scope="module"' in text else "nothing"
 
