@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from srft.batch import Response
 from srft.learning import accumulate
 from srft.planning.devices import free_memory
 from srft.policy.learner import Learner
+from srft.policy.weights import own_part
 
 _GIB = 2**30
 # of both micro-batches on a CPU: seconds, where the largest of a real model would take minutes and all memory
@@ -100,8 +100,7 @@ def _missing_moments(learner: Learner) -> list[Tensor]:
     """Memory of the size of the moments that the first update will make."""
     if learner.optimizer.state:
         return []
-    trained = [p for p in learner.model.parameters() if p.requires_grad]
-    own = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
+    own = [own_part(p) for p in learner.model.parameters() if p.requires_grad]
     return [torch.empty_like(p) for p in own if p.device.type == "cuda" for _ in range(2)]
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from srft.batch import Batch, Response, pack
 from srft.config import Config
 from srft.policy.forwards import packed_forward
 from srft.policy.parallel import World
+from srft.policy.weights import own_part
 
 # Tokens of the shorter of the two micro-batches that are measured, at least.
 _SHORT = 2048
@@ -86,8 +86,7 @@ def _fitting(peaks: list[tuple[int, int]], room: int) -> int:
 
 def _moments(model: PreTrainedModel, device: torch.device) -> int:
     """Bytes of Adam's two moments of this rank's parameters, which the first step will take on the device."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    mine = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
+    mine = [own_part(p) for p in model.parameters() if p.requires_grad]
     return 2 * sum(p.numel() * p.element_size() for p in mine if p.device.type == device.type)
 
 
