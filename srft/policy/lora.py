@@ -223,21 +223,6 @@ def merged_parameters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@torch.no_grad()
-def merge_in(model: PreTrainedModel) -> None:
-    """Make a model with adapters one without: each is added to its weight, which goes back to its old name.
-
-    Args:
-        model: Changed in place, so a copy of a policy; not sharded.
-    """
-    for path, layer in adapted(model).items():
-        layer.base_layer.weight.copy_(merged_weight(layer))
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.base_layer)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-
-
 @contextmanager
 def base_policy(model: nn.Module) -> Iterator[None]:
     """Let a policy compute without its adapters, as the base does, for the length of a ``with`` statement.
