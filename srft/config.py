@@ -244,6 +244,8 @@ class TrainConfig(Section):
     tied embeddings."""
     collective_deadline_s: float = Field(1800.0, gt=0)
     """Seconds that a rank waits for the others before the run is ended."""
+    page: bool = True
+    """Draw the plots and the page of the run at its end; false leaves that to `python -m srft.report`."""
     tensorboard: bool = False
     """Write the rows of metrics.jsonl as TensorBoard's event files, too, to tensorboard/ in the run's folder."""
     wandb: str | None = Field(None, min_length=1)

@@ -47,7 +47,10 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
     ]
     for exchange in exchanges:
         exchange.return_entropies()
-    return combined(figures)
+    if not figures:
+        return {}
+    trained = sum(len(s) for exchange in exchanges for s in exchange.held)
+    return combined(figures) | {"updates/made": len(figures), "tokens/trained": int(world.sum([trained])[0])}
 
 
 def _parts(learner: Learner, groups: list[Group]) -> list[list[Group]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from srft.policy.parallel import World, joined
 from srft.policy.proof import Proof, prove
 from srft.record.files import write_atomically
 from srft.record.folder import METHOD_FILE, refuse_other_data, run_folder
+from srft.record.history import RunRecord, load_record
 from srft.record.log import NoLog, RunLog
 from srft.record.progress import Progress
 from srft.record.trackers import open_trackers, refuse_absent
@@ -140,9 +141,16 @@ def _record(
     return RunLog(
         run_dir, total_steps=config.train.steps, config_text=to_toml(config.without_resume()),
         title=f"{config.method.label} · {config.data.train}",
-        resume_step=resume_step, report=build_report, curves=config.method.curves,
+        resume_step=resume_step, report=build_report if config.train.page else _unreported,
+        curves=config.method.curves,
         trackers=open_trackers(config, run_dir, resume_step),
     )  # fmt: skip
+
+
+def _unreported(run_dir: Path) -> RunRecord:
+    """What there is to tell of a run whose plots and page nobody has drawn."""
+    record = load_record(run_dir)
+    return replace(record, places=[place for place in record.places if place[0] not in ("page", "plots")])
 
 
 def choose_device(config: Config) -> torch.device:

@@ -135,6 +135,7 @@ def group_metrics(groups: list[Group], world: World = ALONE) -> dict[str, float]
     metrics["reward/timeouts"] = sum(s.status == "timeout" for s in everything)
     metrics["reward/errors"] = sum(s.status in ("error", "bad_gold") for s in everything)
     metrics["tokens/step"] = sum(s.tokens for s in everything)
+    metrics["tokens/sampled"] = sum(s.response_tokens for s in rollouts)
     metrics["tokens/counted"] = sum(s.response_tokens for s in everything)
     # what attention grows with
     metrics["tokens/squared"] = sum(s.tokens**2 for s in everything)

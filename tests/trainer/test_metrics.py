@@ -47,6 +47,7 @@ def test_group_metrics() -> None:
             "reward/errors": 2,
             "reward/unjudged": 0,
             "tokens/step": 4 * (3 + 4 + 6),
+            "tokens/sampled": 4 * (1 + 2),
             "tokens/counted": 4 * (1 + 2 + 4),
             "tokens/squared": 4 * (9 + 16 + 36),
         }
@@ -56,8 +57,9 @@ def test_group_metrics() -> None:
 def test_only_what_exists_is_described() -> None:
     """No rollout entries without rollouts, no demonstration entry without demonstrations."""
     demos_only = group_metrics([group([], 1)])
-    counts = {"reward/timeouts", "reward/errors", "reward/unjudged", "tokens/step", "tokens/counted", "tokens/squared"}
-    assert set(demos_only) == {"reward/demo", *counts}
+    counts = {"timeouts", "errors", "unjudged"}
+    tokens = {"step", "sampled", "counted", "squared"}
+    assert set(demos_only) == {"reward/demo", *(f"reward/{x}" for x in counts), *(f"tokens/{x}" for x in tokens)}
     assert "reward/demo" not in group_metrics([group([1, 0])])
 
 

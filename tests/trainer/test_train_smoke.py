@@ -100,6 +100,16 @@ def test_several_updates_per_step(tmp_path: Path) -> None:
     assert read_lines(run / "metrics.jsonl")[1]["clip/share"] > 0
 
 
+def test_a_run_without_a_page_counts_what_it_learned_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It draws nothing and names no page; updates and tokens are counted as they were made."""
+    run = train(tmp_path, train__steps=1, train__updates_per_step=2, train__page=False)
+    assert not (run / "report.html").exists() and not (run / "plots").exists()
+    assert "Complete: 1 steps." in (said := capsys.readouterr().out) and "report.html" not in said
+    _, row = read_lines(run / "metrics.jsonl")
+    assert row["updates/made"] == 2
+    assert row["tokens/trained"] == row["tokens/step"] > row["tokens/sampled"] == 12 * row["length/mean"]
+
+
 def test_custom_reward(tmp_path: Path) -> None:
     """path/to/file.py:function judges rollouts and demonstrations, whatever the task's own verifier says."""
     reward = _odd_length_reward(tmp_path)
