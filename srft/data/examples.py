@@ -53,8 +53,8 @@ def load_examples(
     """Read a data source into examples.
 
     Args:
-        source: "chain"; "reasoning_gym:<task>"; a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, compressed or
-            not; a folder or a glob of such files; or a hub data set, "owner/name" or "owner/name:config".
+        source: "chain" or "countdown"; "reasoning_gym:<task>"; a .jsonl, .json, .csv, .tsv, .parquet or .arrow file,
+            compressed or not; a folder or a glob of such files; or a hub data set, "owner/name" or "owner/name:config".
         split: Split of a hub data set, or of a folder whose files name theirs. For generated tasks "train" or
             anything else, which then means evaluation; the two never share a problem. A file is one split and
             ignores it.
@@ -64,7 +64,8 @@ def load_examples(
         limit: Number of rows taken from the start, >= 1; None takes all, and of a generated task 8192 to
             train and 256 to evaluate.
         seed: Stream of a generated task; not used elsewhere.
-        task: Options of a generated task: min_ops and max_ops, or the reasoning-gym task's own fields.
+        task: Options of a generated task: those of ``tasks.chain_rows`` or ``countdown_rows``, or the fields of the
+            reasoning-gym task.
         use_demo: Whether demonstrations are read; without it their column is not looked at.
         require_demo: Whether a row without a demonstration is an error.
         bad_rows: "error", or "skip" to drop rows without a prompt, an answer or a required demonstration, and

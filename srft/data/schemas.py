@@ -182,6 +182,17 @@ _GENERATED = Schema(
     reward=None,
 )
 
+# the built-in task poses its problem in a few bytes, in place of the layout's instruction
+_COUNTDOWN = Schema(
+    "countdown",
+    signs=(),
+    prompt=Column("prompt"),
+    answer=Column("target"),
+    demos=(Column("demo"),),
+    reward="countdown",
+    identity=_countdown_problem,
+)
+
 
 def detect_schema(row: Row) -> Schema:
     """Return the first layout that a row fits; "other" fits every row.
@@ -200,7 +211,9 @@ def find_schema(source: str, row: Row) -> Schema:
     """Return the layout of a source's rows.
 
     Args:
-        source: As in ``data.examples.load_examples``; the rows of a reasoning-gym task have its own layout.
+        source: As in ``data.examples.load_examples``; the rows of countdown and of a reasoning-gym task have their own.
         row: As in :func:`detect_schema`.
     """
+    if source == "countdown":
+        return _COUNTDOWN
     return replace(_GENERATED, reward=source) if source.startswith(REASONING_GYM) else detect_schema(row)

@@ -7,7 +7,7 @@ from typing import Any
 
 from srft.data.files import is_local, read_files
 from srft.data.formats import PlacedRow
-from srft.data.tasks import BUILTIN_TASKS, chain_rows, reasoning_gym_rows
+from srft.data.tasks import BUILTIN_TASKS, reasoning_gym_rows, task_rows
 from srft.rewards.gym import REASONING_GYM
 
 GENERATED_ROWS = {"train": 8192, "eval": 256}  # how many a generated task gives when no limit is set
@@ -51,9 +51,7 @@ def read_source(
     """
     count = GENERATED_ROWS["train" if split == "train" else "eval"] if limit is None else limit
     if source in BUILTIN_TASKS:
-        if unknown := set(task) - {"min_ops", "max_ops"}:
-            raise ValueError(f"task chain has no option {sorted(unknown)}; it has min_ops and max_ops")
-        generated = chain_rows(count, split=split, seed=seed, **task)
+        generated = task_rows(source, count, split=split, seed=seed, options=task)
     elif source.startswith(REASONING_GYM):
         name = source.removeprefix(REASONING_GYM)
         generated = reasoning_gym_rows(name, count, split=split, seed=seed, options=task)

@@ -1,14 +1,17 @@
-"""Tasks that need no download: chains of single-digit arithmetic, and every task of reasoning-gym."""
+"""Tasks that need no download: chains of single-digit arithmetic, countdown, and every task of reasoning-gym."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import random
+from collections.abc import Callable
 from typing import Any
 
+from srft.data.countdown import countdown_problem, problem_text
 from srft.rewards.gym import reasoning_gym_dataset
 
-BUILTIN_TASKS = ("chain",)
+BUILTIN_TASKS = ("chain", "countdown")
 CHAIN_ALPHABET = "0123456789+-*=;#"
 EVAL_SHARE = 8  # one problem text in this many belongs to evaluation
 
@@ -43,7 +46,7 @@ def chain_problem(rng: random.Random, min_ops: int, max_ops: int) -> dict[str, s
 
 def chain_rows(
     count: int, *, split: str, seed: int, min_ops: int = 2, max_ops: int = 4
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """Return ``count`` chain problems of one split, row ``i`` of training depending on (seed, i) alone.
 
     Args:
@@ -58,25 +61,106 @@ def chain_rows(
     """
     if not 1 <= min_ops <= max_ops:
         raise ValueError(f"task chain needs 1 <= min_ops <= max_ops, got min_ops={min_ops} max_ops={max_ops}")
+    return _drawn_rows(
+        "chain", count, split=split, seed=seed, draw=lambda rng: chain_problem(rng, min_ops, max_ops),
+        text=lambda row: row["prompt"], about=f"{min_ops}-{max_ops} operations", remedy="max_ops",
+    )  # fmt: skip
+
+
+def countdown_rows(
+    count: int, *, split: str, seed: int, min_numbers: int = 3, max_numbers: int = 3, largest: int = 20,
+    max_target: int = 99, demos: int = 1,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return ``count`` countdown problems of one split, row ``i`` of training depending on (seed, i) alone.
+
+    A prompt is the numbers and the target, "3 5 8:19=", a demonstration an expression, "3*8-5".
+
+    Args:
+        count: Number of rows, >= 1.
+        split: As in ``chain_rows``; the order of the numbers makes no other problem.
+        seed: Stream of problems.
+        min_numbers: Fewest numbers, >= 2.
+        max_numbers: Most numbers, >= ``min_numbers``.
+        largest: Largest number given, >= 5.
+        max_target: Largest target, >= ``largest``.
+        demos: Distinct demonstrations of each problem, in [1, 4]; problems that lack them are passed over.
+
+    Raises:
+        ValueError: On an option out of its range, or when that many distinct evaluation problems do not exist.
+    """
+    if not (2 <= min_numbers <= max_numbers and 5 <= largest <= max_target and 1 <= demos <= 4):
+        raise ValueError(
+            "task countdown needs 2 <= min_numbers <= max_numbers, 5 <= largest <= max_target and 1 <= demos <= 4, got "
+            f"min_numbers={min_numbers} max_numbers={max_numbers} largest={largest} max_target={max_target} "
+            f"demos={demos}"
+        )
+    if demos > 2 and min_numbers == 2:
+        raise ValueError(f"two numbers make few targets in more than two ways, got demos={demos}; raise min_numbers")
+
+    def draw(rng: random.Random) -> dict[str, Any]:
+        return countdown_problem(
+            rng, min_numbers=min_numbers, max_numbers=max_numbers, largest=largest, max_target=max_target, demos=demos
+        )
+
+    return _drawn_rows(
+        "countdown", count, split=split, seed=seed, draw=draw, text=problem_text,
+        about=f"{min_numbers}-{max_numbers} numbers up to {largest}", remedy="largest or max_numbers",
+    )  # fmt: skip
+
+
+def task_rows(name: str, count: int, *, split: str, seed: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return ``count`` rows of one split of a built-in task.
+
+    Args:
+        name: One of ``BUILTIN_TASKS``.
+        count: Number of rows, >= 1.
+        split: "train", or anything else for evaluation.
+        seed: Stream of problems.
+        options: The task's own, all of them whole numbers.
+
+    Raises:
+        ValueError: On an option that the task does not have or cannot follow, or from the task.
+    """
+    rows: Callable[..., list[dict[str, Any]]] = chain_rows if name == "chain" else countdown_rows
+    known = [option for option in inspect.signature(rows).parameters if option not in ("count", "split", "seed")]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"task {name} has no option {unknown}; it has {', '.join(known[:-1])} and {known[-1]}")
+    if wrong := {option: value for option, value in options.items() if type(value) is not int}:
+        raise ValueError(f"options of task {name} are whole numbers, got {wrong}; give task.{min(wrong)} one")
+    return rows(count, split=split, seed=seed, **options)
+
+
+def _drawn_rows(
+    task: str,
+    count: int,
+    *,
+    split: str,
+    seed: int,
+    draw: Callable[[random.Random], dict[str, Any]],
+    text: Callable[[dict[str, Any]], str],
+    about: str,
+    remedy: str,
+) -> list[dict[str, Any]]:
+    """The rows of one split, told apart by the text of the problem, each from a stream of its own."""
     wants_eval = split != "train"
-    rows: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     index = 0
     while len(rows) < count:
-        rng = random.Random(f"chain:{seed}:{wants_eval}:{index}")
+        rng = random.Random(f"{task}:{seed}:{wants_eval}:{index}")
         index += 1
-        row = chain_problem(rng, min_ops, max_ops)
-        while in_eval_split(row["prompt"]) != wants_eval:
-            row = chain_problem(rng, min_ops, max_ops)
-        if wants_eval and row["prompt"] in seen:
+        row = draw(rng)
+        while in_eval_split(text(row)) != wants_eval:
+            row = draw(rng)
+        if wants_eval and text(row) in seen:
             # a space that is nearly used up repeats itself far more often than it yields
             if index > 100 * (count + 10):
                 raise ValueError(
-                    f"task chain with {min_ops}-{max_ops} operations has only about {len(rows)} distinct "
-                    f"evaluation problems, {count} were asked for; raise max_ops or ask for fewer"
+                    f"task {task} with {about} has only about {len(rows)} distinct "
+                    f"evaluation problems, {count} were asked for; raise {remedy} or ask for fewer"
                 )
             continue
-        seen.add(row["prompt"])
+        seen.add(text(row))
         rows.append(row)
     return rows
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 
 from srft.data.examples import load_examples
-from srft.data.tasks import CHAIN_ALPHABET, chain_rows, in_eval_split, reasoning_gym_rows
-from srft.rewards.verifiers import exact
+from srft.data.tasks import CHAIN_ALPHABET, chain_rows, countdown_rows, in_eval_split, reasoning_gym_rows
+from srft.rewards.verifiers import countdown, evaluate_expression, exact
 
 
 def left_to_right(prompt: str) -> int:
@@ -83,6 +84,90 @@ def test_chain_refuses_unknown_options() -> None:
     """A misspelt option is an error that lists the real ones."""
     with pytest.raises(ValueError, match=r"no option \['max_op'\].*min_ops and max_ops"):
         load_examples("chain", task={"max_op": 3})
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_countdown_rows_are_right(split: str) -> None:
+    """Every demonstration makes the target out of all the numbers, in the sizes asked for, and in a few bytes."""
+    options = {"min_numbers": 2, "max_numbers": 4, "largest": 12, "max_target": 60, "demos": 2}
+    rows = countdown_rows(150, split=split, seed=1, **options)
+    assert {len(row["nums"]) for row in rows} == {2, 3, 4}
+    assert max(max(row["nums"]) for row in rows) == 12 and 50 < max(row["target"] for row in rows) <= 60
+    for row in rows:
+        assert row["prompt"] == f"{' '.join(map(str, row['nums']))}:{row['target']}="
+        assert row["target"] not in row["nums"] and len(set(row["demo"])) == 2
+        for demo in row["demo"]:
+            value, used = evaluate_expression(demo)
+            assert value == row["target"] and sorted(used) == sorted(row["nums"]) and len(demo) <= 15
+            assert countdown(demo, row["target"], row) == 1
+
+
+def test_countdown_parentheses_are_those_it_needs() -> None:
+    """Without any pair of them an expression has another value, whatever its numbers."""
+    shown = [row["demo"][0] for row in countdown_rows(300, split="train", seed=0, min_numbers=4, max_numbers=4)]
+    assert any("(" in demo for demo in shown) and any("((" in demo or "))" in demo for demo in shown)
+    for demo in shown:
+        # by chance numbers such as 1 give the same value either way, and these primes do not
+        primes = iter((101, 211, 307, 401))
+        general = re.sub("[0-9]+", lambda _, primes=primes: str(next(primes)), demo)
+        for start in (i for i, char in enumerate(general) if char == "("):
+            depth, end = 1, start
+            while depth:
+                end += 1
+                depth += {"(": 1, ")": -1}.get(general[end], 0)
+            bare = general[:start] + general[start + 1 : end] + general[end + 1 :]
+            assert evaluate_expression(bare)[0] != evaluate_expression(general)[0], demo
+
+
+def test_countdown_demonstrations_are_drawn_among_many() -> None:
+    """The same problem, met again, is often answered in another way."""
+    rows = countdown_rows(2000, split="train", seed=0, largest=9)
+    ways: dict[tuple[object, ...], set[str]] = {}
+    for row in rows:
+        ways.setdefault((*sorted(row["nums"]), row["target"]), set()).add(row["demo"][0])
+    assert max(map(len, ways.values())) >= 6
+
+
+def test_countdown_row_depends_on_seed_and_index_alone() -> None:
+    """A longer request starts with the shorter one, and another seed gives other rows."""
+    long = countdown_rows(50, split="train", seed=3)
+    assert long[:20] == countdown_rows(20, split="train", seed=3)
+    assert long != countdown_rows(50, split="train", seed=4)
+
+
+def test_countdown_splits_never_meet() -> None:
+    """No problem is in both splits, in whatever order its numbers are given, and evaluation problems are distinct."""
+    train, held_out = (
+        [(*sorted(row["nums"]), row["target"]) for row in countdown_rows(count, split=split, seed=0, largest=9)]
+        for count, split in ((3000, "train"), (150, "eval"))
+    )
+    assert len(set(held_out)) == len(held_out) and not set(train) & set(held_out)
+    examples = load_examples("countdown", split="test", limit=20)
+    assert [(e.prompt, e.answer) for e in examples] == [(e.row["prompt"], e.row["target"]) for e in examples]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"largest": 4}, "5 <= largest .* largest=4"),
+        ({"min_numbers": 4, "max_numbers": 3}, "min_numbers=4 max_numbers=3"),
+        ({"min_numbers": 2, "demos": 3}, "demos=3; raise min_numbers"),
+        ({"demos": 5}, "1 <= demos <= 4"),
+        ({"numbers": 3}, r"no option \['numbers'\]; it has min_numbers, .* and demos"),
+        ({"largest": "ten"}, r"whole numbers, got \{'largest': 'ten'\}; give task.largest one"),
+    ],
+)
+def test_countdown_refuses_what_it_cannot_follow(options: dict[str, object], words: str) -> None:
+    """Options out of range or of another name are named."""
+    with pytest.raises(ValueError, match=words):
+        load_examples("countdown", split="test", task=options)
+
+
+def test_countdown_says_when_problems_run_out() -> None:
+    """Two numbers up to 5 have some 25 targets up to 9, an eighth of them for evaluation."""
+    options = {"min_numbers": 2, "max_numbers": 2, "largest": 5, "max_target": 9}
+    with pytest.raises(ValueError, match="distinct evaluation problems, 16 were asked for; raise largest or max_num"):
+        countdown_rows(16, split="eval", seed=0, **options)
 
 
 def test_reasoning_gym_splits_never_meet() -> None:
