@@ -30,6 +30,7 @@ class Response:
         advantage: Filled in by the method.
         entropy: Mean entropy of the policy over the response, nats; known after the loss.
         old_logprobs: Log-probabilities before a step's first update; None when that is the current policy.
+        old_entropy: Entropies before it, nats; None where ``old_logprobs`` is.
     """
 
     prompt_ids: list[int]
@@ -44,6 +45,7 @@ class Response:
     advantage: float = 0.0
     entropy: float | None = None
     old_logprobs: Tensor | None = None
+    old_entropy: Tensor | None = None
 
     @property
     def is_correct(self) -> bool:
@@ -61,11 +63,12 @@ class Response:
 
 @dataclass
 class Group:
-    """A prompt with everything that answers it: its ``rollouts`` and its ``demos``."""
+    """A prompt with everything that answers it: its ``rollouts`` and its ``demos``, of at most ``max_new_tokens``."""
 
     prompt: Prompt
     rollouts: list[Response] = field(default_factory=list)
     demos: list[Response] = field(default_factory=list)
+    max_new_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Batch:
         is_correct: [N] bool.
         rollout_logprobs: [N] fp32, the engine's; 0 on demonstrations.
         old_logprobs: [N] fp32, or None when the current policy is the one that sampled.
+        old_entropy: [N] fp32, nats, or None as ``old_logprobs``.
         sequences: The B sequences, in order.
         is_empty: It has one sequence that counts for nothing, with which a rank keeps step with the others.
     """
@@ -125,6 +129,7 @@ class Batch:
     old_logprobs: Tensor | None
     sequences: list[Response]
     is_empty: bool = False
+    old_entropy: Tensor | None = None
 
     def responses(self) -> Iterator[tuple[Response, slice]]:
         """Give each sequence with the place of its counted tokens in the [N] vectors."""
@@ -186,7 +191,9 @@ def empty_batch(*, is_demo: bool, has_old: bool, device: torch.device) -> Batch:
         device: Where it is used.
     """
     old = torch.zeros(1) if has_old else None
-    token = Response([0], [0], is_demo, truncated=False, rollout_logprobs=[], text="", old_logprobs=old)
+    token = Response(
+        [0], [0], is_demo, truncated=False, rollout_logprobs=[], text="", old_logprobs=old, old_entropy=old
+    )
     batch = _to_batch([token], device)
     return replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX), is_empty=True)
 
@@ -208,9 +215,10 @@ def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
         return torch.tensor(values, dtype=dtype).repeat_interleave(responses).to(device)
 
     flat_logprobs = [x for s in sequences for x in (s.rollout_logprobs or [0.0] * len(s.response_ids))]
-    old = None
-    if sequences[0].old_logprobs is not None:
-        old = torch.cat([s.old_logprobs for s in sequences if s.old_logprobs is not None]).to(device)
+
+    def known(values: list[Tensor | None]) -> Tensor | None:
+        return torch.cat([v for v in values if v is not None]).to(device) if values[0] is not None else None
+
     return Batch(
         input_ids=torch.tensor(
             [t for s in sequences for t in (*s.prompt_ids, *s.response_ids)], device=device
@@ -225,8 +233,9 @@ def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
         is_demo=per_token([s.is_demo for s in sequences], torch.bool),
         is_correct=per_token([s.is_correct for s in sequences], torch.bool),
         rollout_logprobs=torch.tensor(flat_logprobs, dtype=torch.float32, device=device),
-        old_logprobs=old,
+        old_logprobs=known([s.old_logprobs for s in sequences]),
         sequences=sequences,
+        old_entropy=known([s.old_entropy for s in sequences]),
     )
 
 

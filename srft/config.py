@@ -210,6 +210,14 @@ class TrainConfig(Section):
     """AdamW learning rate after warm-up."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0."""
+    sft_lr_scale: float = Field(1.0, gt=0)
+    """Factor of the learning rate of likelihood terms. In an update with both kinds of terms the rate has the larger
+    factor, and the gradient of the other kind is made smaller by what is between them."""
+    rl_lr_scale: float = Field(1.0, gt=0)
+    """The same of terms that learn from rewards."""
+    term_scales: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Factors of single terms of the method's loss, such as term_scales.demo_rl=0, which leaves one out; a wrong name
+    lists them."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW weight decay on matrices."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
@@ -299,6 +307,16 @@ class Config(Section):
                 f"vLLM samples at temperatures between 0.01 and 2, got rollout.temperature={self.rollout.temperature}"
             )
         method = self.method
+        if train.sft_lr_scale != train.rl_lr_scale and not method.terms:
+            raise ValueError(
+                f'train.sft_lr_scale and train.rl_lr_scale differ, but method.name="{method.name}" has no terms that '
+                "could be scaled apart; name them in its terms"
+            )
+        if unknown := sorted(train.term_scales.keys() - method.terms.keys()):
+            raise ValueError(
+                f'train.term_scales.{unknown[0]}: method.name="{method.name}" has no such term; '
+                f"expected one of {', '.join(method.terms) or 'none'}"
+            )
         if not (method.needs_rollouts or method.needs_demos):
             raise ValueError(
                 f'method.name="{method.name}" needs neither rollouts nor demonstrations, so it would learn nothing; '

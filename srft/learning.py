@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from srft.batch import Batch, Group, Response, Totals, count, empty_batch, pack
-from srft.methods import Figure, UpdateInfo, assign_advantages
+from srft.methods import Figure, Kind, UpdateInfo, assign_advantages
 from srft.policy.exchange import Exchange
 from srft.policy.forwards import packed_forward
 from srft.policy.learner import Learner
@@ -36,9 +36,11 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
         FloatingPointError: When losses or gradients were not finite in more updates in a row than
             ``train.max_skipped_updates``; the weights are as they were before the first of these.
     """
-    world = learner.world
+    config, world, now = learner.config, learner.world, learner.now(step)
+    if config.method.resets_optimizer(now):
+        learner.optimizer.state.clear()
     exchanges = [
-        Exchange(world, assign_advantages(part, learner.config.method)) for part in _parts(learner, groups)
+        Exchange(world, assign_advantages(part, config.method)) for part in _parts(learner, groups)
     ]
     if len(exchanges) > 1:
         remember_old_logprobs(learner, [s for exchange in exchanges for s in exchange.held])
@@ -84,6 +86,7 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
     figures, _ = accumulate(learner, sequences, step)
     norm = whole_of(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)).item()
     lr = config.train.lr * min(1.0, step / max(1, config.train.lr_warmup_steps))
+    lr *= max(_kind_scales(learner, sequences).values())
     for group in optimizer.param_groups:
         group["lr"] = lr
     skipped = _skipped(learner, step, norm, figures["loss/total"].value)
@@ -109,10 +112,13 @@ def accumulate(learner: Learner, sequences: list[Response], step: int) -> tuple[
         ValueError: When the method's loss is no op.
     """
     config, model, world = learner.config, learner.model, learner.world
-    totals = Totals(*map(int, world.sum(astuple(count(sequences)))))
+    if config.method.needs_old and world.largest(sum(s.old_logprobs is None for s in sequences)):
+        remember_old_logprobs(learner, sequences)
+    totals = _totals(learner, sequences)
     batches = micro_batches(learner, sequences, totals)
     entropy = mean_entropy(learner, batches) if config.method.needs_entropy else None
-    whole = UpdateInfo(totals, step, config.rollout.max_new_tokens, entropy)
+    scales = term_scales(learner, sequences)
+    whole = UpdateInfo(totals, step, config.rollout.max_new_tokens, entropy, learner.memory, scales)
     learner.optimizer.zero_grad(set_to_none=True)
     outputs: list[PolicyLoss] = []
     router, dtype = router_of(config, model), config.compute_dtype
@@ -134,6 +140,43 @@ def accumulate(learner: Learner, sequences: list[Response], step: int) -> tuple[
         figures["loss/router_aux"] = Figure(added)
         figures["loss/total"] = replace(figures["loss/total"], value=figures["loss/total"].value + added)
     return figures, len(batches)
+
+
+def _totals(learner: Learner, sequences: list[Response]) -> Totals:
+    return Totals(*map(int, learner.world.sum(astuple(count(sequences)))))
+
+
+def _kind_scales(learner: Learner, sequences: list[Response]) -> dict[Kind, float]:
+    """``train.sft_lr_scale`` and ``train.rl_lr_scale``, of the kinds of terms that an update has."""
+    method, train = learner.config.method, learner.config.train
+    scales: dict[Kind, float] = {"sft": train.sft_lr_scale, "rl": train.rl_lr_scale}
+    if set(scales.values()) == {1.0}:
+        return scales
+    kinds = set(method.terms.values())
+    if len(kinds) > 1:
+        totals = _totals(learner, sequences)
+        # of a method of both kinds, what lacks rollouts, or demonstrations, is an update of one kind
+        kinds -= {"rl"} if not totals.rollout_tokens else {"sft"} if not totals.demo_tokens else set()
+    return {kind: scales[kind] for kind in kinds}
+
+
+def term_scales(learner: Learner, sequences: list[Response]) -> dict[str, float]:
+    """Return the factor of each term of the method's loss, in an update from these sequences.
+
+    The learning rate of the update is multiplied by the larger of ``train.sft_lr_scale`` and ``train.rl_lr_scale``
+    among the kinds that it has, and terms of the other kind by what is between them: AdamW does not see the scale of a
+    gradient, so that a factor of all terms would change nothing.
+
+    Args:
+        learner: Its configuration has the scales.
+        sequences: This rank's.
+    """
+    method, kinds = learner.config.method, _kind_scales(learner, sequences)
+    most = max(kinds.values())
+    return {
+        term: learner.config.train.term_scales.get(term, 1.0) * (kinds[kind] / most if kind in kinds else 1.0)
+        for term, kind in method.terms.items()
+    }
 
 
 def micro_batches(learner: Learner, sequences: list[Response], totals: Totals) -> list[Batch]:
@@ -187,17 +230,17 @@ def _fused_loss(
 
 @torch.no_grad()
 def remember_old_logprobs(learner: Learner, sequences: list[Response]) -> None:
-    """Store the log-probabilities of the policy that sampled, before several updates move it.
+    """Store log-probabilities and entropies of the policy before a step's updates move it.
 
     Args:
         learner: Holds that policy.
         sequences: Everything this rank learns from in this step; modified in place.
     """
     for batch in micro_batches(learner, sequences, count(sequences)):
-        logprobs, _ = _score(learner, batch)
+        logprobs, entropy = _score(learner, batch)
         if not batch.is_empty:
             for sequence, place in batch.responses():
-                sequence.old_logprobs = logprobs[place]
+                sequence.old_logprobs, sequence.old_entropy = logprobs[place], entropy[place]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from srft.data.prompts import Prompt
 from srft.data.sampler import sample_seed
 from srft.data.templates import completion_text
 from srft.engine.base import Completion, Engine, Sampling
+from srft.methods import StepInfo
 from srft.policy.parallel import ALONE, World
 from srft.rewards.pool import RewardPool
 
@@ -36,29 +37,30 @@ class Actor:
     world: World = ALONE
 
 
-def roll_out(config: Config, actor: Actor, prompts: list[Prompt], step: int) -> list[Group]:
+def roll_out(config: Config, actor: Actor, prompts: list[Prompt], now: StepInfo) -> list[Group]:
     """Sample completions and join each prompt's demonstrations to them.
 
     Args:
         config: The whole configuration.
         actor: Holds the current policy.
         prompts: Those of all ranks; one group is made of each that is this rank's.
-        step: Part of every sample's seed.
+        now: The step, whose number is part of every sample's seed.
     """
     own = actor.world.own(list(enumerate(prompts)))
-    groups = [Group(p) for _, p in own]
+    groups = [Group(p, max_new_tokens=config.rollout.max_new_tokens) for _, p in own]
     # the place in the batch tells two copies of a prompt apart where a batch crosses into the next epoch
     uids = [f"{p.example.id}@{place}" for place, p in own]
 
     def seed(uid: str, sample: int) -> int:
-        return sample_seed(config.train.seed, step, uid, sample)
+        return sample_seed(config.train.seed, now.step, uid, sample)
 
-    if config.method.needs_rollouts:
+    wants_rollouts, wants_demos = config.method.asks(now)
+    if wants_rollouts:
         seeds = [[seed(uid, k) for k in range(config.train.rollouts_per_prompt)] for uid in uids]
         answers = actor.engine.generate([p.prompt_ids for _, p in own], actor.sampling, seeds)
         for group, completions in zip(groups, answers, strict=True):
             group.rollouts = [_rollout(actor, group.prompt, completion) for completion in completions]
-    if config.method.needs_demos:
+    if wants_demos:
         for group, uid in zip(groups, uids, strict=True):
             places, most = range(len(group.prompt.demo_ids)), config.train.demos_per_prompt
             # of more demonstrations than are joined, others at every visit

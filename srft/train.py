@@ -57,7 +57,7 @@ def fit(config: Config) -> None:
             torch.manual_seed(sample_seed(train.seed, step, "torch", run.world.rank))
             with clock("rollout"):
                 prompts = [run.prompts.train[i] for i in run.sampler.next(train.prompts_per_step)]
-                groups = roll_out(config, run.actor, prompts, step)
+                groups = roll_out(config, run.actor, prompts, run.learner.now(step))
             with clock("reward"):
                 judge(groups, run.actor.pool)
             run.stop.agree()
@@ -76,6 +76,7 @@ def fit(config: Config) -> None:
                 with clock("eval"):
                     row |= evaluate(run.actor, run.prompts.held_out)
                 run.stop.hold()
+            config.method.note(row, run.learner.now(step))
             run.log.metrics(run.speed.with_figures(row | clock.seconds()))
             run.progress.reached(step, unlogged=None)
             if step % train.save_every == 0 or is_last:
@@ -90,7 +91,10 @@ def _begin(run: Run) -> None:
     canary = run.sync.push(done)
     row = {"step": 0, **canary} if done == 0 else run.progress.unlogged
     if row is not None and run.world.first(run.log.last_step) < done:
-        run.log.metrics(row | evaluate(run.actor, run.prompts.held_out))
+        row |= evaluate(run.actor, run.prompts.held_out)
+        if done:
+            run.learner.config.method.note(row, run.learner.now(done))
+        run.log.metrics(row)
 
 
 def main() -> None:

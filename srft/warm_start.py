@@ -53,7 +53,7 @@ def warm_start(learner: Learner, prompts: Prompts, pool: RewardPool) -> None:
     if len(shown) < len(prompts.train):
         print(f"warm start: {len(shown)} of {len(prompts.train)} prompts have a demonstration", file=sys.stderr)
     config = _supervised(learner.config)
-    learner = replace(learner, config=config, optimizer=make_optimizer(model, config))
+    learner = replace(learner, config=config, optimizer=make_optimizer(model, config), memory={})
     engine = start_in_process(learner, torch.float32)
     actor = Actor(engine, make_sampling(config, tokenizer, model), tokenizer, pool)
     sampler = PromptSampler(len(shown), config.train.seed + 1)

@@ -14,117 +14,25 @@ import reprlib
 import sys
 import traceback
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from srft.batch import Batch, Group, Response, Totals
+from srft.batch import Batch, Group, Response
 from srft.curves import TAKEN, Curves, Line
-from srft.section import Section
-from srft_kernels import PolicyLoss
+from srft.method import BaseMethod, Figure, Kind, Loss, StepInfo, UpdateInfo
 
 __all__ = [
-    "DEFAULT", "Aggregation", "BaseMethod", "Curves", "Figure", "Line", "Loss", "UpdateInfo", "absolute_name",
-    "assign_advantages", "clip_share", "compared", "find_method", "group_advantages", "judged", "method_names",
-    "place_in_method", "token_weights",
+    "DEFAULT", "Aggregation", "BaseMethod", "Curves", "Figure", "Kind", "Line", "Loss", "StepInfo", "UpdateInfo",
+    "absolute_name", "assign_advantages", "clip_share", "compared", "find_method", "group_advantages", "judged",
+    "method_names", "place_in_method", "token_weights",
 ]  # fmt: skip
 DEFAULT = "srft"
 Aggregation = Literal["token-mean", "sequence-mean", "constant", "sum"]
-Loss = Callable[..., PolicyLoss]
-"""Called as loss(hidden_states, lm_head_weight, labels=…, temperature=…, …) with whatever else the head has."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A number of one update, and how those of a step's updates become one.
-
-    Args:
-        value: The number.
-        by: "mean": their average, each counted ``weight`` times; "max": the largest; "last": that of the last update.
-        weight: Tokens that the mean is over, or 1 for a number of the update as such. >= 0.
-    """
-
-    value: float
-    by: Literal["mean", "max", "last"] = "mean"
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class UpdateInfo:
-    """One optimizer update as a whole, known before its first micro-batch.
-
-    Args:
-        totals: Counts over all its micro-batches: what loss terms are divided by.
-        step: The step it belongs to, from 1.
-        max_new_tokens: Longest completion, in tokens.
-        entropy: 0-d fp32 mean entropy over all its tokens, nats, where the method has ``needs_entropy``, else None.
-    """
-
-    totals: Totals
-    step: int
-    max_new_tokens: int
-    entropy: Tensor | None = None
-
-
-class BaseMethod(Section, ABC):
-    """What the trainer asks of a method. Its options are fields, with their help in the text below each."""
-
-    needs_rollouts: ClassVar[bool] = True
-    """Whether it learns from completions of its own policy."""
-    needs_demos: ClassVar[bool] = True
-    """Whether it learns from demonstrations."""
-    fewest_rollouts: ClassVar[int] = 1
-    """Fewest rollouts of a prompt that it can learn from, where it needs any."""
-    curves: ClassVar[tuple[Curves, ...]] = ()
-    """Figures of its own in the report."""
-    file_text: ClassVar[str] = ""
-    """The text of the file it was read from, which a run keeps; empty where it is built-in."""
-
-    name: str
-    """The objective that is trained; --help method.name=… shows the options of another. Your own is a Python file with
-    a class Method."""
-
-    @property
-    def label(self) -> str:
-        """A word for titles."""
-        return Path(self.name).stem
-
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether the mean entropy of a whole update must be known before its loss: one more forward pass."""
-        return False
-
-    @abstractmethod
-    def learn_from(self, group: Group) -> list[Response]:
-        """Fill in the advantages of a prompt's responses and return those that are learned from.
-
-        Args:
-            group: Judged rollouts and demonstrations of one prompt, advantages 0; modified in place.
-        """
-
-    @abstractmethod
-    def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
-        """Return an op of ``srft_kernels`` that lacks nothing but the head, the labels and the temperature.
-
-        Args:
-            batch: One micro-batch of the update.
-            update: The update as a whole; what is divided by its counts does not depend on the split.
-        """
-
-    def figures(self, terms: Mapping[str, float], update: UpdateInfo) -> dict[str, Figure]:
-        """Return what is logged beside losses and entropies, by metric name.
-
-        Args:
-            terms: Terms of the loss, summed over the micro-batches.
-            update: The update as a whole.
-        """
-        return {}
 
 
 def assign_advantages(groups: Sequence[Group], method: BaseMethod) -> list[Response]:

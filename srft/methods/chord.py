@@ -25,6 +25,7 @@ from srft.methods import (
     BaseMethod,
     Curves,
     Figure,
+    Kind,
     Line,
     Loss,
     UpdateInfo,
@@ -40,6 +41,7 @@ class Method(BaseMethod):
     """CHORD: (1 - mu) GRPO on rollouts + mu SFT on demonstrations, by a schedule of mu or by token."""
 
     fewest_rollouts: ClassVar[int] = 2
+    terms: ClassVar[Mapping[str, Kind]] = {"policy": "rl", "sft": "sft"}
     curves: ClassVar[tuple[Curves, ...]] = (
         Curves(
             name="loss_components", title="Loss components", caption="GRPO and SFT as they are added up.",
@@ -106,8 +108,8 @@ class Method(BaseMethod):
         bonus = self.entropy_coef / max(1, totals.tokens)
         return partial(
             linear_token_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
-            policy_weights=torch.where(batch.is_demo, 0.0, rl_weights),
-            sft_weights=torch.where(batch.is_demo, sft_weights, 0.0),
+            policy_weights=torch.where(batch.is_demo, 0.0, rl_weights * update.scale("policy")),
+            sft_weights=torch.where(batch.is_demo, sft_weights * update.scale("sft"), 0.0),
             sft_prob_factor="p(1-p)" if self.phi else "one",
             entropy_weights=torch.full_like(sft_weights, bonus) if bonus else None,
             clip_low=self.clip_low, clip_high=self.clip_high,

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from srft.batch import Batch, Group, Response
-from srft.methods import Aggregation, BaseMethod, Figure, Loss, UpdateInfo, clip_share, compared, token_weights
+from srft.methods import Aggregation, BaseMethod, Figure, Kind, Loss, UpdateInfo, clip_share, compared, token_weights
 from srft_kernels import linear_grpo_loss
 
 
@@ -17,6 +17,7 @@ class Method(BaseMethod):
     """GRPO: a clipped policy gradient on rollouts, without a demonstration."""
 
     needs_demos: ClassVar[bool] = False
+    terms: ClassVar[Mapping[str, Kind]] = {"policy": "rl"}
     fewest_rollouts: ClassVar[int] = 2
 
     loss_type: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"
@@ -43,7 +44,8 @@ class Method(BaseMethod):
             linear_grpo_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
             loss_type=self.loss_type, clip_low=self.clip_low, clip_high=self.clip_high,
             entropy_coef=self.entropy_coef, cu_seqlens=batch.loss_cu_seqlens,
-            token_weights=token_weights(batch, update, self.aggregation), num_tokens=update.totals.rollout_tokens,
+            token_weights=token_weights(batch, update, self.aggregation) * update.scale("policy"),
+            num_tokens=update.totals.rollout_tokens,
         )  # fmt: skip
 
     def figures(self, terms: Mapping[str, float], update: UpdateInfo) -> dict[str, Figure]:

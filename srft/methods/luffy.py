@@ -25,6 +25,7 @@ from srft.methods import (
     BaseMethod,
     Curves,
     Figure,
+    Kind,
     Line,
     Loss,
     UpdateInfo,
@@ -46,6 +47,8 @@ class Method(BaseMethod):
             ylabel="contribution to the loss", signed=True,
         ),
     )  # fmt: skip
+
+    terms: ClassVar[Mapping[str, Kind]] = {"policy": "rl", "shaped": "rl"}
 
     gamma: float = Field(0.1, ge=0)
     """γ of the shaping p/(p+γ) on demonstrations; 0 uses p itself."""
@@ -71,8 +74,9 @@ class Method(BaseMethod):
         weights = token_weights(batch, update, self.aggregation, together=True) / tokens
         return partial(
             linear_token_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
-            policy_weights=torch.where(batch.is_demo, 0.0, weights),
-            shaped_weights=torch.where(batch.is_demo, weights, 0.0), shaping_gamma=self.gamma or None,
+            policy_weights=torch.where(batch.is_demo, 0.0, weights * update.scale("policy")),
+            shaped_weights=torch.where(batch.is_demo, weights * update.scale("shaped"), 0.0),
+            shaping_gamma=self.gamma or None,
             entropy_weights=torch.full_like(weights, self.entropy_coef / tokens) if self.entropy_coef else None,
             clip_low=math.inf if self.clip_low is None else self.clip_low,
             clip_high=math.inf if self.clip_high is None else self.clip_high,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import Field
 
 from srft.batch import Batch, Group, Response
-from srft.methods import Aggregation, BaseMethod, Loss, UpdateInfo, judged, token_weights
+from srft.methods import Aggregation, BaseMethod, Kind, Loss, UpdateInfo, judged, token_weights
 from srft_kernels import linear_grpo_loss
 
 
@@ -17,6 +18,7 @@ class Method(BaseMethod):
     """SFT: cross-entropy of the demonstrations, without a rollout."""
 
     needs_rollouts: ClassVar[bool] = False
+    terms: ClassVar[Mapping[str, Kind]] = {"sft": "sft"}
 
     aggregation: Aggregation = "token-mean"
     """Mean over all tokens, mean over sequences of token means, mean over sequences of token sums divided by
@@ -32,6 +34,7 @@ class Method(BaseMethod):
         """Cross-entropy as REINFORCE with advantage 1, which also returns log-probabilities and entropy."""
         return partial(
             linear_grpo_loss, advantages=torch.ones_like(batch.advantages), loss_type="reinforce",
-            entropy_coef=self.entropy_coef, token_weights=token_weights(batch, update, self.aggregation),
+            entropy_coef=self.entropy_coef,
+            token_weights=token_weights(batch, update, self.aggregation) * update.scale("sft"),
             num_tokens=update.totals.demo_tokens,
         )  # fmt: skip

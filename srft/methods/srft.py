@@ -20,10 +20,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from pydantic import Field
 
 from srft.batch import Batch, Group, Response
-from srft.methods import Aggregation, BaseMethod, Curves, Figure, Line, Loss, UpdateInfo, compared, token_weights
+from srft.methods import Aggregation, BaseMethod, Curves, Figure, Kind, Line, Loss, UpdateInfo, compared, token_weights
 from srft_kernels import linear_srft_loss
 from srft_kernels.presets import SRFT_PRESETS
 
@@ -74,6 +75,10 @@ class Method(BaseMethod):
         ),
     )  # fmt: skip
 
+    terms: ClassVar[Mapping[str, Kind]] = {
+        "demo_sft": "sft", "demo_rl": "rl", "rollout_positive": "rl", "rollout_negative": "rl",
+    }  # fmt: skip
+
     preset: Literal["paper", "official", "upt"] = "paper"
     """As in the paper, as in its authors' code, or as in the independent reproduction."""
     sft_coef: float = Field(0.5, ge=0)
@@ -119,13 +124,20 @@ class Method(BaseMethod):
         preset = _PRESETS[self.preset]
         sft_weights = token_weights(batch, update, self.sft_aggregation or preset.sft_aggregation)
         rl_weights = token_weights(batch, update, self.rl_aggregation or preset.rl_aggregation)
+        is_ratio = (self.self_rollout or SRFT_PRESETS[self.preset].self_rollout) == "ratio"
+        negative = update.scale("rollout_negative")
+        # a token weight of 0 would take the token out of the means of the entropy, too
+        is_wrong = ~batch.is_demo & ~batch.is_correct & (not is_ratio)
+        rl_weights = torch.where(is_wrong, rl_weights * max(negative, 1e-20), rl_weights)
+        of_rollout = torch.where(batch.advantages < 0, negative if is_ratio else 1.0, 1.0)
+        advantages = batch.advantages * torch.where(batch.is_demo, update.scale("demo_rl"), of_rollout)
         return partial(
-            linear_srft_loss, advantages=batch.advantages, is_demo=batch.is_demo, is_correct=batch.is_correct,
+            linear_srft_loss, advantages=advantages, is_demo=batch.is_demo, is_correct=batch.is_correct,
             cu_seqlens=batch.loss_cu_seqlens, old_logprobs=batch.old_logprobs, preset=self.preset,
-            sft_coef=self.sft_coef, rl_coef=self.rl_coef, sft_entropy_sign=self.sft_entropy_sign,
-            entropy_scope=self.entropy_scope, batch_entropy=update.entropy, self_rollout=self.self_rollout,
-            demo_gamma=self.demo_gamma,
-            entropy_coef=self.entropy_coef, token_weights=rl_weights, sft_weights=sft_weights,
+            sft_coef=self.sft_coef, rl_coef=self.rl_coef * update.scale("rollout_positive"),
+            sft_entropy_sign=self.sft_entropy_sign, entropy_scope=self.entropy_scope, batch_entropy=update.entropy,
+            self_rollout=self.self_rollout, demo_gamma=self.demo_gamma, entropy_coef=self.entropy_coef,
+            token_weights=rl_weights, sft_weights=sft_weights * update.scale("demo_sft"),
             num_rollout_tokens=update.totals.rollout_tokens, num_demo_tokens=update.totals.demo_tokens,
         )  # fmt: skip
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.config import Config
+from srft.methods import StepInfo
 from srft.policy.parallel import ALONE, World
 
 
@@ -33,6 +35,7 @@ class Learner:
         optimizer: Holds its parameters.
         world: The ranks that it is trained on.
         skipped: How many updates in a row were left out.
+        memory: What the method has noted for later steps; see ``StepInfo``.
     """
 
     config: Config
@@ -41,3 +44,12 @@ class Learner:
     optimizer: torch.optim.Optimizer
     world: World = ALONE
     skipped: Skipped = field(default_factory=Skipped)
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def now(self, step: int) -> StepInfo:
+        """Return what the method is told of a step.
+
+        Args:
+            step: Its number, from 1.
+        """
+        return StepInfo(step, self.config.train.steps, self.config.rollout.max_new_tokens, self.memory)

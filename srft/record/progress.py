@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ class Progress:
         self._saved_step = 0
         self._checkpoints = Checkpoints(run_dir, learner)
         self._sampler_state = sampler.state_dict()
+        self._memory: dict[str, Any] = {}
 
     def restore(self, checkpoint: Path | None) -> None:
         """Take the optimizer's, the sampler's and the loop's state from a checkpoint.
@@ -50,6 +52,7 @@ class Progress:
             return
         state = read_state(checkpoint)
         self._sampler.load_state_dict(state["sampler"])
+        self._learner.memory.update(state.get("memory", {}))
         load_optimizer(checkpoint, self._learner)
         self.reached(state["step"], state["unlogged"])
         self._saved_step = self.step
@@ -62,6 +65,7 @@ class Progress:
             unlogged: Its row as far as it is known, None once ``metrics.jsonl`` has it.
         """
         self.step, self._sampler_state = step, self._sampler.state_dict()
+        self._memory = copy.deepcopy(self._learner.memory)
         self.unlogged = None if unlogged is None else dict(unlogged)
 
     def save(self) -> None:
@@ -76,6 +80,7 @@ class Progress:
         self._learner.world.on_first(self._sync_record)
         state = {
             "sampler": self._sampler_state,
+            "memory": self._memory,
             "config": to_toml(self._learner.config.without_resume()),
             "unlogged": self.unlogged,
             "data": self._data,

@@ -12,6 +12,7 @@ from srft.data.templates import PromptFormat
 from srft.engine.base import Completion, Sampling
 from srft.engine.sampling import describe_ends, make_sampling
 from srft.evaluate import evaluate
+from srft.methods import StepInfo
 from srft.rewards.pool import RewardPool
 from srft.rollout import Actor, judge, roll_out
 from tests.trainer.chat import CHATML, R1, char_tokenizer
@@ -29,7 +30,7 @@ def test_other_demonstrations_at_every_visit(tmp_path: Path) -> None:
     def chosen(step: int, demos: int) -> list[str]:
         config = small_config(tmp_path, method__name="sft", train__demos_per_prompt=demos)
         actor = Actor(FakeEngine({}), Sampling(1.0, 4, (1,)), char_tokenizer(), FakePool())
-        (group,) = roll_out(config, actor, [prompt], step)
+        (group,) = roll_out(config, actor, [prompt], StepInfo(step, 20, 4, {}))
         for demo in group.demos:
             assert demo.response_ids == prompt.demo_ids[example.demos.index(demo.text)]
         return [demo.text for demo in group.demos]
@@ -65,7 +66,7 @@ def test_thought_that_the_prompt_opened_is_judged_as_opened(
     sampling = Sampling(1.0, 40, (1,), (";",))
     with RewardPool("exact", 1, 5.0) as pool:
         actor = Actor(engine, sampling, tokenizer, pool)
-        (group,) = roll_out(config, actor, [prompt], 1)
+        (group,) = roll_out(config, actor, [prompt], StepInfo(1, 1, 40, {}))
         assert [s.text for s in group.rollouts] == [text] * 2
         judge([group], pool)
         assert [s.reward for s in group.rollouts] == [reward] * 2

@@ -1,0 +1,171 @@
+"""What the trainer asks of a method, and what it tells one of a step and of an update."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from srft.batch import Batch, Group, Response, Totals
+from srft.curves import Curves
+from srft.section import Section
+from srft_kernels import PolicyLoss
+
+Loss = Callable[..., PolicyLoss]
+"""Called as loss(hidden_states, lm_head_weight, labels=…, temperature=…, …) with whatever else the head has."""
+Kind = Literal["sft", "rl"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of one update, and how those of a step's updates become one.
+
+    Args:
+        value: The number.
+        by: "mean": their average, each counted ``weight`` times; "max": the largest; "last": that of the last update.
+        weight: Tokens that the mean is over, or 1 for a number of the update as such. >= 0.
+    """
+
+    value: float
+    by: Literal["mean", "max", "last"] = "mean"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where in the run a step is.
+
+    Args:
+        step: Its number, from 1.
+        steps: Steps of the whole run.
+        max_new_tokens: Longest completion, in tokens.
+        memory: What the method has noted for later, by name: JSON, part of every checkpoint, the same on every rank.
+    """
+
+    step: int
+    steps: int
+    max_new_tokens: int
+    memory: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class UpdateInfo:
+    """One optimizer update as a whole, known before its first micro-batch.
+
+    Args:
+        totals: Counts over all its micro-batches: what loss terms are divided by.
+        step: The step it belongs to, from 1.
+        max_new_tokens: Longest completion, in tokens.
+        entropy: 0-d fp32 mean entropy over all its tokens, nats, where the method has ``needs_entropy``, else None.
+        memory: As in ``StepInfo``.
+        scales: Factors of the method's terms, by name; 1 where one is absent.
+    """
+
+    totals: Totals
+    step: int
+    max_new_tokens: int
+    entropy: Tensor | None = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+
+    def scale(self, term: str) -> float:
+        """Return the factor of a term: the method multiplies the weights of the term's tokens by it.
+
+        Args:
+            term: One of the method's ``terms``.
+        """
+        return self.scales.get(term, 1.0)
+
+
+class BaseMethod(Section, ABC):
+    """What the trainer asks of a method. Its options are fields, with their help in the text below each."""
+
+    needs_rollouts: ClassVar[bool] = True
+    """Whether it learns from completions of its own policy."""
+    needs_demos: ClassVar[bool] = True
+    """Whether it learns from demonstrations."""
+    needs_paired_demos: ClassVar[bool] = False
+    """Whether its demonstrations must answer the prompts of its rollouts, so that they cannot be a set of their own."""
+    terms: ClassVar[Mapping[str, Kind]] = {}
+    """Terms of its loss that have a scale of their own, and what each learns from: likelihood or rewards."""
+    fewest_rollouts: ClassVar[int] = 1
+    """Fewest rollouts of a prompt that it can learn from, where it needs any."""
+    curves: ClassVar[tuple[Curves, ...]] = ()
+    """Figures of its own in the report."""
+    file_text: ClassVar[str] = ""
+    """The text of the file it was read from, which a run keeps; empty where it is built-in."""
+
+    name: str
+    """The objective that is trained; --help method.name=… shows the options of another. Your own is a Python file with
+    a class Method."""
+
+    @property
+    def label(self) -> str:
+        """A word for titles."""
+        return Path(self.name).stem
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the mean entropy of a whole update must be known before its loss: one more forward pass."""
+        return False
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether ``Batch.old_logprobs`` and ``old_entropy`` must be known also where a step has a single update: one
+        more forward pass.
+        """
+        return False
+
+    def asks(self, now: StepInfo) -> tuple[bool, bool]:
+        """Return whether a step wants rollouts, and whether demonstrations.
+
+        Args:
+            now: The step.
+        """
+        return self.needs_rollouts, self.needs_demos
+
+    def resets_optimizer(self, now: StepInfo) -> bool:
+        """Return whether the optimizer forgets its moments before the updates of a step.
+
+        Args:
+            now: The step.
+        """
+        return False
+
+    def note(self, row: Mapping[str, float], now: StepInfo) -> None:
+        """Note in ``now.memory`` what later steps go by.
+
+        Args:
+            row: The row of the step as it is logged, its evaluation included where it has one.
+            now: The step.
+        """
+
+    @abstractmethod
+    def learn_from(self, group: Group) -> list[Response]:
+        """Fill in the advantages of a prompt's responses and return those that are learned from.
+
+        Args:
+            group: Judged rollouts and demonstrations of one prompt, advantages 0; modified in place.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
+        """Return an op of ``srft_kernels`` that lacks nothing but the head, the labels and the temperature.
+
+        Args:
+            batch: One micro-batch of the update.
+            update: The update as a whole; what is divided by its counts does not depend on the split.
+        """
+
+    def figures(self, terms: Mapping[str, float], update: UpdateInfo) -> dict[str, Figure]:
+        """Return what is logged beside losses and entropies, by metric name.
+
+        Args:
+            terms: Terms of the loss, summed over the micro-batches.
+            update: The update as a whole.
+        """
+        return {}
