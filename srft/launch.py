@@ -283,16 +283,28 @@ def _reserved_port() -> socket.socket:
 
 def _end_with_parent() -> None:
     """Let this rank end when the process that started it is gone, however that ended."""
-    parent = os.getppid()
     launcher = os.environ.get(LAUNCHER)
-    if launcher is None and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return  # whatever set these variables may have ended by right
     if launcher is not None:
-        if sys.platform == "linux":
-            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if str(parent) != launcher:  # it died before the call above
-            os._exit(1)
+        end_with(int(launcher))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        _watch(os.getppid())
+    # whatever else set the variables of a rank may have ended by right
 
+
+def end_with(parent: int) -> None:
+    """Let this process end, by SIGKILL, when the one that started it is gone, however that ended.
+
+    Args:
+        parent: Process id of that one.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call above
+        os._exit(1)
+    _watch(parent)
+
+
+def _watch(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1.0)

@@ -82,7 +82,8 @@ def fit(config: Config) -> None:
             if step % train.save_every == 0 or is_last:
                 run.progress.save()
             run.stop.release()
-        run.log.finish(export_policy(run.log.run_dir, run.learner))
+        size = sum(p.numel() for p in run.learner.model.parameters())
+        run.log.finish({"parameters": size} | export_policy(run.log.run_dir, run.learner))
 
 
 def _begin(run: Run) -> None:

@@ -1,0 +1,5 @@
+"""``python -m srft.experiments <suite>``."""
+
+from srft.experiments.command import main
+
+main()
