@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from srft.data.corruption import CorruptKind
 from srft.methods import DEFAULT, BaseMethod, absolute_name, find_method
 from srft.section import Section
 
@@ -66,6 +67,12 @@ class DataConfig(Section):
     """What to do with a row that lacks its prompt, answer or demonstration; skipped rows are reported."""
     bad_demos: Literal["error", "skip", "keep"] = "error"
     """What to do with a demonstration that its own verifier does not accept."""
+    corrupt_demos: float = Field(0.0, ge=0, le=1)
+    """Share of demonstrations that are made imperfect on purpose: always the same ones of a seed, and those of a
+    smaller share among them. The warm start and data.bad_demos take them as they were; they are judged as they are."""
+    corrupt_kind: CorruptKind = "wrong-step"
+    """How: "wrong-step", one step has another result, which later steps and the answer carry on; "wrong-answer", the
+    answer alone is another; "other", the demonstration of another problem."""
 
 
 class WarmStartConfig(Section):
@@ -325,6 +332,11 @@ class Config(Section):
         if method.needs_demos and train.demos_per_prompt == 0:
             raise ValueError(
                 f'method.name="{method.name}" learns from demonstrations but train.demos_per_prompt=0; set it to 1'
+            )
+        if self.data.corrupt_demos and not method.needs_demos:
+            raise ValueError(
+                f"data.corrupt_demos={self.data.corrupt_demos} changes demonstrations, from which "
+                f'method.name="{method.name}" learns nothing; set it to 0'
             )
         if method.needs_rollouts and train.rollouts_per_prompt < method.fewest_rollouts:
             raise ValueError(

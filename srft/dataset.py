@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from srft.config import Config
+from srft.data.corruption import corrupted
 from srft.data.examples import Example, load_examples
 from srft.data.files import has_split, is_local
 from srft.data.judging import check_answers, check_demos, fitting_reward
@@ -24,11 +26,13 @@ class Prompts:
 
     Args:
         train: Those that are learned from.
+        start: Those of the warm start, whose demonstrations are as they were read; none where there is no such start.
         held_out: Those of the evaluations.
         note: What to tell the user about them.
     """
 
     train: list[Prompt]
+    start: list[Prompt]
     held_out: list[Prompt]
     note: str
 
@@ -97,13 +101,18 @@ def make_prompts(
     examples, held_out, left_out = _judged(config, problems, pool, world)
     prompts, held_out_prompts, changed = _encoded(config, examples, held_out, tokenizer)
     prompts, lacking = _with_enough_demos(config, prompts)
+    start = prompts if warm_starts(config) else []
+    if config.data.corrupt_demos:
+        worse, corruption = _corrupted(config, [p.example for p in prompts], pool, world)
+        prompts, too_few = _with_enough_demos(config, _builder(config, tokenizer)(worse)[0])
+        lacking += corruption + too_few
     if len(prompts) < train.prompts_per_step:
         raise ValueError(
             f"train.prompts_per_step={train.prompts_per_step}, but {config.data.train} gives only "
             f"{len(prompts)} usable prompts; "
             f"set train.prompts_per_step={len(prompts)} or fewer"
         )
-    return Prompts(prompts, held_out_prompts, ", ".join([read, *left_out, *changed, *lacking]))
+    return Prompts(prompts, start, held_out_prompts, ", ".join([read, *left_out, *changed, *lacking]))
 
 
 def _judged(
@@ -163,14 +172,30 @@ def _accepted(
     return [new for new, old in zip(kept, examples, strict=True) if new.demos or not old.demos], len(bad)
 
 
+def _corrupted(
+    config: Config, examples: list[Example], pool: RewardPool, world: World
+) -> tuple[list[Example], list[str]]:
+    """The examples with a share of imperfect demonstrations, and how many there are, each counted by its verdict."""
+    data, total = config.data, sum(len(e.demos) for e in examples)
+    worse, changed, unchanged = corrupted(
+        data.train, examples, data.corrupt_demos, data.corrupt_kind, config.train.seed
+    )
+    touched = {name for name, _ in changed}
+    refused = world.gather(check_demos(world.own([e for e in worse if e.id in touched]), pool))
+    accepted = len(changed.difference(*refused))
+    notes = [
+        f"{len(changed)} of {total} demonstrations corrupted: {data.corrupt_kind}",
+        f"of which the verifier accepts {accepted} all the same" if accepted else "",
+        f"{unchanged} more could not be and stayed" if unchanged else "",
+    ]
+    return worse, [note for note in notes if note]
+
+
 def _encoded(
     config: Config, examples: list[Example], held_out: list[Example], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Prompt], list[Prompt], list[str]]:
     """Training and held-out prompts, and what was skipped or changed on the way."""
-    build = partial(
-        build_prompts, form=prompt_format(config, tokenizer), overlong=config.data.overlong,
-        max_prompt_tokens=config.data.max_prompt_tokens, max_demo_tokens=config.rollout.max_new_tokens,
-    )  # fmt: skip
+    build = _builder(config, tokenizer)
     prompts, counts = build(examples)
     held_out_prompts, held_out_counts = build(held_out)
     notes = [
@@ -187,6 +212,14 @@ def _encoded(
         if number
     ]
     return prompts, held_out_prompts, notes
+
+
+def _builder(config: Config, tokenizer: PreTrainedTokenizerBase) -> partial[tuple[list[Prompt], Counter[str]]]:
+    """What encodes examples as the options say."""
+    return partial(
+        build_prompts, form=prompt_format(config, tokenizer), overlong=config.data.overlong,
+        max_prompt_tokens=config.data.max_prompt_tokens, max_demo_tokens=config.rollout.max_new_tokens,
+    )  # fmt: skip
 
 
 def _past_stop(prompts: list[Prompt], stop: list[str]) -> int:

@@ -45,13 +45,13 @@ def warm_start(learner: Learner, prompts: Prompts, pool: RewardPool) -> None:
         ValueError: When no prompt has a demonstration.
     """
     model, tokenizer, options = learner.model, learner.tokenizer, learner.config.model.warm_start
-    shown = [p for p in prompts.train if p.demo_ids]
+    shown = [p for p in prompts.start if p.demo_ids]
     if not shown:
         raise ValueError(
             "model.warm_start needs demonstrations; set model.warm_start.max_steps=0 or give data.columns.demo"
         )
-    if len(shown) < len(prompts.train):
-        print(f"warm start: {len(shown)} of {len(prompts.train)} prompts have a demonstration", file=sys.stderr)
+    if len(shown) < len(prompts.start):
+        print(f"warm start: {len(shown)} of {len(prompts.start)} prompts have a demonstration", file=sys.stderr)
     config = _supervised(learner.config)
     learner = replace(learner, config=config, optimizer=make_optimizer(model, config), memory={})
     engine = start_in_process(learner, torch.float32)
@@ -97,7 +97,7 @@ def cached_start(config: Config, prompts: Prompts, reward: str) -> Path:
         _VERSION, config.model.model_dump(mode="json", exclude={"lora"}), train.seed, train.betas, train.grad_clip,
         config.microbatch_tokens, train.device, config.longest_sequence, rollout.max_new_tokens, rollout.stop,
         torch.__version__, reward, _digest_of_file(reward),
-        [(p.prompt_ids, p.demo_ids) for p in prompts.train],
+        [(p.prompt_ids, p.demo_ids) for p in prompts.start],
         [(p.prompt_ids, str(p.example.answer)) for p in prompts.held_out],
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

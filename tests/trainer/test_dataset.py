@@ -13,6 +13,7 @@ from srft.config import Config
 from srft.dataset import Prompts, make_prompts, read_problems
 from srft.policy.model import load_tokenizer
 from srft.rewards.pool import RewardPool
+from srft.warm_start import cached_start
 from tests.trainer.runs import small_config
 
 SKIP = {"data__bad_rows": "skip", "data__bad_demos": "skip", "data__overlong": "skip"}
@@ -82,3 +83,46 @@ def test_prompts_with_too_few_demonstrations_can_be_skipped(prompts_of: Callable
         prompts_of(config_for(tmp_path, rows, train__demos_per_prompt=2))
     found = prompts_of(config_for(tmp_path, rows, train__demos_per_prompt=2, data__bad_rows="skip"))
     assert len(found.train) == 17 and found.note.endswith(", 1 prompts skipped that have too few demonstrations")
+
+
+def test_imperfect_demonstrations_are_said_and_kept(prompts_of: Callable, tmp_path: Path) -> None:
+    """Though they fail their verifier, which looks at them as they were; their tokens are what they say now."""
+    rows = sums()
+    rows[3]["demo"] = ["#99"]
+    plain = prompts_of(config_for(tmp_path, rows, **SKIP))
+    config = config_for(tmp_path, rows, data__corrupt_demos=0.4, data__corrupt_kind="wrong-answer", **SKIP)
+    found = prompts_of(config)
+    after = [demo for p in found.train for demo in p.example.demos]
+    changed = sum(a != b for a, b in zip(after, (d for p in plain.train for d in p.example.demos), strict=True))
+    assert found.note == f"{plain.note}, {changed} of 34 demonstrations corrupted: wrong-answer" and 5 < changed < 25
+    decode = load_tokenizer(config.model).decode
+    assert [decode(ids, skip_special_tokens=True) for p in found.train for ids in p.demo_ids] == after
+
+
+def test_imperfect_demonstrations_that_are_right_all_the_same_are_told(prompts_of: Callable, tmp_path: Path) -> None:
+    """Where the number that was changed is not the one that is judged; and a text without a number stays."""
+    rows = sums()
+    for row in rows:
+        row["demo"] = [f"<answer>{row['answer']}</answer> #7"]
+    rows[0]["demo"] = ["nothing"]
+    note = prompts_of(
+        config_for(
+            tmp_path, rows, data__corrupt_demos=1, data__corrupt_kind="wrong-answer", data__bad_demos="keep"
+        )
+    ).note
+    assert note.endswith(
+        "17 of 18 demonstrations corrupted: wrong-answer, of which the verifier accepts 17 all the same, "
+        "1 more could not be and stayed"
+    )
+
+
+def test_the_warm_start_is_the_same_whatever_was_corrupted(prompts_of: Callable, tmp_path: Path) -> None:
+    """Arms that differ in their demonstrations share one start, from the demonstrations as they were read."""
+    warm = {"model__warm_start__max_steps": 5}
+    plain, bad = (
+        (config, prompts_of(config))
+        for config in (config_for(tmp_path, sums(), **warm, data__corrupt_demos=share) for share in (0, 0.6))
+    )
+    assert plain[1].start == plain[1].train == bad[1].start != bad[1].train
+    assert cached_start(*plain, "numeric") == cached_start(*bad, "numeric")
+    assert prompts_of(config_for(tmp_path, sums())).start == []

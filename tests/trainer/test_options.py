@@ -91,6 +91,7 @@ def test_every_wrong_value_is_reported_at_once() -> None:
         (["train.tokens_per_microbatch=100"], "= 576 tokens"),
         (["train.demos_per_prompt=0"], "demos_per_prompt=0; set it to 1"),
         (["method.name=sft", "train.demos_per_prompt=0"], "demos_per_prompt=0; set it to 1"),
+        (["method.name=grpo", "data.corrupt_demos=0.3"], 'method.name="grpo" learns nothing; set it to 0'),
         (["method.name=grpo", "train.rollouts_per_prompt=1"], "must be at least 2"),
         (["model.tiny.num_heads=3"], "model.tiny.num_heads=3 must divide model.tiny.hidden_size=128"),
     ],

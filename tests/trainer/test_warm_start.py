@@ -31,7 +31,7 @@ def shown(count: int = 6) -> Prompts:
     groups = random_groups(count)
     prompts = [Prompt(example(i), g.prompt.prompt_ids, [g.demos[0].response_ids]) for i, g in enumerate(groups)]
     prompts = [replace(p, example=replace(p.example, demos=["a demonstration"])) for p in prompts]
-    return Prompts(prompts, [Prompt(example(count), [5, 6], [])], "")
+    return Prompts([], prompts, [Prompt(example(count), [5, 6], [])], "")
 
 
 def test_start_is_plain_cross_entropy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,10 +49,10 @@ def test_start_is_plain_cross_entropy(monkeypatch: pytest.MonkeyPatch, capsys: p
     warm_start(learner_of(config, trained, unused), prompts, FakePool())
 
     expected = copy.deepcopy(plain).double()
-    sampler = PromptSampler(len(prompts.train), config.train.seed + 1)
+    sampler = PromptSampler(len(prompts.start), config.train.seed + 1)
     for _ in range(3):
         expected.zero_grad()
-        chosen = [prompts.train[i] for i in sampler.next(4)]
+        chosen = [prompts.start[i] for i in sampler.next(4)]
         losses = []
         for p in chosen:
             logits = expected(torch.tensor([p.prompt_ids + p.demo_ids[0]])).logits[0, len(p.prompt_ids) - 1 : -1]
@@ -72,7 +72,7 @@ def test_start_is_plain_cross_entropy(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_start_without_a_demonstration_says_so() -> None:
     """Before a step, with the two options that help."""
-    prompts = Prompts([Prompt(example(0), [5], [])], [Prompt(example(1), [6], [])], "")
+    prompts = Prompts([], [Prompt(example(0), [5], [])], [Prompt(example(1), [6], [])], "")
     model = policy(plain_model(vocab=258))
     learner = learner_of(load_config(WORDS), model, torch.optim.SGD(model.parameters(), lr=1.0))
     with pytest.raises(ValueError, match=r"model.warm_start.max_steps=0 or give data.columns.demo"):
@@ -107,14 +107,14 @@ def test_name_changes_with_the_data_and_the_verifier(tmp_path: Path) -> None:
     """Other prompts, demonstrations, held-out answers, another verifier, and another version of the user's own."""
     config, prompts, reward = load_config(WORDS), shown(), tmp_path / "mine.py"
     reward.write_text("def judge(completion, answer, row):\n    return 1.0\n")
-    first, held_out = prompts.train[0], prompts.held_out[0]
+    first, held_out = prompts.start[0], prompts.held_out[0]
     names = [cached_start(config, prompts, kind).name for kind in ("exact", "math", f"{reward}:judge")]
     reward.write_text("def judge(completion, answer, row):\n    return 0.0\n")
     names.append(cached_start(config, prompts, f"{reward}:judge").name)
     for changed in (
-        replace(prompts, train=prompts.train[1:]),
-        replace(prompts, train=[replace(first, prompt_ids=[9]), *prompts.train[1:]]),
-        replace(prompts, train=[replace(first, demo_ids=[[9]]), *prompts.train[1:]]),
+        replace(prompts, start=prompts.start[1:]),
+        replace(prompts, start=[replace(first, prompt_ids=[9]), *prompts.start[1:]]),
+        replace(prompts, start=[replace(first, demo_ids=[[9]]), *prompts.start[1:]]),
         replace(prompts, held_out=[replace(held_out, example=example(99, "8"))]),
     ):
         names.append(cached_start(config, changed, "exact").name)
