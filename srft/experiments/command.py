@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from srft.disk import WriteError
+from srft.disk import WriteError, writing
 from srft.experiments.findings import SUITE, read_findings
+from srft.experiments.page import render
 from srft.experiments.preview import preview
 from srft.experiments.suite import describe_suite, find_suite, plan_runs, read_suite, suite_names
 from srft.experiments.tables import Table, make_tables, markdown
@@ -119,14 +120,20 @@ def _default_jobs() -> int:
 def _report(out: Path) -> None:
     findings = read_findings(out)
     tables = make_tables(findings)
+    # here, so that nothing else waits for matplotlib
+    from srft.experiments.figures import draw_figures
+
     write_atomically(out / "table.md", markdown(findings, tables))
+    with writing(out / "figures"):
+        figures = draw_figures(findings, out / "figures")
+    write_atomically(out / "report.html", render(findings, tables, figures))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     console.print(Text(findings.title, style="bold"))
     for table in tables:
         console.print(_rich(table))
     for warning in findings.warnings:
         console.print(Text(f"Warning: {warning}"), soft_wrap=True)
-    console.print(Text(f"{out / 'table.md'}"), soft_wrap=True)
+    console.print(Text(f"{out / 'report.html'}"), soft_wrap=True)
 
 
 def _rich(table: Table) -> RichTable:

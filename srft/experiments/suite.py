@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from srft.config import Config
-from srft.options import load_config, to_toml
+from srft.options import load_config
 from srft.section import Section
 
 SUITES = Path(__file__).parent / "suites"
@@ -224,15 +224,18 @@ def plan_runs(suite: Suite, path: Path, words: Sequence[str], seeds: Sequence[in
 
 
 def _identity(config: Config, borrowed: Mapping[str, str], source: Run | None, digests: dict[str, str]) -> str:
-    """Digest of the options but for the names of folders, of the files that they name, and of the source's identity."""
+    """Digest of what the options set, but for the names of folders, of the files that they name, and of the source.
+
+    What stands at its default is left out, so that an option which a later version adds makes no other run of this one.
+    """
     places = {"name": "run", "runs_dir": Path("runs"), "cache_dir": Path("cache")}
     plain = config.without_resume().model_copy(update=places)
     files = [config.data.train, config.data.eval or "", config.reward.kind.rpartition(":")[0]]
     facts = [
-        to_toml(plain), config.method.file_text, [_digest_of_file(file, digests) for file in files],
+        plain.model_dump(mode="json", exclude_defaults=True), config.method.file_text, [_digest_of_file(file, digests) for file in files],
         dict(borrowed), source.identity if source else None,
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _digest_of_file(name: str, digests: dict[str, str]) -> str:

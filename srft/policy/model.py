@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from srft.batch import Batch
 from srft.config import ModelConfig
@@ -51,7 +52,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if is_adapter(source) and not (Path(source) / "tokenizer_config.json").is_file():
         source = base_of(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        own = get_tokenizer_config(source).get("tokenizer_class") if Path(source).is_dir() else None
+        # AutoTokenizer would rather take the class of the architecture, which adds a token (transformers 5.19)
+        kind = PreTrainedTokenizerFast if own == PreTrainedTokenizerFast.__name__ else AutoTokenizer
+        tokenizer = kind.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a damaged file fails in the libraries below with whatever they happen to raise
         raise ValueError(f"cannot load a tokenizer from {source!r}: {in_short(error)}") from error
     if tokenizer.eos_token_id is None:

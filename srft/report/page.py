@@ -115,19 +115,19 @@ def render(
     subtitle = f"{status}."
     if sessions and sessions[0].get("started"):
         subtitle += f" Started {sessions[0]['started'].replace('T', ' ').removesuffix('+00:00')} UTC."
-    parts = [f"<h1>{_safe(title)}</h1>", f'<p class="muted">{_safe(subtitle)}</p>']
+    parts = [f"<h1>{safe(title)}</h1>", f'<p class="muted">{safe(subtitle)}</p>']
     if cards:
         parts.append('<div class="cards">' + "".join(_card(*card) for card in cards) + "</div>")
     if warnings:
-        parts.append(f'<div class="warn">{_paragraphs(warnings)}</div>')
-    parts.append(_paragraphs(said))
+        parts.append(f'<div class="warn">{paragraphs(warnings)}</div>')
+    parts.append(paragraphs(said))
     parts.append("<h2>Curves</h2>")
     if figures:
         parts.append(
             f'<p class="muted">Faint lines are single steps; bold ones a running mean over about '
             f"{2 * smoothing_width:.0f} steps.</p>"
         )
-        parts.append('<div class="figures">' + "".join(_figure(*figure) for figure in figures) + "</div>")
+        parts.append('<div class="figures">' + "".join(captioned(*figure) for figure in figures) + "</div>")
     else:
         parts.append('<p class="muted">No step has been recorded.</p>')
     if facts:
@@ -136,32 +136,58 @@ def render(
     parts.append("<h2>How it was run</h2>" + _list(places))
     parts += [_session(session) for session in sessions]
     if config_text:
-        parts.append(f"<h2>Configuration</h2><pre>{_safe(config_text)}</pre>")
+        parts.append(f"<h2>Configuration</h2><pre>{safe(config_text)}</pre>")
+    return document(title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """Return one HTML document without scripts or outside references, in the style of a run's page.
+
+    Args:
+        title: Of the window; escaped here.
+        parts: HTML of the body, in order.
+    """
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{_safe(title)}</title><style>{_CSS}</style></head><body>"
+        f"<title>{safe(title)}</title><style>{_CSS}</style></head><body>"
     )
     return head + "\n".join(parts) + "</body></html>\n"
 
 
-def _safe(text: str) -> str:
-    """Return text as HTML that shows it: no tags, and a mark in place of what HTML cannot hold."""
+def safe(text: str) -> str:
+    """Return text as HTML that shows it: no tags, and a mark in place of what HTML cannot hold.
+
+    Args:
+        text: Anything.
+    """
     return escape(UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n")))
 
 
-def _paragraphs(sentences: Sequence[str]) -> str:
-    return "".join(f"<p>{_safe(sentence)}</p>" for sentence in sentences)
+def paragraphs(sentences: Sequence[str]) -> str:
+    """Return a paragraph for each sentence.
+
+    Args:
+        sentences: Texts; escaped here.
+    """
+    return "".join(f"<p>{safe(sentence)}</p>" for sentence in sentences)
 
 
 def _card(label: str, headline: str, below: str) -> str:
-    label, headline, below = _safe(label), _safe(headline), _safe(below)
+    label, headline, below = safe(label), safe(headline), safe(below)
     return f'<div class="card"><small>{label}</small><b>{headline}</b><small>{below}</small></div>'
 
 
-def _figure(title: str, caption: str, svg: str) -> str:
-    title, caption = _safe(title), _safe(caption)
+def captioned(title: str, caption: str, svg: str) -> str:
+    """Return a figure with its heading and its caption.
+
+    Args:
+        title: Escaped here, as the caption.
+        caption: A sentence.
+        svg: Inline SVG, which is trusted.
+    """
+    title, caption = safe(title), safe(caption)
     svg = svg.replace('role="img"', f'role="img" aria-label="{title}"', 1)
     return f"<figure><figcaption><b>{title}</b><span>{caption}</span></figcaption>{svg}</figure>"
 
@@ -169,13 +195,13 @@ def _figure(title: str, caption: str, svg: str) -> str:
 def _fact_table(facts: Sequence[tuple[str, str, str, str]]) -> str:
     lines = ['<tr><th></th><th class="n">first</th><th class="n">best</th><th class="n">last</th></tr>']
     for label, *values in facts:
-        cells = "".join(f'<td class="n">{_safe(value)}</td>' for value in values)
-        lines.append(f"<tr><td>{_safe(label)}</td>{cells}</tr>")
+        cells = "".join(f'<td class="n">{safe(value)}</td>' for value in values)
+        lines.append(f"<tr><td>{safe(label)}</td>{cells}</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
 def _list(pairs: Sequence[tuple[str, str]]) -> str:
-    entries = "".join(f"<dt>{_safe(label)}</dt><dd>{_safe(value)}</dd>" for label, value in pairs)
+    entries = "".join(f"<dt>{safe(label)}</dt><dd>{safe(value)}</dd>" for label, value in pairs)
     return f"<dl>{entries}</dl>"
 
 
@@ -186,7 +212,7 @@ def _session(session: Mapping[str, Any]) -> str:
     pairs = [("time", session.get("started")), ("commit", session.get("commit")), ("versions", versions),
              ("machine", f"{session.get('platform')}, {session.get('cpus')} CPUs")]  # fmt: skip
     listed = _list([(label, str(value)) for label, value in pairs if value])
-    return f'<h3>{title}</h3><pre class="wrap">{_safe(str(session.get("command", "")))}</pre>{listed}'
+    return f'<h3>{title}</h3><pre class="wrap">{safe(str(session.get("command", "")))}</pre>{listed}'
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -235,7 +261,7 @@ def _tags(row: Mapping[str, Any]) -> str:
         tags.append('<span class="tag demo">demonstration</span>')
     status, reward = row.get("status", "ok"), row.get("reward")
     if status not in ("ok", None):
-        tags.append(f'<span class="tag wrong">! {_safe(_STATUS_WORDS.get(str(status), str(status)))}</span>')
+        tags.append(f'<span class="tag wrong">! {safe(_STATUS_WORDS.get(str(status), str(status)))}</span>')
     elif isinstance(reward, int | float):
         if reward >= 1:
             tags.append('<span class="tag right">✓ correct</span>')
@@ -251,7 +277,7 @@ def _text(value: object) -> str:
     if isinstance(value, list) and all(isinstance(turn, dict) and "content" in turn for turn in value):
         value = "\n\n".join(f"{turn.get('role', '')}: {turn['content']}" for turn in value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    html = _safe(text[:_MAX_CHARACTERS])
+    html = safe(text[:_MAX_CHARACTERS])
     more = len(text) - _MAX_CHARACTERS
     if more > 0:
         html += f' <span class="muted">… {more} more characters in samples.jsonl</span>'

@@ -40,7 +40,8 @@ _COLORS: dict[Color, str] = {
 # hex colour in a figure -> name of the page's CSS variable, which has a light and a dark value
 CSS_NAMES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {value: name for name, value in _COLORS.items()}
 
-_STYLE: dict[Any, Any] = {
+# how every figure looks, for matplotlib.rc_context
+STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 11,
     "axes.titlesize": 12,
@@ -265,12 +266,12 @@ def draw_plots(rows: Rows, folder: Path, curves: Sequence[Curves] = ()) -> dict[
     folder.mkdir(parents=True, exist_ok=True)
     svgs = {}
     # a figure built without pyplot always has the Agg canvas and leaves no global state behind
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for panel in recorded:
             figure = Figure(figsize=(5.6, 3.2), layout="constrained")
             ax = figure.add_subplot()
             panel.draw(ax, rows)
-            svgs[panel.name] = _inline_svg(figure)
+            svgs[panel.name] = inline_svg(figure)
             ax.set_title(panel.title)
             figure.savefig(folder / f"{panel.name}.png", dpi=200, facecolor="white")
         drawn = {panel.name: panel for panel in recorded}
@@ -348,8 +349,12 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
     return result.tolist()
 
 
-def _inline_svg(figure: Figure) -> str:
-    """Return the figure as SVG to put into a page: its colours and fonts are the page's."""
+def inline_svg(figure: Figure) -> str:
+    """Return the figure as SVG to put into a page: its colours and fonts are the page's.
+
+    Args:
+        figure: Drawn under ``STYLE``.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()

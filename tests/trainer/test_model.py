@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srft.batch import Batch, pack
+from srft.config import ModelConfig
 from srft.options import load_config
 from srft.policy.model import build_tiny, byte_tokenizer, head_of, load_tokenizer, prepare_policy
 from srft.policy.parallel import ALONE
@@ -72,6 +75,14 @@ def test_neighbours_do_not_leak() -> None:
     inside[batch.loss_cu_seqlens[3] : batch.loss_cu_seqlens[4]] = True
     assert torch.equal(before[~inside], after[~inside])
     assert not torch.equal(before[inside], after[inside])
+
+
+def test_an_exported_byte_tokenizer_comes_back_as_it_was(tmp_path: Path) -> None:
+    """Beside a model's config, too, by whose architecture transformers would give it one token more."""
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    assert len(load_tokenizer(ModelConfig(name=str(tmp_path)))) == len(tokenizer) == 258
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
