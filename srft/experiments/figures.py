@@ -128,7 +128,7 @@ def _forest(arms: Sequence[Arm], findings: Findings) -> Figure:
             dots = [100 * (score(arm.results[s]) - score(reference.results[s])) for s in sorted(both)]
             e = difference(arm)
             assert e is not None
-            ax.plot(dots, [row] * len(dots), "o", color=GREY, markersize=3.2, zorder=2)
+            ax.plot(dots, [row + 0.22] * len(dots), "o", color=GREY, markersize=3.2, zorder=2)
             apart = e.half is not None and not e.low <= 0 <= e.high
             color = INK if not apart else BLUE if e.mean > 0 else VERMILLION
             ax.plot([100 * e.low, 100 * e.high], [row, row], color=color, linewidth=2.2, zorder=3)

@@ -232,7 +232,8 @@ def _identity(config: Config, borrowed: Mapping[str, str], source: Run | None, d
     plain = config.without_resume().model_copy(update=places)
     files = [config.data.train, config.data.eval or "", config.reward.kind.rpartition(":")[0]]
     facts = [
-        plain.model_dump(mode="json", exclude_defaults=True), config.method.file_text, [_digest_of_file(file, digests) for file in files],
+        plain.model_dump(mode="json", exclude_defaults=True), config.method.file_text,
+        [_digest_of_file(file, digests) for file in files],
         dict(borrowed), source.identity if source else None,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
