@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from srft.data.corruption import CorruptKind
+from srft.data.config import DataConfig
 from srft.methods import DEFAULT, BaseMethod, absolute_name, find_method
 from srft.section import Section
 
@@ -28,51 +28,6 @@ def _method(value: object) -> object:
         return value
     name = str(value.get("name", DEFAULT))
     return find_method(name).model_validate({**value, "name": absolute_name(name)})
-
-
-class DataConfig(Section):
-    """Where prompts, demonstrations and answers come from."""
-
-    train: str = "chain"
-    """Built-in task, "chain" or "countdown"; "reasoning_gym:<task>"; a file (.jsonl, .json, .csv, .tsv, .parquet or
-    .arrow, compressed or not), a folder or a glob of such files; or a Hugging Face hub id."""
-    eval: str | None = None
-    """Held-out source of the same kinds; unset: the held-out part of a built-in task, `eval_split` of a hub data set
-    or of a folder whose files name it, else the last tenth of the problems (at most eval_limit, kept out of training
-    with all their rows)."""
-    split: str = "train"
-    """Split read from a hub data set, or from a folder whose files name their splits."""
-    eval_split: str = "test"
-    """Split read for evaluation from a hub data set or such a folder."""
-    columns: dict[str, str] = {}
-    """Column map: columns.prompt, columns.answer, columns.demo; dots reach into nested fields."""
-    limit: int | None = Field(None, gt=0)
-    """Use only the first rows of the training source."""
-    eval_limit: int = Field(512, gt=0)
-    """Rows evaluated each time."""
-    task: dict[str, bool | int | float | str | list[int] | list[str]] = {}
-    """Options of a built-in or reasoning-gym task, such as task.max_ops=5. "chain" has min_ops and max_ops; "countdown"
-    min_numbers and max_numbers, the largest number, max_target, and demos, distinct demonstrations of a problem."""
-    system: str | None = None
-    """System prompt put before the user's turn."""
-    chat: bool = True
-    """Render prompts with the tokenizer's chat template where it has one."""
-    chat_template_kwargs: dict[str, bool | int | float | str | list[str]] = {}
-    """What the chat template takes beside the messages, such as chat_template_kwargs.enable_thinking=false."""
-    max_prompt_tokens: int = Field(512, gt=0)
-    """Longest prompt taken, in tokens."""
-    overlong: Literal["error", "skip"] = "error"
-    """What to do with a row whose prompt or demonstration is too long; skipped rows are counted."""
-    bad_rows: Literal["error", "skip"] = "error"
-    """What to do with a row that lacks its prompt, answer or demonstration; skipped rows are reported."""
-    bad_demos: Literal["error", "skip", "keep"] = "error"
-    """What to do with a demonstration that its own verifier does not accept."""
-    corrupt_demos: float = Field(0.0, ge=0, le=1)
-    """Share of demonstrations that are made imperfect on purpose: always the same ones of a seed, and those of a
-    smaller share among them. The warm start and data.bad_demos take them as they were; they are judged as they are."""
-    corrupt_kind: CorruptKind = "wrong-step"
-    """How: "wrong-step", one step has another result, which later steps and the answer carry on; "wrong-answer", the
-    answer alone is another; "other", the demonstration of another problem."""
 
 
 class WarmStartConfig(Section):
@@ -207,7 +162,7 @@ class TrainConfig(Section):
     rollouts_per_prompt: int = Field(3, gt=0)
     """Completions sampled for each prompt."""
     demos_per_prompt: int = Field(1, ge=0)
-    """Demonstrations joined to each prompt's group."""
+    """Demonstrations joined to each prompt's group; of data.demos, joined to the step for each prompt."""
     updates_per_step: int = Field(1, gt=0)
     """Optimizer updates made from one step's rollouts; must divide prompts_per_step."""
     tokens_per_microbatch: Annotated[int, Field(gt=0)] | Literal["auto"] = 16384
@@ -333,10 +288,15 @@ class Config(Section):
             raise ValueError(
                 f'method.name="{method.name}" learns from demonstrations but train.demos_per_prompt=0; set it to 1'
             )
-        if self.data.corrupt_demos and not method.needs_demos:
+        if not method.needs_demos and (self.data.demos or self.data.corrupt_demos):
+            option = f"demos={self.data.demos}" if self.data.demos else f"corrupt_demos={self.data.corrupt_demos}"
             raise ValueError(
-                f"data.corrupt_demos={self.data.corrupt_demos} changes demonstrations, from which "
-                f'method.name="{method.name}" learns nothing; set it to 0'
+                f'method.name="{method.name}" learns nothing from demonstrations, but data.{option} is set; unset it'
+            )
+        if self.data.demos and method.needs_paired_demos:
+            raise ValueError(
+                f'method.name="{method.name}" learns from demonstrations beside the rollouts of the same prompt, which '
+                f"those of data.demos={self.data.demos} are not; put them into a column of data.train"
             )
         if method.needs_rollouts and train.rollouts_per_prompt < method.fewest_rollouts:
             raise ValueError(

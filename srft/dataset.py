@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -29,12 +29,14 @@ class Prompts:
         start: Those of the warm start, whose demonstrations are as they were read; none where there is no such start.
         held_out: Those of the evaluations.
         note: What to tell the user about them.
+        demos: Those with the demonstrations of data.demos, one each; empty where prompts have their own.
     """
 
     train: list[Prompt]
     start: list[Prompt]
     held_out: list[Prompt]
     note: str
+    demos: list[Prompt] = field(default_factory=list)
 
 
 def warm_starts(config: Config) -> bool:
@@ -56,7 +58,7 @@ def read_problems(config: Config) -> Problems:
         ValueError: Naming the file, line and column of what is wrong with the data.
     """
     data = config.data
-    needs = config.method.needs_demos
+    needs = _needs_own_demos(config)
     examples = load_examples(
         data.train, split=data.split, columns=data.columns, limit=data.limit, seed=config.train.seed,
         task=data.task, use_demo=needs or warm_starts(config), require_demo=needs, bad_rows=data.bad_rows,
@@ -75,9 +77,36 @@ def read_problems(config: Config) -> Problems:
         raise ValueError(
             f"every held-out problem is also in {data.train}; set data.eval to problems that are not trained on"
         )
+    demos = _read_demos(config, distinct) if data.demos else []
     if config.reward.kind != "auto":
-        return Problems(examples, distinct, config.reward.kind)
-    return Problems(examples, distinct, fitting_reward(data.train, data.system, examples))
+        return Problems(examples, distinct, config.reward.kind, demos)
+    reward = fitting_reward(data.train, data.system, examples)
+    if data.demos and (other := fitting_reward(data.demos, data.system, demos)) != reward:
+        raise ValueError(
+            f"{data.train} is judged by {reward!r} and data.demos={data.demos} by {other!r}; set reward.kind to one "
+            "that judges both"
+        )
+    return Problems(examples, distinct, reward, demos)
+
+
+def _read_demos(config: Config, held_out: list[Example]) -> list[Example]:
+    """The demonstrations of a set of their own, without those of held-out problems."""
+    data = config.data
+    assert data.demos is not None
+    # a generated task gives other problems than to data.train
+    examples = load_examples(
+        data.demos, split=data.split, columns=data.demo_columns, seed=config.train.seed + 1, task=data.demo_task,
+        require_demo=True, bad_rows=data.bad_rows,
+    )  # fmt: skip
+    demos = drop_shared(examples, held_out)
+    if not demos:
+        raise ValueError(f"every problem of data.demos={data.demos} is held out; set data.eval to others")
+    return demos
+
+
+def _needs_own_demos(config: Config) -> bool:
+    """Whether every prompt must have demonstrations in its row."""
+    return config.method.needs_demos and config.data.demos is None
 
 
 def make_prompts(
@@ -95,32 +124,50 @@ def make_prompts(
     Raises:
         ValueError: For demonstrations that fail their verifier, overlong rows, or too few prompts, by the settings.
     """
-    train = config.train
-    read = f"{len(problems.train)} training and {len(problems.held_out)} held-out problems from {config.data.train}"
+    data, per_step = config.data, config.train.prompts_per_step
+    notes = [f"{len(problems.train)} training and {len(problems.held_out)} held-out problems from {data.train}"]
     pool.prewarm()
-    examples, held_out, left_out = _judged(config, problems, pool, world)
+    with_demos = _needs_own_demos(config) or warm_starts(config)
+    examples, held_out, left_out = _judged(config, problems, pool, world, with_demos=with_demos)
     prompts, held_out_prompts, changed = _encoded(config, examples, held_out, tokenizer)
     prompts, lacking = _with_enough_demos(config, prompts)
-    start = prompts if warm_starts(config) else []
-    if config.data.corrupt_demos:
-        worse, corruption = _corrupted(config, [p.example for p in prompts], pool, world)
-        prompts, too_few = _with_enough_demos(config, _builder(config, tokenizer)(worse)[0])
-        lacking += corruption + too_few
-    if len(prompts) < train.prompts_per_step:
+    notes += left_out + changed + lacking
+    shown = prompts
+    if data.demos:
+        notes.append(f"{len(problems.demos)} problems with demonstrations from {data.demos}")
+        alone = replace(problems, train=problems.demos, held_out=[])
+        examples, _, left_out = _judged(config, alone, pool, world, with_demos=True)
+        shown, _, changed = _encoded(config, examples, [], tokenizer)
+        notes += left_out + changed
+    start = prompts if any(p.demo_ids for p in prompts) else shown
+    if data.corrupt_demos:
+        worse, corruption = _corrupted(config, [p.example for p in shown], pool, world)
+        shown, lacking = _with_enough_demos(config, _builder(config, tokenizer)(worse)[0])
+        notes += corruption + lacking
+    demos = []
+    if data.demos:
+        demos = _one_each(shown)
+    else:
+        prompts = shown
+    if len(prompts) < per_step:
         raise ValueError(
-            f"train.prompts_per_step={train.prompts_per_step}, but {config.data.train} gives only "
-            f"{len(prompts)} usable prompts; "
+            f"train.prompts_per_step={per_step}, but {data.train} gives only {len(prompts)} usable prompts; "
             f"set train.prompts_per_step={len(prompts)} or fewer"
         )
-    return Prompts(prompts, start, held_out_prompts, ", ".join([read, *left_out, *changed, *lacking]))
+    a_prompt = config.train.demos_per_prompt
+    if data.demos and len(demos) < per_step * a_prompt:
+        raise ValueError(
+            f"train.prompts_per_step={per_step} and train.demos_per_prompt={a_prompt} take {per_step * a_prompt} "
+            f"demonstrations a step, but data.demos={data.demos} gives only {len(demos)}; lower one of them"
+        )
+    return Prompts(prompts, start if warm_starts(config) else [], held_out_prompts, ", ".join(notes), demos)
 
 
 def _judged(
-    config: Config, problems: Problems, pool: RewardPool, world: World
+    config: Config, problems: Problems, pool: RewardPool, world: World, *, with_demos: bool
 ) -> tuple[list[Example], list[Example], list[str]]:
     """Training and held-out examples that can be judged, with the demonstrations in use, and what was left out."""
     notes, examples = [], problems.train
-    with_demos = config.method.needs_demos or warm_starts(config)
     checked = with_demos and config.data.bad_demos != "keep"
     # a demonstration that is accepted shows that the answer can be read
     unreadable = _unreadable(config, [e for e in examples if not (checked and e.demos)], pool, world)
@@ -178,7 +225,7 @@ def _corrupted(
     """The examples with a share of imperfect demonstrations, and how many there are, each counted by its verdict."""
     data, total = config.data, sum(len(e.demos) for e in examples)
     worse, changed, unchanged = corrupted(
-        data.train, examples, data.corrupt_demos, data.corrupt_kind, config.train.seed
+        data.demos or data.train, examples, data.corrupt_demos, data.corrupt_kind, config.train.seed
     )
     touched = {name for name, _ in changed}
     refused = world.gather(check_demos(world.own([e for e in worse if e.id in touched]), pool))
@@ -197,7 +244,7 @@ def _encoded(
     """Training and held-out prompts, and what was skipped or changed on the way."""
     build = _builder(config, tokenizer)
     prompts, counts = build(examples)
-    held_out_prompts, held_out_counts = build(held_out)
+    held_out_prompts, held_out_counts = build(held_out) if held_out else ([], Counter())
     notes = [
         f"{number} {what}"
         for number, what in (
@@ -222,6 +269,15 @@ def _builder(config: Config, tokenizer: PreTrainedTokenizerBase) -> partial[tupl
     )  # fmt: skip
 
 
+def _one_each(prompts: list[Prompt]) -> list[Prompt]:
+    """The same with one demonstration each, a prompt as often as it has some."""
+    return [
+        replace(p, example=replace(p.example, demos=[text]), demo_ids=[ids])
+        for p in prompts
+        for text, ids in zip(p.example.demos, p.demo_ids, strict=True)
+    ]
+
+
 def _past_stop(prompts: list[Prompt], stop: list[str]) -> int:
     """How many demonstrations say something after the first text that would end a rollout."""
     demos = [demo for p in prompts for demo in p.example.demos]
@@ -230,7 +286,7 @@ def _past_stop(prompts: list[Prompt], stop: list[str]) -> int:
 
 def _with_enough_demos(config: Config, prompts: list[Prompt]) -> tuple[list[Prompt], list[str]]:
     """The prompts that have as many demonstrations as the method takes of each, and how many have not."""
-    least = config.train.demos_per_prompt if config.method.needs_demos else 0
+    least = config.train.demos_per_prompt if _needs_own_demos(config) else 0
     enough = [p for p in prompts if len(p.demo_ids) >= least]
     lacking = len(prompts) - len(enough)
     if lacking and (config.data.bad_rows == "error" or not enough):

@@ -56,13 +56,18 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
 
 
 def _parts(learner: Learner, groups: list[Group]) -> list[list[Group]]:
-    """This rank's groups by the update that takes them: the step's groups in order, cut into equal parts."""
+    """This rank's groups by the update that takes them: the step's groups in order, cut into equal parts.
+
+    Demonstrations that are groups by themselves are cut apart from the prompts, so that each update has its share.
+    """
     world, updates = learner.world, learner.config.train.updates_per_step
-    size = max(1, int(world.sum([len(groups)])[0]) // updates)
+    asked, shown = [g for g in groups if g.rollouts], [g for g in groups if not g.rollouts]
     parts: list[list[Group]] = [[] for _ in range(updates)]
-    for i, group in enumerate(groups):
-        # each rank has one of every world.size groups
-        parts[(world.rank + i * world.size) // size].append(group)
+    for own, total in zip((asked, shown), world.sum([len(asked), len(shown)]), strict=True):
+        size = max(1, int(total) // updates)
+        for i, group in enumerate(own):
+            # each rank has one of every world.size groups
+            parts[(world.rank + i * world.size) // size].append(group)
     return parts
 
 

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srft.config import Config
 from srft.data.problems import data_state
 from srft.data.prompts import Prompt
-from srft.data.sampler import PromptSampler
+from srft.data.sampler import StepSampler
 from srft.dataset import Prompts, make_prompts, read_problems, warm_starts
 from srft.engine.sampling import describe_ends, make_sampling
 from srft.engine.start import engine_bytes, start_engine
+from srft.method import StepInfo
 from srft.options import to_toml
 from srft.planning.speed import Speed
 from srft.policy.adapter import base_of, first_adapters, is_adapter, put_adapters
@@ -51,7 +52,7 @@ class Run:
     Args:
         world: The ranks that make it together.
         prompts: What it asks.
-        sampler: Draws the prompts of each step.
+        sampler: Draws the prompts of each step, and demonstrations of a set of their own.
         actor: Answers them, and judges the answers.
         learner: Moves the policy.
         sync: Brings the policy to the actor's engine.
@@ -63,7 +64,7 @@ class Run:
 
     world: World
     prompts: Prompts
-    sampler: PromptSampler
+    sampler: StepSampler
     actor: Actor
     learner: Learner
     sync: WeightSync
@@ -71,6 +72,18 @@ class Run:
     progress: Progress
     log: RunLog | NoLog
     speed: Speed
+
+    def draw(self, now: StepInfo) -> tuple[list[Prompt], list[Prompt]]:
+        """Return the prompts of the next step and, where they are a set of their own, its demonstrations.
+
+        Args:
+            now: The step.
+        """
+        config = self.learner.config
+        _, wants_demos = config.method.asks(now)
+        count = config.train.prompts_per_step
+        asked, shown = self.sampler.next(count, count * config.train.demos_per_prompt * wants_demos)
+        return [self.prompts.train[i] for i in asked], [self.prompts.demos[i] for i in shown]
 
 
 @contextmanager
@@ -103,7 +116,7 @@ def prepared(config: Config) -> Iterator[Run]:
         sampling = make_sampling(config, tokenizer, learner.model)
         # a step is abandoned without a trace until its first update moves the weights, and finished from then on
         learner.optimizer.register_step_pre_hook(lambda *_: stop.hold())
-        sampler = PromptSampler(len(prompts.train), config.train.seed)
+        sampler = StepSampler(len(prompts.train), len(prompts.demos), config.train.seed)
         progress = Progress(run_dir, learner, sampler, data)
         progress.restore(checkpoint)
         with (
@@ -284,11 +297,12 @@ def describe_step(learner: Learner, data_note: str) -> str:
             f"{train.rollouts_per_prompt} rollouts of at most {config.rollout.max_new_tokens} tokens"
         )
     if config.method.needs_demos:
-        parts.append(f"{train.demos_per_prompt} demonstration{'s' if train.demos_per_prompt > 1 else ''}")
+        own = " of data.demos" if config.data.demos else ""
+        parts.append(f"{train.demos_per_prompt} demonstration{'s' if train.demos_per_prompt > 1 else ''}{own}")
     size = f"{sum(p.numel() for p in learner.model.parameters()) / 1e6:.1f}M-parameter policy"
     if config.model.lora.rank:
-        own = sum(p.numel() for _, p in adapters(learner.model)) / 1e6
-        size = f"{size}, of which {own:.3g}M in adapters are trained,"
+        adapted = sum(p.numel() for _, p in adapters(learner.model)) / 1e6
+        size = f"{size}, of which {adapted:.3g}M in adapters are trained,"
     updates = f"{train.updates_per_step} update{'s' if train.updates_per_step > 1 else ''}"
     return (
         f"Each of {train.steps} steps: {train.prompts_per_step} prompts x ({' + '.join(parts)}) -> {updates} of a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -37,17 +38,20 @@ class Actor:
     world: World = ALONE
 
 
-def roll_out(config: Config, actor: Actor, prompts: list[Prompt], now: StepInfo) -> list[Group]:
-    """Sample completions and join each prompt's demonstrations to them.
+def roll_out(
+    config: Config, actor: Actor, prompts: list[Prompt], now: StepInfo, shown: Sequence[Prompt] = ()
+) -> list[Group]:
+    """Sample completions and join demonstrations to them: each prompt's own, or others as groups by themselves.
 
     Args:
         config: The whole configuration.
         actor: Holds the current policy.
         prompts: Those of all ranks; one group is made of each that is this rank's.
         now: The step, whose number is part of every sample's seed.
+        shown: Those with the step's demonstrations, one each, where these are a set of their own: all ranks', too.
     """
-    own = actor.world.own(list(enumerate(prompts)))
-    groups = [Group(p, max_new_tokens=config.rollout.max_new_tokens) for _, p in own]
+    own, longest = actor.world.own(list(enumerate(prompts))), config.rollout.max_new_tokens
+    groups = [Group(p, max_new_tokens=longest) for _, p in own]
     # the place in the batch tells two copies of a prompt apart where a batch crosses into the next epoch
     uids = [f"{p.example.id}@{place}" for place, p in own]
 
@@ -60,6 +64,11 @@ def roll_out(config: Config, actor: Actor, prompts: list[Prompt], now: StepInfo)
         answers = actor.engine.generate([p.prompt_ids for _, p in own], actor.sampling, seeds)
         for group, completions in zip(groups, answers, strict=True):
             group.rollouts = [_rollout(actor, group.prompt, completion) for completion in completions]
+    if config.data.demos:
+        groups = [group for group in groups if group.rollouts]
+        return groups + [
+            Group(p, demos=[demonstration(p, 0)], max_new_tokens=longest) for p in actor.world.own(shown)
+        ]
     if wants_demos:
         for group, uid in zip(groups, uids, strict=True):
             places, most = range(len(group.prompt.demo_ids)), config.train.demos_per_prompt

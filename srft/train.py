@@ -56,8 +56,9 @@ def fit(config: Config) -> None:
             clock, is_last = Clock(run.world, step), step == train.steps
             torch.manual_seed(sample_seed(train.seed, step, "torch", run.world.rank))
             with clock("rollout"):
-                prompts = [run.prompts.train[i] for i in run.sampler.next(train.prompts_per_step)]
-                groups = roll_out(config, run.actor, prompts, run.learner.now(step))
+                now = run.learner.now(step)
+                prompts, shown = run.draw(now)
+                groups = roll_out(config, run.actor, prompts, now, shown)
             with clock("reward"):
                 judge(groups, run.actor.pool)
             run.stop.agree()

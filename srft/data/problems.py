@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from srft.data.examples import Example
@@ -21,11 +21,13 @@ class Problems:
         train: Training examples.
         held_out: Evaluation examples, none of them in ``train``.
         reward: The verifier's kind.
+        demos: Examples with the demonstrations of a set of their own, none of them held out; empty where there is none.
     """
 
     train: list[Example]
     held_out: list[Example]
     reward: str
+    demos: list[Example] = field(default_factory=list)
 
 
 def drop_shared(examples: Iterable[Example], seen: Iterable[Example]) -> list[Example]:
@@ -75,9 +77,11 @@ def data_state(problems: Problems) -> dict[str, Any]:
     """
     with_rows = problems.reward not in ANSWER_ALONE
     train = digests(problems.train, with_rows=with_rows)
+    demos = digests(problems.demos, with_rows=with_rows)
     return {
         "rows": len(train),
         "train": hashlib.sha256("".join(train).encode()).hexdigest(),
+        "demos": hashlib.sha256("".join(demos).encode()).hexdigest() if demos else None,
         "held_out": digests(problems.held_out, with_rows=with_rows),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from typing import Any
 
 
 class PromptSampler:
@@ -67,6 +68,46 @@ class PromptSampler:
                     f"the checkpoint's sampler has {name}={state[name]}, this run {getattr(self, name)}"
                 )
         self.drawn = state["drawn"]
+
+
+class StepSampler:
+    """The prompts of each step, and with them demonstrations of a set of their own, in orders that are independent.
+
+    Args:
+        num_prompts: Size of the data set, >= 1.
+        num_demos: Size of the set of demonstrations; 0 where there is none.
+        seed: Fixes both orders.
+    """
+
+    def __init__(self, num_prompts: int, num_demos: int, seed: int) -> None:
+        self.prompts = PromptSampler(num_prompts, seed)
+        self.demos = PromptSampler(num_demos, sample_seed(seed, 0, "data.demos", 0)) if num_demos else None
+
+    def next(self, prompts: int, demos: int) -> tuple[list[int], list[int]]:
+        """Return the indices of the next prompts and demonstrations.
+
+        Args:
+            prompts: How many, as in ``PromptSampler.next``.
+            demos: How many; none are drawn where there is no set of them.
+        """
+        return self.prompts.next(prompts), self.demos.next(demos) if self.demos and demos else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return self.prompts.state_dict() | ({"demos": self.demos.state_dict()} if self.demos else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where another sampler stood.
+
+        Args:
+            state: From ``state_dict`` of a sampler over as many prompts and demonstrations with the same seed.
+
+        Raises:
+            ValueError: As ``PromptSampler.load_state_dict``.
+        """
+        self.prompts.load_state_dict(state)
+        if self.demos:
+            self.demos.load_state_dict(state["demos"])
 
 
 def sample_seed(seed: int, step: int, prompt_uid: str, k: int) -> int:

@@ -39,6 +39,7 @@ from srft_kernels import linear_token_loss
 class Method(BaseMethod):
     """LUFFY: demonstrations in the group of the rollouts, with a shaped probability in place of a ratio."""
 
+    needs_paired_demos: ClassVar[bool] = True
     curves: ClassVar[tuple[Curves, ...]] = (
         Curves(
             name="loss_components", title="Loss components", caption="The terms as they are added up.",

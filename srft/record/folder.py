@@ -27,7 +27,7 @@ _FREE_ON_RESUME = (
     "model.attention", "model.trust_remote_code", "model.lora.merge", "train.page", "train.tensorboard", "train.wandb",
 )  # fmt: skip
 # where the data lies is free too once a checkpoint remembers its rows
-_JUDGED_BY_ROWS = ("data.train", "data.eval")
+_JUDGED_BY_ROWS = ("data.train", "data.eval", "data.demos")
 
 
 @contextmanager
@@ -101,6 +101,11 @@ def refuse_other_data(config: Config, now: dict[str, Any], checkpoint: Path | No
         counts = f"{stored['rows']} problems then, {now['rows']} now" if stored["rows"] != now["rows"] else "other ones"
         raise ValueError(
             f"data.train={config.data.train} does not hold the rows that {checkpoint} was made on ({counts}); restore "
+            "them, or set another name"
+        )
+    if stored.get("demos") != now.get("demos"):
+        raise ValueError(
+            f"data.demos={config.data.demos} does not hold the demonstrations that {checkpoint} was made on; restore "
             "them, or set another name"
         )
     # data.eval_limit may change: the first problems must be the same

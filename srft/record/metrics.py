@@ -250,8 +250,9 @@ def sample_rows(groups: list[Group], most: int = 4) -> list[dict[str, Any]]:
 
     Args:
         groups: With rewards and advantages.
-        most: Groups shown.
+        most: Groups shown of those with rollouts, and of those without.
     """
+    chosen = [g for g in groups if g.rollouts][:most] + [g for g in groups if not g.rollouts][:most]
     return [
         {
             "id": group.prompt.example.id,
@@ -265,6 +266,6 @@ def sample_rows(groups: list[Group], most: int = 4) -> list[dict[str, Any]]:
             "entropy": s.entropy,
             "answer": str(group.prompt.example.answer),
         }
-        for group in groups[:most]
+        for group in chosen
         for s in (*group.rollouts[:3], *group.demos)
     ]

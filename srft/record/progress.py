@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from srft.data.sampler import PromptSampler
+from srft.data.sampler import StepSampler
 from srft.disk import sync_to_disk, writing
 from srft.options import to_toml
 from srft.policy.checkpoint import Checkpoints, load_optimizer, read_state
@@ -24,11 +24,11 @@ class Progress:
     Args:
         run_dir: Folder of the run.
         learner: Holds the policy and its optimizer.
-        sampler: Draws the prompts; its state is noted after each step.
+        sampler: Draws prompts and demonstrations; its state is noted after each step.
         data: From ``problems.data_state``, by which a resume tells other rows.
     """
 
-    def __init__(self, run_dir: Path, learner: Learner, sampler: PromptSampler, data: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, learner: Learner, sampler: StepSampler, data: dict[str, Any]) -> None:
         self._run_dir, self._learner, self._sampler, self._data = run_dir, learner, sampler, data
         self.step = 0
         """Steps done."""
