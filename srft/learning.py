@@ -121,9 +121,9 @@ def accumulate(learner: Learner, sequences: list[Response], step: int) -> tuple[
         remember_old_logprobs(learner, sequences)
     totals = _totals(learner, sequences)
     batches = micro_batches(learner, sequences, totals)
-    entropy = mean_entropy(learner, batches) if config.method.needs_entropy else None
+    entropy, entropies = mean_entropies(learner, batches) if config.method.needs_entropy else (None, {})
     scales = term_scales(learner, sequences)
-    whole = UpdateInfo(totals, step, config.rollout.max_new_tokens, entropy, learner.memory, scales)
+    whole = UpdateInfo(totals, step, config.rollout.max_new_tokens, entropy, learner.memory, scales, entropies)
     learner.optimizer.zero_grad(set_to_none=True)
     outputs: list[PolicyLoss] = []
     router, dtype = router_of(config, model), config.compute_dtype
@@ -249,18 +249,30 @@ def remember_old_logprobs(learner: Learner, sequences: list[Response]) -> None:
 
 
 @torch.no_grad()
-def mean_entropy(learner: Learner, batches: list[Batch]) -> torch.Tensor:
-    """Mean entropy over every token of an update, which some methods need before the first backward pass.
+def mean_entropies(learner: Learner, batches: list[Batch]) -> tuple[torch.Tensor, dict[str, float]]:
+    """Mean entropies over an update, which some methods need before the first backward pass.
 
     Args:
         learner: Holds the policy.
         batches: All micro-batches of this rank.
 
     Returns:
-        0-d fp32, nats, the same on every rank.
+        Over every token, 0-d fp32, and of each kind of token that there is, "rollout" and "demo"; nats, the same on
+        every rank.
     """
-    scored = [(batch, _score(learner, batch)[1]) for batch in batches]
-    return learner.world.mean(torch.cat([entropy[:0] if batch.is_empty else entropy for batch, entropy in scored]))
+    device = learner.world.device
+    entropy, is_demo = [torch.zeros(0, device=device)], [torch.zeros(0, dtype=torch.bool, device=device)]
+    for batch in batches:
+        scored = _score(learner, batch)[1]
+        if not batch.is_empty:
+            entropy.append(scored)
+            is_demo.append(batch.is_demo)
+    every, demo = torch.cat(entropy).double(), torch.cat(is_demo)
+    sums = torch.stack([every[~demo].sum(), every[demo].sum(), (~demo).sum(), demo.sum()])
+    rollouts, demos, num_rollout, num_demo = learner.world.sum(sums.tolist())
+    kinds = {"rollout": (rollouts, num_rollout), "demo": (demos, num_demo)}
+    mean = torch.tensor((rollouts + demos) / (num_rollout + num_demo), dtype=torch.float32, device=device)
+    return mean, {kind: total / count for kind, (total, count) in kinds.items() if count}
 
 
 def _score(learner: Learner, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -61,6 +61,7 @@ class UpdateInfo:
         step: The step it belongs to, from 1.
         max_new_tokens: Longest completion, in tokens.
         entropy: 0-d fp32 mean entropy over all its tokens, nats, where the method has ``needs_entropy``, else None.
+        entropies: The same of its tokens of a kind, by "rollout" and "demo"; without a kind that it has no tokens of.
         memory: As in ``StepInfo``.
         scales: Factors of the method's terms, by name; 1 where one is absent.
     """
@@ -71,6 +72,7 @@ class UpdateInfo:
     entropy: Tensor | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
+    entropies: Mapping[str, float] = field(default_factory=dict)
 
     def scale(self, term: str) -> float:
         """Return the factor of a term: the method multiplies the weights of the term's tokens by it.

@@ -27,7 +27,9 @@ from tests.trainer.worlds import world_of
 CASES: dict[str, tuple[list[str], str]] = {
     "token": (["method.entropy_scope=token"], "untied"),
     "sequence": (["method.preset=official", "method.entropy_scope=sequence"], "untied"),
-    "batch-two-updates": (["method.entropy_scope=batch", "train.updates_per_step=2"], "untied"),
+    "batch-two-updates": (
+        ["method.entropy_scope=batch", "method.entropy_source=own", "train.updates_per_step=2"], "untied"
+    ),
     "upt": (["method.preset=upt"], "tied"),
     "grpo": (["method.name=grpo"], "untied"),
     "chord": (["method.name=chord"], "untied"),

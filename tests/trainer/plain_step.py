@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -126,11 +127,17 @@ def assert_as_expected(metrics: dict[str, float], gradient: Tensor, expected: Ex
 
 
 def step(
-    config: Config, model: transformers.PreTrainedModel, groups: list[Group], number: int = 1
+    config: Config,
+    model: transformers.PreTrainedModel,
+    groups: list[Group],
+    number: int = 1,
+    memory: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, float], Tensor]:
     """The trainer's own update of this number on a fresh copy of ``model``: metrics and gradient."""
     trained = policy(model)
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
     taught = assign_advantages(groups, config.method)
-    metrics = combined([update(learner_of(config, trained, optimizer), taught, number)])
+    learner = learner_of(config, trained, optimizer)
+    learner.memory.update(memory or {})
+    metrics = combined([update(learner, taught, number)])
     return metrics, flat_gradient(trained)
