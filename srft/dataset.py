@@ -70,7 +70,8 @@ def read_problems(config: Config) -> Problems:
     else:
         held_out = load_examples(
             data.eval or data.train, split=data.eval_split, columns=data.columns, limit=data.eval_limit, seed=0,
-            task=data.task, use_demo=False, bad_rows=data.bad_rows,
+            task=data.task, use_demo=config.method.needs_demos or warm_starts(config), welcome_demo=True,
+            bad_rows=data.bad_rows,
         )  # fmt: skip
     distinct = drop_shared(held_out, examples)
     if not distinct:
@@ -149,6 +150,11 @@ def make_prompts(
         demos = _one_each(shown)
     else:
         prompts = shown
+    if config.method.needs_demo_loss and not any(p.demo_ids for p in held_out_prompts):
+        raise ValueError(
+            f"method.name={config.method.name} goes by the loss of held-out demonstrations, but no held-out problem "
+            "has one; set data.eval to a source that has, or unset the method's option that waits for it"
+        )
     if len(prompts) < per_step:
         raise ValueError(
             f"train.prompts_per_step={per_step}, but {data.train} gives only {len(prompts)} usable prompts; "
@@ -173,7 +179,7 @@ def _judged(
     unreadable = _unreadable(config, [e for e in examples if not (checked and e.demos)], pool, world)
     unreadable_held_out = _unreadable(config, problems.held_out, pool, world)
     examples = [e for e in examples if e.id not in unreadable]
-    held_out = [replace(e, demos=[]) for e in problems.held_out if e.id not in unreadable_held_out]
+    held_out = [e for e in problems.held_out if e.id not in unreadable_held_out]
     if left_out := len(unreadable) + len(unreadable_held_out):
         notes.append(f"{left_out} rows skipped whose answer {pool.kind!r} cannot read")
     if checked:
@@ -244,7 +250,7 @@ def _encoded(
     """Training and held-out prompts, and what was skipped or changed on the way."""
     build = _builder(config, tokenizer)
     prompts, counts = build(examples)
-    held_out_prompts, held_out_counts = build(held_out) if held_out else ([], Counter())
+    held_out_prompts, held_out_counts = build(held_out, needs_demo=False) if held_out else ([], Counter())
     notes = [
         f"{number} {what}"
         for number, what in (

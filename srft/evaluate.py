@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems, with its uncertainty."""
+"""What a policy makes of held-out problems: its accuracy, with its uncertainty, and the loss of demonstrations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from srft.data.prompts import Prompt
 from srft.data.templates import completion_text
-from srft.rollout import Actor
+from srft.learning import mean_logprob
+from srft.policy.learner import Learner
+from srft.rollout import Actor, demonstration
 
 
 def evaluate(actor: Actor, prompts: list[Prompt]) -> dict[str, float]:
@@ -45,6 +47,22 @@ def evaluate(actor: Actor, prompts: list[Prompt]) -> dict[str, float]:
         low, high = wilson_interval(correct, judged)
         accuracy = {"eval/accuracy": correct / judged, "eval/ci_low": low, "eval/ci_high": high}
     return accuracy | {"eval/truncated": truncated / len(prompts), "eval/timeouts": timeouts / len(prompts)}
+
+
+def demo_loss(learner: Learner, prompts: list[Prompt]) -> dict[str, float]:
+    """Measure how likely the policy finds the first demonstration of each held-out problem, right or wrong.
+
+    Args:
+        learner: Holds the policy, whose log-probabilities are those of its training, at the temperature of rollouts.
+        prompts: The problems; those without a demonstration are passed over.
+
+    Returns:
+        ``eval/demo_loss``, nats per token, the same on every rank; nothing where no problem has a demonstration.
+    """
+    shown = [prompt for prompt in prompts if prompt.demo_ids]
+    if not shown:
+        return {}
+    return {"eval/demo_loss": -mean_logprob(learner, [demonstration(p, 0) for p in learner.world.own(shown)])}
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

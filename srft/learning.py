@@ -275,6 +275,21 @@ def mean_entropies(learner: Learner, batches: list[Batch]) -> tuple[torch.Tensor
     return mean, {kind: total / count for kind, (total, count) in kinds.items() if count}
 
 
+@torch.no_grad()
+def mean_logprob(learner: Learner, sequences: list[Response]) -> float:
+    """Mean log-probability of every response token, nats, the same on every rank.
+
+    Args:
+        learner: Holds the policy.
+        sequences: This rank's, perhaps none; those of all ranks have at least one.
+    """
+    batches = micro_batches(learner, sequences, count(sequences))
+    logprobs = [_score(learner, batch)[0] for batch in batches]
+    own = sum(x.sum(dtype=torch.float64).item() for b, x in zip(batches, logprobs, strict=True) if not b.is_empty)
+    total, tokens = learner.world.sum([own, count(sequences).tokens])
+    return total / tokens
+
+
 def _score(learner: Learner, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     config = learner.config
     return packed_forward(learner.model, batch, config.compute_dtype, config.rollout.temperature)

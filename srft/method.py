@@ -122,6 +122,11 @@ class BaseMethod(Section, ABC):
         """
         return False
 
+    @property
+    def needs_demo_loss(self) -> bool:
+        """Whether it goes by ``eval/demo_loss``, so that some held-out problems must have demonstrations."""
+        return False
+
     def asks(self, now: StepInfo) -> tuple[bool, bool]:
         """Return whether a step wants rollouts, and whether demonstrations.
 

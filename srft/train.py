@@ -21,7 +21,7 @@ import transformers
 from srft.config import Config
 from srft.data.sampler import sample_seed
 from srft.engine.base import EngineError
-from srft.evaluate import evaluate
+from srft.evaluate import demo_loss, evaluate
 from srft.learning import learn
 from srft.methods import place_in_method
 from srft.options import exit_on_help, load_config
@@ -75,7 +75,7 @@ def fit(config: Config) -> None:
                 run.progress.reached(step, unlogged=row | clock.seconds())
                 run.stop.release()  # a run stopped in here repeats the evaluation when it goes on
                 with clock("eval"):
-                    row |= evaluate(run.actor, run.prompts.held_out)
+                    row |= _evaluated(run)
                 run.stop.hold()
             config.method.note(row, run.learner.now(step))
             run.log.metrics(run.speed.with_figures(row | clock.seconds()))
@@ -93,10 +93,15 @@ def _begin(run: Run) -> None:
     canary = run.sync.push(done)
     row = {"step": 0, **canary} if done == 0 else run.progress.unlogged
     if row is not None and run.world.first(run.log.last_step) < done:
-        row |= evaluate(run.actor, run.prompts.held_out)
+        row |= _evaluated(run)
         if done:
             run.learner.config.method.note(row, run.learner.now(done))
         run.log.metrics(row)
+
+
+def _evaluated(run: Run) -> dict[str, float]:
+    held_out = run.prompts.held_out
+    return evaluate(run.actor, held_out) | demo_loss(run.learner, held_out)
 
 
 def main() -> None:

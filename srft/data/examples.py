@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from srft.data.columns import merged
+from srft.data.columns import has_column, merged
 from srft.data.fields import map_columns, read_fields
 from srft.data.files import is_local
 from srft.data.messages import Message
@@ -48,6 +48,7 @@ def load_examples(
     task: dict[str, Any] | None = None,
     use_demo: bool = True,
     require_demo: bool = False,
+    welcome_demo: bool = False,
     bad_rows: Literal["error", "skip"] = "error",
 ) -> list[Example]:
     """Read a data source into examples.
@@ -68,6 +69,8 @@ def load_examples(
             reasoning-gym task.
         use_demo: Whether demonstrations are read; without it their column is not looked at.
         require_demo: Whether a row without a demonstration is an error.
+        welcome_demo: Whether a demonstration is no more than welcome: nothing is an error without the column that
+            ``columns`` has for it.
         bad_rows: "error", or "skip" to drop rows without a prompt, an answer or a required demonstration, and
             log how many.
 
@@ -82,7 +85,10 @@ def load_examples(
         raise ValueError(f"{source} holds no rows")
     whole = merged(row for _, row in placed[:_ROWS_LOOKED_AT])
     schema = find_schema(source, whole)
-    paths = map_columns(source, whole, schema, columns or {}, use_demo=use_demo, require_demo=require_demo)
+    given = dict(columns or {})
+    if welcome_demo and "demo" in given and not has_column(whole, given["demo"]):
+        del given["demo"]
+    paths = map_columns(source, whole, schema, given, use_demo=use_demo, require_demo=require_demo)
     # files go by their name alone, so that seeds made from ids do not depend on where they lie
     name = Path(source).expanduser().absolute().name if is_local(source) else source
     examples: list[Example] = []

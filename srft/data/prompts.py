@@ -35,6 +35,7 @@ def build_prompts(
     max_prompt_tokens: int,
     max_demo_tokens: int | None,
     overlong: Literal["error", "skip"] = "error",
+    needs_demo: bool = True,
 ) -> tuple[list[Prompt], Counter[str]]:
     """Encode examples; nothing is ever cut.
 
@@ -46,6 +47,7 @@ def build_prompts(
             None leaves demonstrations out.
         overlong: What an example over a limit does: "error" or "skip". Of several demonstrations those over the limit
             are skipped, and the example once none is left.
+        needs_demo: Whether an example is overlong once none of its demonstrations is left; else it is kept without.
 
     Returns:
         (prompts, counts): counts has "overlong_prompts", examples left out; "overlong_demos", demonstrations left out,
@@ -82,11 +84,11 @@ def build_prompts(
             continue
         fits = [i for i, ids in enumerate(demo_ids) if max_demo_tokens is None or len(ids) <= max_demo_tokens]
         counts["overlong_demos"] += len(shown) - len(fits)
-        if shown and not fits:
+        if shown and not fits and needs_demo:
             continue
         kept = replace(example, demos=[shown[i] for i in fits]) if len(fits) < len(example.demos) else example
         built.append(Prompt(kept, prompt_ids, [demo_ids[i] for i in fits], opening(text)))
-    too_long = counts["overlong_prompts"] + counts["overlong_demos"]
+    too_long = counts["overlong_prompts"] + needs_demo * counts["overlong_demos"]
     if not built or (overlong == "error" and too_long):
         raise ValueError(
             f"{counts['overlong_prompts']} of {len(examples)} examples have a prompt over "

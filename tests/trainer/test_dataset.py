@@ -39,10 +39,10 @@ def prompts_of() -> Iterator[Callable[[Config], Prompts]]:
 
 
 def test_nothing_is_left_out_of_good_rows(prompts_of: Callable, tmp_path: Path) -> None:
-    """Every row is a prompt, its demonstrations as they are; the last tenth is held out, without any."""
+    """Every row is a prompt, its demonstrations as they are; the last tenth is held out."""
     found = prompts_of(config_for(tmp_path, sums()))
     assert [len(p.demo_ids) for p in found.train] == [2] * 18
-    assert [(p.example.id, p.demo_ids) for p in found.held_out] == [("rows.jsonl:18", []), ("rows.jsonl:19", [])]
+    assert [(p.example.id, len(p.demo_ids)) for p in found.held_out] == [("rows.jsonl:18", 2), ("rows.jsonl:19", 2)]
     assert found.note == f"18 training and 2 held-out problems from {tmp_path / 'rows.jsonl'}"
 
 
@@ -65,6 +65,23 @@ def test_what_is_left_out_is_said_and_counted(prompts_of: Callable, tmp_path: Pa
     ]  # fmt: skip
     assert [p.example.id for p in found.held_out] == ["rows.jsonl:27"]
     assert [len(p.demo_ids) for p in found.train] == [2, 1, 1, 1, *[2] * 21]
+
+
+def test_held_out_demonstrations_are_no_more_than_welcome(prompts_of: Callable, tmp_path: Path) -> None:
+    """A held-out problem stays where its demonstration is too long or absent, as where nobody asks for any."""
+    rows, other = sums(), [{"prompt": f"{a}+2=", "answer": str(a + 2)} for a in range(2)]
+    rows[18]["demo"] = [f"{'so ' * 20} #19", "#19"]
+    rows[19]["demo"] = [f"{'so ' * 20} #20"]
+    held_out = prompts_of(config_for(tmp_path, rows)).held_out
+    assert [p.example.demos for p in held_out] == [["#19"], []]
+    assert [p.demo_ids for p in prompts_of(config_for(tmp_path, rows, method__name="grpo")).held_out] == [[], []]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    separate = {"data__eval": tmp_path / "other.jsonl", "data__columns__demo": "demo"}
+    assert [p.demo_ids for p in prompts_of(config_for(tmp_path, rows[:18], **separate)).held_out] == [[], []]
+    waits = {"method__name": "sft_then_rl", "method__patience": 1}
+    assert prompts_of(config_for(tmp_path, rows, **waits)).held_out == held_out
+    with pytest.raises(ValueError, match=r"sft_then_rl goes by the loss of held-out demonstrations, but no held-out"):
+        prompts_of(config_for(tmp_path, rows[:18], **separate, **waits))
 
 
 @pytest.mark.parametrize("bad_rows", ["error", "skip"])

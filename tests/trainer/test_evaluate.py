@@ -1,14 +1,29 @@
-"""Accuracy and its interval."""
+"""Accuracy and its interval, and the loss of demonstrations."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
+import torch
 
 from srft.data.prompts import Prompt
 from srft.engine.base import Completion, Sampling
-from srft.evaluate import evaluate, wilson_interval
+from srft.evaluate import demo_loss, evaluate, wilson_interval
 from srft.rollout import Actor
-from tests.trainer.tiny import FakeEngine, FakePool, example
+from tests.trainer.plain_step import statistics_of
+from tests.trainer.tiny import (
+    FakeEngine,
+    FakePool,
+    example,
+    learner_of,
+    plain_model,
+    policy,
+    random_groups,
+    sequence,
+    tiny_config,
+)
 
 
 class Words:
@@ -73,3 +88,21 @@ def test_evaluate_counts() -> None:
     ((sampling, seeds),) = engine.asked
     assert sampling == Sampling(0.0, 2, (0,))
     assert [len(s) for s in seeds] == [1] * 5
+
+
+@pytest.mark.parametrize("budget", [20, 1000])
+def test_loss_of_demonstrations_is_a_mean_over_tokens(budget: int) -> None:
+    """Of the first of each problem that has some, against plain float64, at the temperature of rollouts."""
+    model, groups = plain_model(), random_groups(6, demos=2)
+    prompts = [replace(g.prompt, demo_ids=[d.response_ids for d in g.demos]) for g in groups]
+    prompts = [replace(p, example=replace(p.example, demos=["one", "two"])) for p in prompts]
+    prompts[2] = replace(prompts[2], demo_ids=[])
+    plain, shown = copy.deepcopy(model).double(), [p for p in prompts if p.demo_ids]
+    with torch.no_grad():
+        expected = [statistics_of(plain, sequence(p.prompt_ids, p.demo_ids[0]), 0.7)[0] for p in shown]
+    trained = policy(model)
+    config = tiny_config("rollout.temperature=0.7", f"train.tokens_per_microbatch={budget}")
+    learner = learner_of(config, trained, torch.optim.SGD(trained.parameters(), lr=1.0))
+    assert demo_loss(learner, prompts) == {"eval/demo_loss": pytest.approx(-torch.cat(expected).mean().item())}
+    assert demo_loss(learner, prompts[2:3]) == {}
+    assert all(p.grad is None for p in trained.parameters())
