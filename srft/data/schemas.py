@@ -193,6 +193,9 @@ _COUNTDOWN = Schema(
     identity=_countdown_problem,
 )
 
+# in the form of the layout with these columns, except that an answer may stand in a sentence
+_SUMS = replace(next(schema for schema in SCHEMAS if schema.name == "prompt_answer"), name="sums", reward="numeric")
+
 
 def detect_schema(row: Row) -> Schema:
     """Return the first layout that a row fits; "other" fits every row.
@@ -211,9 +214,9 @@ def find_schema(source: str, row: Row) -> Schema:
     """Return the layout of a source's rows.
 
     Args:
-        source: As in ``data.examples.load_examples``; the rows of countdown and of a reasoning-gym task have their own.
+        source: As in ``data.examples.load_examples``; countdown, sums and reasoning-gym tasks have their own.
         row: As in :func:`detect_schema`.
     """
-    if source == "countdown":
-        return _COUNTDOWN
+    if source in ("countdown", "sums"):
+        return _COUNTDOWN if source == "countdown" else _SUMS
     return replace(_GENERATED, reward=source) if source.startswith(REASONING_GYM) else detect_schema(row)

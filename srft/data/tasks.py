@@ -1,4 +1,4 @@
-"""Tasks that need no download: chains of single-digit arithmetic, countdown, and every task of reasoning-gym."""
+"""Tasks that need no download: chains of single-digit arithmetic, countdown, sums, and every task of reasoning-gym."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from srft.data.countdown import countdown_problem, problem_text
 from srft.rewards.gym import reasoning_gym_dataset
 
-BUILTIN_TASKS = ("chain", "countdown")
+BUILTIN_TASKS = ("chain", "countdown", "sums")
 CHAIN_ALPHABET = "0123456789+-*=;#"
 EVAL_SHARE = 8  # one problem text in this many belongs to evaluation
 
@@ -108,6 +108,50 @@ def countdown_rows(
     )  # fmt: skip
 
 
+def sums_problem(rng: random.Random, terms: int, largest: int) -> dict[str, str]:
+    """Draw a sum of whole numbers, some of them taken away, that is nowhere below 0 from left to right.
+
+    Args:
+        rng: Advanced by the draw.
+        terms: Numbers in it, >= 2.
+        largest: Numbers are from 1 to this.
+    """
+    value = rng.randint(1, largest)
+    text, steps = str(value), []
+    for _ in range(terms - 1):
+        number = rng.randint(1, largest)
+        op = rng.choice("+-") if number <= value else "+"
+        result = value + number if op == "+" else value - number
+        text += f" {op} {number}"
+        steps.append(f"{value}{op}{number}={result}")
+        value = result
+    return {"prompt": f"What is {text}?", "demo": "\n".join(steps), "answer": str(value)}
+
+
+def sums_rows(count: int, *, split: str, seed: int, terms: int = 3, largest: int = 20) -> list[dict[str, Any]]:
+    """Return ``count`` sums of one split in plain English, row ``i`` of training depending on (seed, i) alone.
+
+    A prompt is "What is 16 - 15 + 9?", a demonstration its steps, "16-15=1" and "1+9=10", a line each. A model that was
+    pretrained gets some of them right before it has seen one.
+
+    Args:
+        count: Number of rows, >= 1.
+        split: As in ``chain_rows``.
+        seed: Stream of problems.
+        terms: Numbers in a sum, >= 2.
+        largest: Numbers are from 1 to this.
+
+    Raises:
+        ValueError: On an option out of its range, or when that many distinct evaluation problems do not exist.
+    """
+    if terms < 2 or largest < 1:
+        raise ValueError(f"task sums needs terms >= 2 and largest >= 1, got terms={terms} largest={largest}")
+    return _drawn_rows(
+        "sums", count, split=split, seed=seed, draw=lambda rng: sums_problem(rng, terms, largest),
+        text=lambda row: row["prompt"], about=f"{terms} numbers up to {largest}", remedy="largest or terms",
+    )  # fmt: skip
+
+
 def task_rows(name: str, count: int, *, split: str, seed: int, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Return ``count`` rows of one split of a built-in task.
 
@@ -121,7 +165,10 @@ def task_rows(name: str, count: int, *, split: str, seed: int, options: dict[str
     Raises:
         ValueError: On an option that the task does not have or cannot follow, or from the task.
     """
-    rows: Callable[..., list[dict[str, Any]]] = chain_rows if name == "chain" else countdown_rows
+    tasks: dict[str, Callable[..., list[dict[str, Any]]]] = {
+        "chain": chain_rows, "countdown": countdown_rows, "sums": sums_rows,
+    }  # fmt: skip
+    rows = tasks[name]
     known = [option for option in inspect.signature(rows).parameters if option not in ("count", "split", "seed")]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"task {name} has no option {unknown}; it has {', '.join(known[:-1])} and {known[-1]}")

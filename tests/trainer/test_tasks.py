@@ -8,8 +8,16 @@ import sys
 import pytest
 
 from srft.data.examples import load_examples
-from srft.data.tasks import CHAIN_ALPHABET, chain_rows, countdown_rows, in_eval_split, reasoning_gym_rows
-from srft.rewards.verifiers import countdown, evaluate_expression, exact
+from srft.data.schemas import find_schema
+from srft.data.tasks import (
+    CHAIN_ALPHABET,
+    chain_rows,
+    countdown_rows,
+    in_eval_split,
+    reasoning_gym_rows,
+    sums_rows,
+)
+from srft.rewards.verifiers import countdown, evaluate_expression, exact, numeric
 
 
 def left_to_right(prompt: str) -> int:
@@ -168,6 +176,38 @@ def test_countdown_says_when_problems_run_out() -> None:
     options = {"min_numbers": 2, "max_numbers": 2, "largest": 5, "max_target": 9}
     with pytest.raises(ValueError, match="distinct evaluation problems, 16 were asked for; raise largest or max_num"):
         countdown_rows(16, split="eval", seed=0, **options)
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_sums_are_right(split: str) -> None:
+    """Steps follow each other from left to right, nowhere below 0, to the answer, and by the verifier that it gets."""
+    rows = sums_rows(150, split=split, seed=1, terms=4, largest=9)
+    signs = ""
+    for row in rows:
+        text = row["prompt"].removeprefix("What is ").removesuffix("?")
+        numbers = [int(number) for number in text.split()[::2]]
+        assert len(numbers) == 4 and 1 <= min(numbers) and max(numbers) <= 9
+        value = numbers[0]
+        for step, sign, number in zip(row["demo"].split("\n"), text.split()[1::2], numbers[1:], strict=True):
+            after = value + number if sign == "+" else value - number
+            assert step == f"{value}{sign}{number}={after}" and after >= 0
+            value = after
+            signs += sign
+        assert row["answer"] == str(value) == str(eval(text)) and numeric(row["demo"], row["answer"], row) == 1
+    assert 0.2 < signs.count("-") / len(signs) < 0.5
+    (example,) = load_examples("sums", split=split, limit=1)
+    assert find_schema("sums", example.row).reward == "numeric" and example.demos == [example.row["demo"]]
+
+
+def test_sums_say_what_they_cannot_follow() -> None:
+    """Options out of range are named, and a space that is used up says what to raise; splits never meet."""
+    with pytest.raises(ValueError, match="terms >= 2 and largest >= 1, got terms=1 largest=20"):
+        load_examples("sums", task={"terms": 1})
+    with pytest.raises(ValueError, match="2 numbers up to 3 has only about .* raise largest or terms"):
+        sums_rows(50, split="eval", seed=0, terms=2, largest=3)
+    sizes = ((3000, "train"), (256, "eval"))
+    train, held_out = ({row["prompt"] for row in sums_rows(n, split=split, seed=0)} for n, split in sizes)
+    assert len(held_out) == 256 and not train & held_out
 
 
 def test_reasoning_gym_splits_never_meet() -> None:
