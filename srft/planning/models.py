@@ -54,8 +54,9 @@ KNOWN = {
     **{f"Qwen/Qwen2.5-Math-{size}{kind}": _QWEN[size] for size in ("1.5B", "7B", "72B") for kind in ("", "-Instruct")},
     **{f"meta-llama/Meta-Llama-3-{size}{kind}": row for size, row in _LLAMA.items() for kind in ("", "-Instruct")},
     **{f"meta-llama/Llama-3.1-{size}{kind}": row for size, row in _LLAMA.items() for kind in ("", "-Instruct")},
+    "smollm2-135m": _Row("llama", 576, 1536, 30, 9, 3, 49152, True),
 }
-"""Models whose shape is known without their files, by hub id."""
+"""Models whose shape is known without their files, by hub id or the name that ``srft.models`` has for them."""
 
 
 def read_shape(config: Config) -> PretrainedConfig:
