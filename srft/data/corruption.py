@@ -13,6 +13,7 @@ from srft.rewards.verifiers import countdown
 
 CorruptKind = Literal["wrong-step", "wrong-answer", "other"]
 
+_STEP = re.compile(r"\d([-+*])(\d)=\d")  # of a chain, whatever stands between two of them
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _MARK = re.compile(r"\\boxed\s*\{|<answer>|####|#(?=[-\d])")
 _DRAWS = 100  # of another problem, until one has another answer
@@ -75,19 +76,19 @@ def _other(examples: Sequence[Example], example: Example, rng: random.Random) ->
 
 def _wrong_chain(demo: str, rng: random.Random) -> str:
     """A chain with one step's result changed and the later ones worked out from it, such that it ends elsewhere."""
-    *steps, answer = demo.split(";")
+    steps = list(_STEP.finditer(demo))
     wrong = []
-    for place in range(len(steps)):
-        for result in "0123456789":
-            new, value = steps[:place] + [f"{steps[place][:-1]}{result}"], int(result)
-            for step in steps[place + 1 :]:
-                op, operand = step[1], int(step[2])
-                after = {"+": value + operand, "-": value - operand, "*": value * operand}[op] % 10
-                new.append(f"{value}{op}{operand}={after}")
-                value = after
+    for place, step in enumerate(steps):
+        for result in range(10):
+            value, text, at = result, f"{demo[: step.end() - 1]}{result}", step.end()
+            for later in steps[place + 1 :]:
+                operand = int(later[2])
+                after = {"+": value + operand, "-": value - operand, "*": value * operand}[later[1]] % 10
+                text += f"{demo[at : later.start()]}{value}{later[1]}{operand}={after}"
+                value, at = after, later.end()
             # a product with 0 hides what was wrong before it
-            if f"#{value}" != answer:
-                wrong.append((place, ";".join([*new, f"#{value}"])))
+            if str(value) != demo[-1]:
+                wrong.append((place, f"{text}{demo[at:-1]}{value}"))
     # every step as often as the others, however many of its results do
     place = rng.choice(sorted({place for place, _ in wrong}))
     return rng.choice([text for at, text in wrong if at == place])
