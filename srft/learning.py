@@ -123,7 +123,10 @@ def accumulate(learner: Learner, sequences: list[Response], step: int) -> tuple[
     batches = micro_batches(learner, sequences, totals)
     entropy, entropies = mean_entropies(learner, batches) if config.method.needs_entropy else (None, {})
     scales = term_scales(learner, sequences)
-    whole = UpdateInfo(totals, step, config.rollout.max_new_tokens, entropy, learner.memory, scales, entropies)
+    whole = UpdateInfo(
+        totals, step, config.rollout.max_new_tokens, entropy, learner.memory, scales, entropies,
+        config.train.rollouts_per_prompt, config.train.demos_per_prompt,
+    )  # fmt: skip
     learner.optimizer.zero_grad(set_to_none=True)
     outputs: list[PolicyLoss] = []
     router, dtype = router_of(config, model), config.compute_dtype

@@ -64,6 +64,8 @@ class UpdateInfo:
         entropies: The same of its tokens of a kind, by "rollout" and "demo"; without a kind that it has no tokens of.
         memory: As in ``StepInfo``.
         scales: Factors of the method's terms, by name; 1 where one is absent.
+        rollouts_per_prompt: As many as the options of train say.
+        demos_per_prompt: Likewise.
     """
 
     totals: Totals
@@ -73,6 +75,8 @@ class UpdateInfo:
     memory: Mapping[str, Any] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     entropies: Mapping[str, float] = field(default_factory=dict)
+    rollouts_per_prompt: int = 1
+    demos_per_prompt: int = 1
 
     def scale(self, term: str) -> float:
         """Return the factor of a term: the method multiplies the weights of the term's tokens by it.
@@ -150,6 +154,15 @@ class BaseMethod(Section, ABC):
             row: The row of the step as it is logged, its evaluation included where it has one.
             now: The step.
         """
+
+    def wants_another(self, group: Group, tried: int) -> bool:
+        """Return whether a group gives way to one of a new prompt before anything is learned.
+
+        Args:
+            group: Judged rollouts, one at least, and demonstrations of one prompt.
+            tried: Groups that gave way in its place before, >= 0; for some number and all above the answer must be no.
+        """
+        return False
 
     @abstractmethod
     def learn_from(self, group: Group) -> list[Response]:

@@ -86,6 +86,14 @@ class Run:
         asked, shown = self.sampler.next(count, count * config.train.demos_per_prompt * wants_demos)
         return [self.prompts.train[i] for i in asked], [self.prompts.demos[i] for i in shown]
 
+    def draw_more(self, number: int) -> list[Prompt]:
+        """Return further prompts, the same on every rank.
+
+        Args:
+            number: How many.
+        """
+        return [self.prompts.train[i] for i in self.sampler.next(number, 0)[0]]
+
 
 @contextmanager
 def prepared(config: Config) -> Iterator[Run]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -50,8 +51,52 @@ def roll_out(
         now: The step, whose number is part of every sample's seed.
         shown: Those with the step's demonstrations, one each, where these are a set of their own: all ranks', too.
     """
-    own, longest = actor.world.own(list(enumerate(prompts))), config.rollout.max_new_tokens
-    groups = [Group(p, max_new_tokens=longest) for _, p in own]
+    groups = _answered(config, actor, actor.world.own(list(enumerate(prompts))), now)
+    if not config.data.demos:
+        return groups
+    longest = config.rollout.max_new_tokens
+    return [group for group in groups if group.rollouts] + [
+        Group(p, demos=[demonstration(p, 0)], max_new_tokens=longest) for p in actor.world.own(shown)
+    ]
+
+
+def resample(
+    config: Config, actor: Actor, groups: list[Group], draw: Callable[[int], list[Prompt]], now: StepInfo
+) -> list[Group]:
+    """Put judged groups of new prompts in the place of those that the method wants others for.
+
+    Args:
+        config: The whole configuration.
+        actor: Holds the current policy.
+        groups: This rank's, from ``roll_out``, judged; modified in place.
+        draw: Returns as many new prompts as it is asked for, the same on every rank.
+        now: The step.
+
+    Returns:
+        This rank's groups that gave way.
+    """
+    world, method, gave_way = actor.world, config.method, []
+    for tried in itertools.count():
+        # demonstrations that are groups by themselves come last
+        given = [i for i, group in enumerate(groups) if group.rollouts and method.wants_another(group, tried)]
+        # in the whole batch, of which this rank has one of every ``size``
+        own = [world.rank + i * world.size for i in given]
+        places = sorted(place for of_rank in world.gather(own) for place in of_rank)
+        if not places:
+            break
+        asked = [(place, prompt) for place, prompt in zip(places, draw(len(places)), strict=True) if place in own]
+        later = (tried + 1) * config.train.prompts_per_step
+        fresh = _answered(config, actor, [(place + later, prompt) for place, prompt in asked], now)
+        judge(fresh, actor.pool)
+        for (place, _), group in zip(asked, fresh, strict=True):
+            gave_way.append(groups[place // world.size])
+            groups[place // world.size] = group
+    return gave_way
+
+
+def _answered(config: Config, actor: Actor, own: list[tuple[int, Prompt]], now: StepInfo) -> list[Group]:
+    """This rank's groups of the prompts at these places."""
+    groups = [Group(p, max_new_tokens=config.rollout.max_new_tokens) for _, p in own]
     # the place in the batch tells two copies of a prompt apart where a batch crosses into the next epoch
     uids = [f"{p.example.id}@{place}" for place, p in own]
 
@@ -64,12 +109,7 @@ def roll_out(
         answers = actor.engine.generate([p.prompt_ids for _, p in own], actor.sampling, seeds)
         for group, completions in zip(groups, answers, strict=True):
             group.rollouts = [_rollout(actor, group.prompt, completion) for completion in completions]
-    if config.data.demos:
-        groups = [group for group in groups if group.rollouts]
-        return groups + [
-            Group(p, demos=[demonstration(p, 0)], max_new_tokens=longest) for p in actor.world.own(shown)
-        ]
-    if wants_demos:
+    if wants_demos and not config.data.demos:
         for group, uid in zip(groups, uids, strict=True):
             places, most = range(len(group.prompt.demo_ids)), config.train.demos_per_prompt
             # of more demonstrations than are joined, others at every visit

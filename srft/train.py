@@ -31,7 +31,7 @@ from srft.policy.lost import LostRank
 from srft.policy.parallel import Elsewhere
 from srft.prepare import Run, prepared
 from srft.record.metrics import Clock, group_metrics, sample_rows
-from srft.rollout import judge, roll_out
+from srft.rollout import judge, resample, roll_out
 from srft.sync import CanaryError
 
 
@@ -61,6 +61,8 @@ def fit(config: Config) -> None:
                 groups = roll_out(config, run.actor, prompts, now, shown)
             with clock("reward"):
                 judge(groups, run.actor.pool)
+            with clock("rollout"):
+                gave_way = resample(config, run.actor, groups, run.draw_more, now)
             run.stop.agree()
             with clock("train"):
                 figures = learn(run.learner, groups, step)
@@ -69,7 +71,7 @@ def fit(config: Config) -> None:
             with clock("sync"):
                 canary = run.sync.push(step)
             run.log.samples(step, sample_rows(groups))
-            row = {"step": step, **canary, **figures, **group_metrics(groups, run.world)}
+            row = {"step": step, **canary, **figures, **group_metrics(groups, run.world, gave_way)}
             row["engine/restarts"] = run.actor.engine.restarts
             if step % train.eval_every == 0 or is_last:
                 run.progress.reached(step, unlogged=row | clock.seconds())

@@ -95,19 +95,28 @@ def _outcome(s: Response) -> _Outcome:
     return _Outcome(s.reward, s.status, s.is_correct, s.is_judged, s.truncated, len(s), len(s.response_ids))
 
 
-def group_metrics(groups: list[Group], world: World = ALONE) -> dict[str, float]:
+def _outcomes(groups: Sequence[Group]) -> list[tuple[list[_Outcome], list[_Outcome]]]:
+    return [([_outcome(s) for s in g.rollouts], [_outcome(s) for s in g.demos]) for g in groups]
+
+
+def group_metrics(
+    groups: Sequence[Group], world: World = ALONE, gave_way: Sequence[Group] = ()
+) -> dict[str, float]:
     """Describe rewards, lengths and what the groups have to teach.
 
     Args:
         groups: With rewards; those of this rank.
         world: The ranks, whose groups are described together.
+        gave_way: Groups in whose place some of these came. Rewards, shares and lengths are over them, too: over all
+            that the policy was asked.
 
     Returns:
         Shares in [0, 1], lengths in tokens, counts; rollout entries only where there are rollouts, rewards only
         of what was judged.
     """
-    own = [([_outcome(s) for s in g.rollouts], [_outcome(s) for s in g.demos]) for g in groups]
-    every = [group for of_rank in world.gather(own) for group in of_rank]
+    of_ranks = world.gather((_outcomes(groups), _outcomes(gave_way)))
+    taken = [group for kept, _ in of_ranks for group in kept]
+    every = taken + [group for _, others in of_ranks for group in others]
     rollouts = [s for of_group, _ in every for s in of_group]
     demos = [s for _, of_group in every for s in of_group]
     metrics: dict[str, float] = {}
@@ -124,21 +133,24 @@ def group_metrics(groups: list[Group], world: World = ALONE) -> dict[str, float]
             "groups/all_right": sum(all(s.is_correct for s in members) for members, _ in judged) / len(judged),
             "groups/all_wrong": len(wrong) / len(judged),
             "groups/rescued_by_demo": sum(any(s.is_correct for s in shown) for shown in wrong) / len(judged),
+            "groups/alike": sum(len({s.reward for s in members}) == 1 for members, _ in judged) / len(judged),
         }
     if rollouts:
         metrics |= {
             "length/mean": sum(s.response_tokens for s in rollouts) / len(rollouts),
             "length/truncated": sum(s.truncated for s in rollouts) / len(rollouts),
+            "groups/resampled": len(every) - len(taken),
         }
     everything = rollouts + demos
     metrics["reward/unjudged"] = sum(not s.is_judged for s in everything)
     metrics["reward/timeouts"] = sum(s.status == "timeout" for s in everything)
     metrics["reward/errors"] = sum(s.status in ("error", "bad_gold") for s in everything)
-    metrics["tokens/step"] = sum(s.tokens for s in everything)
     metrics["tokens/sampled"] = sum(s.response_tokens for s in rollouts)
-    metrics["tokens/counted"] = sum(s.response_tokens for s in everything)
+    passed_on = [s for both in taken for of_kind in both for s in of_kind]
+    metrics["tokens/step"] = sum(s.tokens for s in passed_on)
+    metrics["tokens/counted"] = sum(s.response_tokens for s in passed_on)
     # what attention grows with
-    metrics["tokens/squared"] = sum(s.tokens**2 for s in everything)
+    metrics["tokens/squared"] = sum(s.tokens**2 for s in passed_on)
     return metrics
 
 

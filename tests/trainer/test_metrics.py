@@ -41,6 +41,8 @@ def test_group_metrics() -> None:
             "groups/all_right": 0.25,
             "groups/all_wrong": 0.5,
             "groups/rescued_by_demo": 0.25,
+            "groups/alike": 0.75,
+            "groups/resampled": 0,
             "length/mean": 1.5,
             "length/truncated": 1 / 8,
             "reward/timeouts": 1,
@@ -52,6 +54,17 @@ def test_group_metrics() -> None:
             "tokens/squared": 4 * (9 + 16 + 36),
         }
     )
+
+
+def test_what_gave_way_was_sampled_and_not_passed_on() -> None:
+    """Rewards, shares and lengths are over everything that was asked; of tokens, those that were sampled."""
+    kept, gave_way = [group([1, 0]), group([0.5, 0.25])], [group([1, 1]), group([0, 0])]
+    alone, found = group_metrics(kept), group_metrics(kept, gave_way=gave_way)
+    assert found["groups/resampled"] == 2 and found["groups/alike"] == 0.5
+    assert found["reward/mean"] == pytest.approx(3.75 / 8) and alone["reward/mean"] == pytest.approx(1.75 / 4)
+    assert found["tokens/sampled"] == 2 * alone["tokens/sampled"] == 12
+    for name in ("tokens/step", "tokens/counted", "tokens/squared"):
+        assert found[name] == alone[name]
 
 
 def test_only_what_exists_is_described() -> None:

@@ -56,12 +56,15 @@ def test_two_halves_are_the_whole(uninterrupted: Path, tmp_path: Path) -> None:
     "changes",
     [
         {"method__name": "grpo", "train__updates_per_step": 2},
+        {"method__name": "dapo"},
         {"method__preset": "upt", "method__entropy_scope": "batch", "model__tiny__tie_embeddings": "false"},
     ],
-    ids=["grpo-2updates", "srft-upt-batch-untied"],
+    ids=["grpo-2updates", "dapo", "srft-upt-batch-untied"],
 )
 def test_two_halves_of_other_methods(changes: dict[str, object], tmp_path: Path) -> None:
-    """The same holds with several updates a step, with a batch-wide entropy, and with an untied head."""
+    """The same holds with several updates a step, with prompts that give way to others, with a batch-wide entropy, and
+    with an untied head.
+    """
     reward = tmp_path / "odd.py"
     reward.write_text("def odd(completion, answer, row):\n    return float(len(completion) % 2)\n")
     run = RUN | {"reward__kind": f"{reward}:odd", "data__bad_demos": "keep", "model__warm_start__max_steps": 0}
