@@ -43,3 +43,15 @@ class Curves(Section):
     """Name of the axis, with its unit."""
     signed: bool = False
     """Whether the axis has a line at 0 rather than an end there."""
+
+
+RL_AND_SFT = Curves(
+    name="loss_components", title="Loss components", caption="RL and SFT as they are added up.",
+    lines=(Line(key="loss/policy", label="RL", color="blue"), Line(key="loss/sft", label="SFT", color="vermillion")),
+    ylabel="contribution to the loss", signed=True,
+)  # fmt: skip
+DEMO_SHARE = Curves(
+    name="demo_share", title="Prompts that teach by demonstrations",
+    caption="The others teach by the policy's own rollouts.",
+    lines=(Line(key="weight/demo_share", label="", color="vermillion"),), ylabel="share of prompts",
+)  # fmt: skip

@@ -28,8 +28,8 @@ from srft.method import BaseMethod, Figure, Kind, Loss, StepInfo, UpdateInfo
 
 __all__ = [
     "DEFAULT", "Aggregation", "BaseMethod", "Curves", "Figure", "Kind", "Line", "Loss", "StepInfo", "UpdateInfo",
-    "absolute_name", "assign_advantages", "clip_share", "compared", "find_method", "group_advantages", "judged",
-    "method_names", "place_in_method", "token_weights",
+    "absolute_name", "assign_advantages", "clip_share", "compared", "demo_share", "find_method", "group_advantages",
+    "judged", "method_names", "place_in_method", "token_weights",
 ]  # fmt: skip
 DEFAULT = "srft"
 Aggregation = Literal["token-mean", "sequence-mean", "constant", "sum"]
@@ -144,6 +144,20 @@ def clip_share(terms: Mapping[str, float], update: UpdateInfo) -> Figure:
     rollouts = update.totals.rollout_tokens
     clipped = terms["clip_low_sum"] + terms["clip_high_sum"]
     return Figure(clipped / max(1, rollouts), weight=rollouts)
+
+
+def demo_share(update: UpdateInfo) -> float:
+    """Return the share of an update's prompts that teach by demonstrations, where each does by these or by rollouts.
+
+    Args:
+        update: The update as a whole.
+
+    Returns:
+        In [0, 1].
+    """
+    by_demos = update.totals.demo_sequences / update.demos_per_prompt
+    prompts = by_demos + update.totals.rollout_sequences / update.rollouts_per_prompt
+    return by_demos / prompts if prompts else 0.0
 
 
 @functools.cache

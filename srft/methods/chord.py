@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 
 from srft.batch import Batch, Group, Response
+from srft.curves import RL_AND_SFT
 from srft.methods import (
     Aggregation,
     BaseMethod,
@@ -43,12 +44,7 @@ class Method(BaseMethod):
     fewest_rollouts: ClassVar[int] = 2
     terms: ClassVar[Mapping[str, Kind]] = {"policy": "rl", "sft": "sft"}
     curves: ClassVar[tuple[Curves, ...]] = (
-        Curves(
-            name="loss_components", title="Loss components", caption="GRPO and SFT as they are added up.",
-            lines=(Line(key="loss/policy", label="GRPO", color="blue"),
-                   Line(key="loss/sft", label="SFT", color="vermillion")),
-            ylabel="contribution to the loss", signed=True,
-        ),
+        RL_AND_SFT,
         Curves(
             name="mu", title="Share of SFT", caption="What SFT is multiplied by; GRPO has the rest of 1.",
             lines=(Line(key="weight/mu", label="", color="vermillion"),), ylabel="mu",

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "upt": (["method.preset=upt"], "tied"),
     "grpo": (["method.name=grpo"], "untied"),
     "chord": (["method.name=chord"], "untied"),
+    "hpt": (["method.name=hpt"], "untied"),
     "sft": (["method.name=sft"], "tied"),
     "experts": (["model.router_aux_coef=0.5"], "experts"),
 }
