@@ -17,7 +17,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["srft_kernels", "srft_kernels.*", "srft", "srft.*"]),
-    package_data={"srft_kernels": ["py.typed"], "srft": ["py.typed", "experiments/suites/*.toml"]},
+    package_data={
+        "srft_kernels": ["py.typed"],
+        "srft": ["py.typed", "experiments/*.toml", "experiments/suites/*.toml"],
+    },
     # A CUDA build of torch pins its own triton exactly, so triton gets a lower bound only: the one that
     # torch 2.11 carries. CPU builds of torch bring none.
     install_requires=[

@@ -31,9 +31,9 @@ class DataConfig(Section):
     eval_limit: int = Field(512, gt=0)
     """Rows evaluated each time."""
     task: dict[str, bool | int | float | str | list[int] | list[str]] = {}
-    """Options of a built-in or reasoning-gym task, such as task.max_ops=5. "chain" has min_ops and max_ops; "countdown"
-    min_numbers and max_numbers, the largest number, max_target, and demos, distinct demonstrations of a problem; "sums"
-    terms and the largest number."""
+    """Options of a built-in or reasoning-gym task, such as task.max_ops=5. "chain" has min_ops, max_ops and notations,
+    the signs that may end a step of a demonstration; "countdown" min_numbers and max_numbers, the largest number,
+    max_target, and demos, distinct demonstrations of a problem; "sums" terms and the largest number."""
     system: str | None = None
     """System prompt put before the user's turn."""
     chat: bool = True

@@ -13,6 +13,7 @@ from srft.rewards.gym import reasoning_gym_dataset
 
 BUILTIN_TASKS = ("chain", "countdown", "sums")
 CHAIN_ALPHABET = "0123456789+-*=;#"
+_STEP_ENDS = ";,:|!&~_"
 EVAL_SHARE = 8  # one problem text in this many belongs to evaluation
 
 
@@ -25,13 +26,14 @@ def in_eval_split(text: str) -> bool:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()[0] % EVAL_SHARE == 0
 
 
-def chain_problem(rng: random.Random, min_ops: int, max_ops: int) -> dict[str, str]:
+def chain_problem(rng: random.Random, min_ops: int, max_ops: int, notations: int = 1) -> dict[str, str]:
     """Draw one chain of + - * on digits, read strictly left to right, every value taken modulo 10.
 
     Args:
         rng: Advanced by the draw.
         min_ops: Fewest operations, >= 1.
         max_ops: Most operations, >= ``min_ops``.
+        notations: Signs of which the demonstration ends each step with one, in [1, 8].
     """
     value = rng.randrange(10)
     text, steps = str(value), ""
@@ -39,15 +41,18 @@ def chain_problem(rng: random.Random, min_ops: int, max_ops: int) -> dict[str, s
         op, operand = rng.choice("+-*"), rng.randrange(10)
         result = {"+": value + operand, "-": value - operand, "*": value * operand}[op] % 10
         text += f"{op}{operand}"
-        steps += f"{value}{op}{operand}={result};"
+        steps += f"{value}{op}{operand}={result}{rng.choice(_STEP_ENDS[:notations]) if notations > 1 else ';'}"
         value = result
     return {"prompt": text + "=", "demo": f"{steps}#{value}", "answer": str(value)}
 
 
 def chain_rows(
-    count: int, *, split: str, seed: int, min_ops: int = 2, max_ops: int = 4
+    count: int, *, split: str, seed: int, min_ops: int = 2, max_ops: int = 4, notations: int = 1
 ) -> list[dict[str, Any]]:
     """Return ``count`` chain problems of one split, row ``i`` of training depending on (seed, i) alone.
+
+    Demonstrations of several notations are as of many hands: what ends a step is drawn at random, so that a policy that
+    imitates them keeps an entropy however well it computes.
 
     Args:
         count: Number of rows, >= 1.
@@ -55,14 +60,17 @@ def chain_rows(
         seed: Stream of problems.
         min_ops: Fewest operations in a chain, >= 1.
         max_ops: Most operations in a chain, >= ``min_ops``.
+        notations: Signs of which a demonstration ends each step with one, in [1, 8].
 
     Raises:
-        ValueError: On an empty range of lengths, or when that many distinct evaluation problems do not exist.
+        ValueError: On an option out of its range, or when that many distinct evaluation problems do not exist.
     """
     if not 1 <= min_ops <= max_ops:
         raise ValueError(f"task chain needs 1 <= min_ops <= max_ops, got min_ops={min_ops} max_ops={max_ops}")
+    if not 1 <= notations <= len(_STEP_ENDS):
+        raise ValueError(f"task chain needs notations from 1 to {len(_STEP_ENDS)}, got notations={notations}")
     return _drawn_rows(
-        "chain", count, split=split, seed=seed, draw=lambda rng: chain_problem(rng, min_ops, max_ops),
+        "chain", count, split=split, seed=seed, draw=lambda rng: chain_problem(rng, min_ops, max_ops, notations),
         text=lambda row: row["prompt"], about=f"{min_ops}-{max_ops} operations", remedy="max_ops",
     )  # fmt: skip
 

@@ -90,7 +90,7 @@ def test_chain_refuses_an_empty_range(low: int, high: int) -> None:
 
 def test_chain_refuses_unknown_options() -> None:
     """A misspelt option is an error that lists the real ones."""
-    with pytest.raises(ValueError, match=r"no option \['max_op'\].*min_ops and max_ops"):
+    with pytest.raises(ValueError, match=r"no option \['max_op'\].*min_ops, max_ops and notations"):
         load_examples("chain", task={"max_op": 3})
 
 
@@ -250,3 +250,18 @@ def test_reasoning_gym_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
     with pytest.raises(ValueError, match=r"srft\[gym\]"):
         load_examples("reasoning_gym:chain_sum")
+
+
+def test_chain_in_several_notations() -> None:
+    """The working and the answer are as ever; only what ends a step is drawn, among as many signs as asked for."""
+    rows = chain_rows(300, split="train", seed=3, min_ops=2, max_ops=4, notations=8)
+    ends = set()
+    for row in rows:
+        steps = re.findall(r"(\d[-+*]\d)=(\d)(\D)", row["demo"])
+        assert "".join(f"{sum_}={result}{end}" for sum_, result, end in steps) + f"#{row['answer']}" == row["demo"]
+        assert [int(result) for _, result, _ in steps] == [left_to_right(f"{sum_}=") for sum_, _, _ in steps]
+        assert exact(row["demo"], row["answer"], row) == 1
+        ends |= {end for _, _, end in steps}
+    assert len(ends) == 8
+    with pytest.raises(ValueError, match="notations from 1 to 8, got notations=9"):
+        chain_rows(1, split="train", seed=3, notations=9)
