@@ -19,7 +19,7 @@ from rich.text import Text
 
 from srft.experiments.results import Result
 from srft.experiments.suite import Run
-from srft.record.text import format_seconds
+from srft.record.text import UNPRINTABLE, format_seconds
 
 _TAIL_BYTES = 1 << 14
 _REFRESH_S = 1.0
@@ -65,9 +65,10 @@ class Board:
         """Print one line.
 
         Args:
-            sentence: Shown as it is.
+            sentence: Shown as it is: no markup, no control characters.
         """
-        self._console.print(Text(sentence), soft_wrap=True)
+        line = UNPRINTABLE.sub(" ", " ".join(sentence.splitlines()))
+        self._console.print(Text(line), soft_wrap=True)
         sys.stdout.flush()
 
     def begin(self, run: Run) -> None:

@@ -22,6 +22,7 @@ from srft.experiments.preview import preview
 from srft.experiments.suite import describe_suite, find_suite, plan_runs, read_suite, suite_names
 from srft.experiments.tables import Table, make_tables, markdown
 from srft.record.files import write_atomically
+from srft.record.text import UNPRINTABLE
 from srft.stop import Stopped, leave_at_once
 
 _EPILOG = """\
@@ -47,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = given.out or Path("runs") / Path(given.suite).stem
         if given.report:
             _report(out)
-        else:
-            sys.exit(_run(given, out))
+        elif not _run(given, out):
+            sys.exit(1)
     except (ValueError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -86,14 +87,14 @@ def _list() -> None:
         print(f"{name:20s} {suite.title}: {len(suite.arms)} arms. {suite.question}")
 
 
-def _run(given: argparse.Namespace, out: Path) -> int:
-    """Plan, run and report; return the exit status."""
+def _run(given: argparse.Namespace, out: Path) -> bool:
+    """Plan, run and report; whether every run is complete."""
     path = find_suite(given.suite)
     suite = read_suite(path)
     runs = plan_runs(suite, path, given.words, range(given.seeds), out)
     if given.dry_run:
         print(preview(suite, runs, out))
-        return 0
+        return True
     # which imports all that a run needs, in seconds
     from srft.experiments.runner import locked, make_runs
 
@@ -102,7 +103,7 @@ def _run(given: argparse.Namespace, out: Path) -> int:
         jobs = min(given.jobs or _default_jobs(), len(runs))
         results = make_runs(runs, out, jobs, max(1, _cores() // jobs))
     _report(out)
-    return int(any(result.error for result in results))
+    return not any(result.error for result in results)
 
 
 def _cores() -> int:
@@ -128,12 +129,17 @@ def _report(out: Path) -> None:
         figures = draw_figures(findings, out / "figures")
     write_atomically(out / "report.html", render(findings, tables, figures))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(Text(findings.title, style="bold"))
+    console.print(_text(findings.title, style="bold"))
     for table in tables:
         console.print(_rich(table))
     for warning in findings.warnings:
-        console.print(Text(f"Warning: {warning}"), soft_wrap=True)
-    console.print(Text(f"{out / 'report.html'}"), soft_wrap=True)
+        console.print(_text(f"Warning: {warning}"), soft_wrap=True)
+    console.print(_text(str(out / "report.html")), soft_wrap=True)
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Text as it stands: no markup, and no control characters."""
+    return Text(UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text), style)
 
 
 def _rich(table: Table) -> RichTable:
@@ -144,5 +150,5 @@ def _rich(table: Table) -> RichTable:
     for place, heading in enumerate(table.columns):
         shown.add_column(heading, justify="right" if place else "left", no_wrap=place == 0)
     for row in table.rows:
-        shown.add_row(*map(Text, row))
+        shown.add_row(*map(_text, row))
     return shown

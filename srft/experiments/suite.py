@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import tomllib
@@ -13,7 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from srft.config import Config
+from srft.data.files import is_local
 from srft.options import load_config
+from srft.rewards.kinds import check_kind
 from srft.section import Section
 
 SUITES = Path(__file__).parent / "suites"
@@ -208,6 +211,7 @@ def plan_runs(suite: Suite, path: Path, words: Sequence[str], seeds: Sequence[in
         unknown = [f"{option}={'model' if what == 'model' else 1}" for option, what in borrowed.items()]
         try:
             config = load_config([*own, *unknown, *after])
+            _refuse_missing(config, borrowed)
         except ValueError as error:
             raise ValueError(f"arm {name}: {error}") from None
         identity = _identity(config, borrowed, source, digests)
@@ -221,6 +225,21 @@ def plan_runs(suite: Suite, path: Path, words: Sequence[str], seeds: Sequence[in
         make(name, seed)
     # what was made for another arm stands before it
     return list(made.values())
+
+
+def _refuse_missing(config: Config, borrowed: Mapping[str, str]) -> None:
+    """Look for the files and folders that the options name, which a run would miss only once it has begun."""
+    data, model = config.data, config.model
+    sources = {"data.train": data.train, "data.eval": data.eval}
+    named = {option: name for option, name in sources.items() if name and is_local(name)}
+    # what does not begin so may be a hub id
+    folders = {"model.name": model.name, "model.tokenizer": model.tokenizer}
+    named |= {option: name for option, name in folders.items() if name and name[0] in "./~"}
+    for option, name in named.items():
+        if option not in borrowed and not glob.glob(str(Path(name).expanduser())):
+            raise ValueError(f"{option}={name}: there is no such file or folder")
+    if config.reward.kind != "auto":
+        check_kind(config.reward.kind)
 
 
 def _identity(config: Config, borrowed: Mapping[str, str], source: Run | None, digests: dict[str, str]) -> str:
