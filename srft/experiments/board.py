@@ -86,7 +86,8 @@ class Board:
             run: The run.
             result: Complete or with an error.
         """
-        took = time.monotonic() - self._began.pop(run.key, time.monotonic())
+        now = time.monotonic()
+        took = now - self._began.pop(run.key, now)
         self._ended.add(run.key)
         if not result.error:
             self._learn_pace(run.arm, took / self._steps[run.key])

@@ -97,7 +97,9 @@ def read_findings(out: Path) -> Findings:
     reference = {seed: r for seed in seeds if (r := found.get((about["reference"], seed))) and not r.error}
     arms = [_arm(name, options, seeds, found, reference) for name, options in about["arms"].items()]
     others = len({result.key for result in every} - wanted)
-    warnings = [*_incomplete(arms), *_unequal(arms, about["equal"])]
+    hidden = [r for (arm, _), r in found.items() if arm not in about["arms"] and r.error]
+    warnings = [f"{r.arm} (hidden), seed {r.seed}, ended early: {r.error}." for r in hidden]
+    warnings += [*_incomplete(arms), *_unequal(arms, about["equal"])]
     if others:
         warnings.append(f"{others} results in the folder are of other seeds or options, and take no part.")
     complete = [result for arm in arms for result in arm.results.values()]

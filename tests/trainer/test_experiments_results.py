@@ -30,7 +30,7 @@ def result(arm: str, seed: int, final: float, **changes: Any) -> Result:
 def suite_folder(folder: Path, results: list[Result], **changes: Any) -> Path:
     about = {"title": "A", "question": "B?", "reference": "a", "equal": [], "arms": {"a": [], "b": ["x=1"]}} | changes
     seeds = sorted({r.seed for r in results} or {0})
-    about["runs"] = [[arm, seed, "x"] for arm in about["arms"] for seed in seeds]
+    about["runs"] = [[arm, seed, "x"] for arm in (*about["arms"], *changes.get("hidden", ())) for seed in seeds]
     (folder / "suite.json").write_text(json.dumps(about))
     for each in results:
         append_result(folder, each)
@@ -160,9 +160,11 @@ def test_what_failed_and_what_is_of_other_options_is_told(tmp_path: Path) -> Non
     """An error is a warning, and no number of that seed; results of another identity count for nothing."""
     stale = result("b", 0, 0.9).model_copy(update={"identity": "old"})
     failed = Result(arm="b", seed=0, identity="x", error="the loss is nan")
-    findings = found(tmp_path, [result("a", 0, 0.5), stale, failed])
+    hidden = failed.model_copy(update={"arm": "start", "error": "no room"})
+    findings = found(tmp_path, [result("a", 0, 0.5), stale, failed, hidden], hidden=["start"])
     assert findings.arms[1].final is None and findings.arms[1].failed == {0: "the loss is nan"}
     assert findings.warnings == [
+        "start (hidden), seed 0, ended early: no room.",
         "b, seed 0, ended early: the loss is nan.",
         "1 results in the folder are of other seeds or options, and take no part.",
     ]

@@ -36,7 +36,6 @@ from_run = {{ arm = "aware", options = {{ "train.lr" = "mean:no/such" }} }}
 from_run = {{ arm = "large", options = {{ "model.name" = "model" }} }}
 """
 BASE = SMALL | {"train.steps": 3, "data.task.max_ops": 3}
-GONE_S = 60.0
 
 
 def words(folder: Path) -> list[str]:
@@ -56,7 +55,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The suite in one piece."""
     process = start(folder := tmp_path_factory.mktemp("undisturbed"))
-    said, _ = process.communicate(timeout=290)
+    said, _ = process.communicate()
     assert process.returncode == 1, said
     return folder / "out"
 
@@ -120,9 +119,8 @@ def test_what_has_ended_is_not_made_again(undisturbed: Path, capsys: pytest.Capt
 
 
 def wait_for(what: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 200
     while not what():
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
 
 
@@ -137,7 +135,7 @@ def test_killed_at_any_time_it_says_the_same(undisturbed: Path, tmp_path: Path) 
     process = start(tmp_path)
     wait_for(in_a_run, process)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate()
     assert process.returncode == 143, said
     assert "stopped by SIGTERM; the same command goes on from here" in said
     assert not marked_processes(mark)
@@ -147,9 +145,7 @@ def test_killed_at_any_time_it_says_the_same(undisturbed: Path, tmp_path: Path) 
     wait_for(lambda: len(results(out)) > ended and len(list(out.glob("runs/average/*/metrics.jsonl"))), process)
     process.kill()
     process.communicate()
-    until = time.monotonic() + GONE_S
-    while marked_processes(mark):
-        assert time.monotonic() < until, "a run outlived the suite"
+    while marked_processes(mark):  # until the test's own limit
         time.sleep(0.05)
     assert 0 < len(results(out)) < 4
     with (out / "results.jsonl").open("ab") as file:
@@ -157,7 +153,7 @@ def test_killed_at_any_time_it_says_the_same(undisturbed: Path, tmp_path: Path) 
 
     before = (out / "results.jsonl").read_bytes()
     process = start(tmp_path)
-    said, _ = process.communicate(timeout=200)
+    said, _ = process.communicate()
     assert process.returncode == 1, said
     assert (out / "results.jsonl").read_bytes().startswith(before)
     lines = [line.partition('"seed"')[0] for line in (out / "results.jsonl").read_text().splitlines()]
