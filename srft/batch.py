@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from srft.data.prompts import Prompt
 
 IGNORE_INDEX = -100
+SCORES = ("old_logprobs", "old_entropy", "ref_logprobs", "teacher_logprobs")
+"""What a response may have of each of its tokens, found by models before the update."""
 
 
 @dataclass
@@ -31,6 +33,9 @@ class Response:
         entropy: Mean entropy of the policy over the response, nats; known after the loss.
         old_logprobs: Log-probabilities before a step's first update; None when that is the current policy.
         old_entropy: Entropies before it, nats; None where ``old_logprobs`` is.
+        ref_logprobs: Log-probabilities of the reference model; None where the method does not need them.
+        teacher_logprobs: Those of the teacher, 0 on a demonstration; None where the method has no teacher.
+        teacher_prompt_ids: What the teacher reads in place of ``prompt_ids``; None: the same.
     """
 
     prompt_ids: list[int]
@@ -46,6 +51,9 @@ class Response:
     entropy: float | None = None
     old_logprobs: Tensor | None = None
     old_entropy: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+    teacher_prompt_ids: list[int] | None = None
 
     @property
     def is_correct(self) -> bool:
@@ -113,6 +121,8 @@ class Batch:
         old_entropy: [N] fp32, nats, or None as ``old_logprobs``.
         sequences: The B sequences, in order.
         is_empty: It has one sequence that counts for nothing, with which a rank keeps step with the others.
+        ref_logprobs: [N] fp32 of the reference model, or None where the method does not need them.
+        teacher_logprobs: [N] fp32 of the teacher, 0 on demonstrations, or None where the method has none.
     """
 
     input_ids: Tensor
@@ -130,6 +140,8 @@ class Batch:
     sequences: list[Response]
     is_empty: bool = False
     old_entropy: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
 
     def responses(self) -> Iterator[tuple[Response, slice]]:
         """Give each sequence with the place of its counted tokens in the [N] vectors."""
@@ -182,18 +194,17 @@ def pack(
     return [_to_batch(members, device) for members in bins]
 
 
-def empty_batch(*, is_demo: bool, has_old: bool, device: torch.device) -> Batch:
+def empty_batch(*, is_demo: bool, scores: Iterable[str], device: torch.device) -> Batch:
     """Return a micro-batch whose every loss and gradient is zero.
 
     Args:
         is_demo: Which kind its one token is of; of a kind that the update has.
-        has_old: Whether it has ``old_logprobs``, as the other micro-batches of the update have.
+        scores: Those of ``SCORES`` that the other micro-batches of the update have.
         device: Where it is used.
     """
-    old = torch.zeros(1) if has_old else None
-    token = Response(
-        [0], [0], is_demo, truncated=False, rollout_logprobs=[], text="", old_logprobs=old, old_entropy=old
-    )
+    token = Response([0], [0], is_demo, truncated=False, rollout_logprobs=[], text="")
+    for name in scores:
+        setattr(token, name, torch.zeros(1))
     batch = _to_batch([token], device)
     return replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX), is_empty=True)
 
@@ -216,8 +227,9 @@ def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
 
     flat_logprobs = [x for s in sequences for x in (s.rollout_logprobs or [0.0] * len(s.response_ids))]
 
-    def known(values: list[Tensor | None]) -> Tensor | None:
-        return torch.cat([v for v in values if v is not None]).to(device) if values[0] is not None else None
+    def known(name: str) -> Tensor | None:
+        values = [getattr(s, name) for s in sequences]
+        return None if values[0] is None else torch.cat(values).to(device)
 
     return Batch(
         input_ids=torch.tensor(
@@ -233,9 +245,11 @@ def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
         is_demo=per_token([s.is_demo for s in sequences], torch.bool),
         is_correct=per_token([s.is_correct for s in sequences], torch.bool),
         rollout_logprobs=torch.tensor(flat_logprobs, dtype=torch.float32, device=device),
-        old_logprobs=known([s.old_logprobs for s in sequences]),
+        old_logprobs=known("old_logprobs"),
         sequences=sequences,
-        old_entropy=known([s.old_entropy for s in sequences]),
+        old_entropy=known("old_entropy"),
+        ref_logprobs=known("ref_logprobs"),
+        teacher_logprobs=known("teacher_logprobs"),
     )
 
 

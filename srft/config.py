@@ -87,6 +87,9 @@ class ModelConfig(Section):
     folder or hub id of a Hugging Face causal LM."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; unset: the model's own, or bytes as tokens for "tiny"."""
+    reference: str | None = None
+    """Folder or hub id of the model that a reference KL is to, with the policy's tokenizer; unset: the policy as the
+    run starts, of which a policy without adapters keeps a copy."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward passes; weights and optimizer stay in fp32."""
     attention: Literal[
@@ -285,6 +288,11 @@ class Config(Section):
                 f'method.name="{method.name}" needs neither rollouts nor demonstrations, so it would learn nothing; '
                 "set its needs_rollouts or needs_demos to True"
             )
+        if self.model.reference is not None and not self.wants_reference:
+            raise ValueError(
+                f'model.reference={self.model.reference}, but method.name="{method.name}" with these options has no '
+                "use for a reference model; set method.kl_coef where it has one, or unset model.reference"
+            )
         if method.needs_demos and train.demos_per_prompt == 0:
             raise ValueError(
                 f'method.name="{method.name}" learns from demonstrations but train.demos_per_prompt=0; set it to 1'
@@ -314,6 +322,11 @@ class Config(Section):
     def without_resume(self) -> Config:
         """Return the same run as if started anew: what its record shows, however often it was resumed."""
         return self.model_copy(update={"train": self.train.model_copy(update={"resume": False})})
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether the method compares the policy with a reference model."""
+        return self.method.needs_ref or self.method.taught_by == "reference"
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import astuple, replace
 from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
-from srft.batch import Batch, Group, Response, Totals, count, empty_batch, pack
+from srft.batch import SCORES, Batch, Group, Response, Totals, count, empty_batch, pack
 from srft.methods import Figure, Kind, UpdateInfo, assign_advantages
 from srft.policy.exchange import Exchange
 from srft.policy.forwards import packed_forward
@@ -18,6 +20,9 @@ from srft.policy.parallel import whole as whole_of
 from srft.policy.router import router_of, whole_load
 from srft.record.metrics import combined, loss_metrics
 from srft_kernels import PolicyLoss
+
+# nats, of a token that a model excludes: differences of log-probabilities stay numbers
+_LEAST = -1e4
 
 
 def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
@@ -43,7 +48,9 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
         Exchange(world, assign_advantages(part, config.method)) for part in _parts(learner, groups)
     ]
     if len(exchanges) > 1:
-        remember_old_logprobs(learner, [s for exchange in exchanges for s in exchange.held])
+        held = [s for exchange in exchanges for s in exchange.held]
+        remember_old_logprobs(learner, held)
+        remember_frozen(learner, held)
     figures = [
         update(learner, exchange.held, step) for exchange in exchanges if world.largest(len(exchange.held))
     ]
@@ -119,6 +126,8 @@ def accumulate(learner: Learner, sequences: list[Response], step: int) -> tuple[
     config, model, world = learner.config, learner.model, learner.world
     if config.method.needs_old and world.largest(sum(s.old_logprobs is None for s in sequences)):
         remember_old_logprobs(learner, sequences)
+    if _lack_scores(learner, sequences):
+        remember_frozen(learner, sequences)
     totals = _totals(learner, sequences)
     batches = micro_batches(learner, sequences, totals)
     entropy, entropies = mean_entropies(learner, batches) if config.method.needs_entropy else (None, {})
@@ -197,10 +206,10 @@ def micro_batches(learner: Learner, sequences: list[Response], totals: Totals) -
     """
     device = learner.world.device
     batches = pack(sequences, learner.config.microbatch_tokens, device)
-    has_old = any(batch.old_logprobs is not None for batch in batches)
-    counts, any_old = zip(*learner.world.gather((len(batches), has_old)), strict=True)
+    scores = [name for name in SCORES if any(getattr(batch, name) is not None for batch in batches)]
+    counts, known = zip(*learner.world.gather((len(batches), scores)), strict=True)
     return batches + [
-        empty_batch(is_demo=not totals.rollout_sequences, has_old=any(any_old), device=device)
+        empty_batch(is_demo=not totals.rollout_sequences, scores=set().union(*known), device=device)
         for _ in range(max(counts) - len(batches))
     ]
 
@@ -244,11 +253,53 @@ def remember_old_logprobs(learner: Learner, sequences: list[Response]) -> None:
         learner: Holds that policy.
         sequences: Everything this rank learns from in this step; modified in place.
     """
+    for sequence, logprobs, entropy in _scored(learner, learner.model, sequences):
+        sequence.old_logprobs, sequence.old_entropy = logprobs, entropy
+
+
+@torch.no_grad()
+def remember_frozen(learner: Learner, sequences: list[Response]) -> None:
+    """Store the log-probabilities of the reference, and those of the teacher of rollouts, where the method has them.
+
+    Args:
+        learner: Holds these models, and the policy before a step's updates move it, which may be its own teacher.
+        sequences: Everything this rank learns from in this step; modified in place.
+    """
+    method, frozen = learner.config.method, learner.frozen
+    if method.needs_ref:
+        with frozen.scoring("reference", learner.model) as model:
+            for sequence, logprobs, _ in _scored(learner, model, sequences):
+                sequence.ref_logprobs = logprobs.clamp(min=_LEAST)
+    if method.taught_by is None:
+        return
+    read = {}
+    for s in sequences:
+        s.teacher_logprobs = torch.zeros(len(s.response_ids), device=learner.world.device)
+        if not s.is_demo:
+            as_taught = replace(s, prompt_ids=s.teacher_prompt_ids or s.prompt_ids)
+            read[id(as_taught)] = (as_taught, s)
+    with frozen.scoring(method.taught_by, learner.model) as model:
+        for as_taught, logprobs, _ in _scored(learner, model, [each for each, _ in read.values()]):
+            read[id(as_taught)][1].teacher_logprobs = logprobs.clamp(min=_LEAST)
+
+
+def _lack_scores(learner: Learner, sequences: list[Response]) -> int:
+    """How many responses lack what frozen models say of them, on the rank that has most of these."""
+    method = learner.config.method
+    asked = [name for name in ("ref_logprobs",) if method.needs_ref]
+    asked += [name for name in ("teacher_logprobs",) if method.taught_by is not None]
+    return learner.world.largest(sum(getattr(s, name) is None for s in sequences for name in asked)) if asked else 0
+
+
+def _scored(
+    learner: Learner, model: PreTrainedModel, sequences: list[Response]
+) -> Iterator[tuple[Response, torch.Tensor, torch.Tensor]]:
+    """Each response of this rank with the log-probabilities and the entropies that a model gives its tokens."""
     for batch in micro_batches(learner, sequences, count(sequences)):
-        logprobs, entropy = _score(learner, batch)
+        logprobs, entropy = _score(learner, batch, model)
         if not batch.is_empty:
             for sequence, place in batch.responses():
-                sequence.old_logprobs, sequence.old_entropy = logprobs[place], entropy[place]
+                yield sequence, logprobs[place], entropy[place]
 
 
 @torch.no_grad()
@@ -293,6 +344,8 @@ def mean_logprob(learner: Learner, sequences: list[Response]) -> float:
     return total / tokens
 
 
-def _score(learner: Learner, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(
+    learner: Learner, batch: Batch, model: PreTrainedModel | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     config = learner.config
-    return packed_forward(learner.model, batch, config.compute_dtype, config.rollout.temperature)
+    return packed_forward(model or learner.model, batch, config.compute_dtype, config.rollout.temperature)

@@ -96,6 +96,8 @@ class BaseMethod(Section, ABC):
     """Whether it learns from demonstrations."""
     needs_paired_demos: ClassVar[bool] = False
     """Whether its demonstrations must answer the prompts of its rollouts, so that they cannot be a set of their own."""
+    shows_demos: ClassVar[bool] = False
+    """Whether its teacher reads a demonstration with the prompt of a rollout, as ``show`` words it."""
     terms: ClassVar[Mapping[str, Kind]] = {}
     """Terms of its loss that have a scale of their own, and what each learns from: likelihood or rewards."""
     fewest_rollouts: ClassVar[int] = 1
@@ -131,6 +133,20 @@ class BaseMethod(Section, ABC):
         """Whether it goes by ``eval/demo_loss``, so that some held-out problems must have demonstrations."""
         return False
 
+    @property
+    def needs_ref(self) -> bool:
+        """Whether ``Batch.ref_logprobs`` must be known: those of the policy as the run starts, or of
+        ``model.reference``. A frozen model in memory, unless the policy has adapters, and one more forward pass.
+        """
+        return False
+
+    @property
+    def taught_by(self) -> str | None:
+        """Who gives ``Batch.teacher_logprobs`` of rollouts: "policy", as it is before the step's updates, "reference",
+        the model of ``needs_ref``, a folder or hub id of another, or None for nobody.
+        """
+        return None
+
     def asks(self, now: StepInfo) -> tuple[bool, bool]:
         """Return whether a step wants rollouts, and whether demonstrations.
 
@@ -163,6 +179,16 @@ class BaseMethod(Section, ABC):
             tried: Groups that gave way in its place before, >= 0; for some number and all above the answer must be no.
         """
         return False
+
+    def show(self, prompt: str, demo: str, is_chat: bool) -> str:
+        """Return what the teacher reads in place of a prompt where ``shows_demos``.
+
+        Args:
+            prompt: The text of the prompt, of a conversation that of its last turn.
+            demo: The demonstration. Rollout k of a prompt has the k-th that is joined to its group, and around again.
+            is_chat: Whether the chat template then takes it; otherwise the completion goes on right after it.
+        """
+        return prompt
 
     @abstractmethod
     def learn_from(self, group: Group) -> list[Response]:

@@ -24,6 +24,8 @@ from srft.options import to_toml
 from srft.planning.speed import Speed
 from srft.policy.adapter import base_of, first_adapters, is_adapter, put_adapters
 from srft.policy.budget import choose_tokens_per_microbatch
+from srft.policy.checkpoint import read_state
+from srft.policy.frozen import Frozen, load_frozen
 from srft.policy.learner import Learner
 from srft.policy.loading import fill, skeleton
 from srft.policy.lora import adapters, fill_adapters, without_adapters
@@ -39,7 +41,7 @@ from srft.record.progress import Progress
 from srft.record.trackers import open_trackers, refuse_absent
 from srft.report.build import build_report
 from srft.rewards.pool import RewardPool
-from srft.rollout import Actor
+from srft.rollout import Actor, refuse_long_lessons
 from srft.stop import StopSignals
 from srft.sync import WeightSync
 from srft.warm_start import cached_start, keep_start, warm_start
@@ -122,6 +124,8 @@ def prepared(config: Config) -> Iterator[Run]:
         refuse_other_data(config, data, checkpoint)
         prompts = make_prompts(config, problems, tokenizer, pool, world)
         learner, proof = load_policy(config, tokenizer, prompts, pool, checkpoint, world)
+        if config.method.shows_demos:
+            refuse_long_lessons(config, learner, prompts.train)
         speed = Speed(learner)
         sampling = make_sampling(config, tokenizer, learner.model)
         # a step is abandoned without a trace until its first update moves the weights, and finished from then on
@@ -224,17 +228,49 @@ def load_policy(
     Raises:
         ValueError: When it cannot be read, fails that proof, or leaves no room for a sequence.
     """
-    folder = checkpoint
+    start: Path | None = None
     # adapters are of a model in a folder, which they name
-    if checkpoint is None and config.model.name == "tiny" and (warm_starts(config) or config.model.lora.rank):
-        folder = world.on_first(lambda: _started(config, tokenizer, prompts, pool, world.device))
-    model = load_prepared(config, tokenizer, folder, world)
+    is_made = config.model.name == "tiny" and (warm_starts(config) or config.model.lora.rank)
+    if is_made and (checkpoint is None or _keeps_start(config)):
+        kept = None if checkpoint is None else read_state(checkpoint).get("start")
+        start = world.on_first(lambda: _started(config, tokenizer, prompts, pool, world.device, kept))
+    model = load_prepared(config, tokenizer, checkpoint or start, world)
     proof = prove(model, config)
+    frozen = frozen_models(config, tokenizer, start, world)
     tokens = choose_tokens_per_microbatch(config, model, world, engine_bytes(config, model, world))
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"tokens_per_microbatch": tokens})}
     )
-    return Learner(config, model, tokenizer, make_optimizer(model, config), world), proof
+    return Learner(config, model, tokenizer, make_optimizer(model, config), world, frozen=frozen), proof
+
+
+def _keeps_start(config: Config) -> bool:
+    """Whether a copy of the policy as the run starts is its reference; under new adapters the policy itself is that."""
+    options = config.model
+    return config.wants_reference and not options.reference and (not options.lora.rank or is_adapter(options.name))
+
+
+def frozen_models(config: Config, tokenizer: PreTrainedTokenizerBase, start: Path | None, world: World) -> Frozen:
+    """Load the models that the method wants beside the policy: the same ones when a run is resumed.
+
+    Args:
+        config: The whole configuration.
+        tokenizer: The policy's.
+        start: Folder of the policy as the run started, where it was built from scratch and stored; else None.
+        world: The ranks.
+
+    Raises:
+        ValueError: When one cannot be read, or does not go with the policy.
+    """
+    named, taught_by = config.model.reference, config.method.taught_by
+    reference = teacher = None
+    if named is not None:
+        reference = load_frozen("model.reference", named, config, tokenizer, world)
+    elif _keeps_start(config):
+        reference = load_prepared(config, tokenizer, start, world).requires_grad_(False)
+    if taught_by is not None and taught_by not in ("policy", "reference"):
+        teacher = load_frozen("method.teacher", taught_by, config, tokenizer, world)
+    return Frozen(reference, teacher, start.name if start is not None and _keeps_start(config) else "")
 
 
 def _started(
@@ -243,9 +279,20 @@ def _started(
     prompts: Prompts,
     pool: RewardPool,
     device: torch.device,
+    kept: str | None,
 ) -> Path:
-    """The folder of a model built from scratch, after its supervised start, made where there is none yet."""
+    """The folder of a model built from scratch, after its supervised start, made where there is none yet.
+
+    A resumed run, whose options may differ in what is free to change, has ``kept``, the name of its own.
+    """
     folder = cached_start(config, prompts, pool.kind)
+    if kept and (folder.parent / kept / "config.json").exists():
+        return folder.parent / kept
+    if kept and kept != folder.name:
+        raise ValueError(
+            f"the model that the run started from, {folder.parent / kept}, is not there, and with these options "
+            "another would be made; bring it back, restore the options, or set another name"
+        )
     if not (folder / "config.json").exists():
         config, alone = without_adapters(config), World(device=device)
         model = load_prepared(config, tokenizer, None, alone)

@@ -11,13 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from srft.batch import Group, Response
 from srft.config import Config
-from srft.data.prompts import Prompt
+from srft.data.prompts import Prompt, with_demo
 from srft.data.sampler import sample_seed
 from srft.data.templates import completion_text
 from srft.engine.base import Completion, Engine, Sampling
+from srft.engine.sampling import prompt_format
 from srft.methods import StepInfo
+from srft.policy.learner import Learner
 from srft.policy.parallel import ALONE, World
 from srft.rewards.pool import RewardPool
+
+# prompts with their demonstrations whose length is looked at, those of most tokens first
+_LESSONS = 64
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,43 @@ def _answered(config: Config, actor: Actor, own: list[tuple[int, Prompt]], now: 
             # of more demonstrations than are joined, others at every visit
             chosen = sorted(random.Random(seed(uid, -1)).sample(places, most))
             group.demos = [demonstration(group.prompt, place) for place in chosen]
+            if config.method.shows_demos:
+                form = prompt_format(config, actor.tokenizer)
+                shown_ids = [with_demo(group.prompt, place, form, config.method.show) for place in chosen]
+                for k, rollout in enumerate(group.rollouts):
+                    rollout.teacher_prompt_ids = shown_ids[k % len(shown_ids)]
     return groups
+
+
+def refuse_long_lessons(config: Config, learner: Learner, prompts: list[Prompt]) -> None:
+    """Check that a teacher can read the prompts with their demonstrations: those of most tokens.
+
+    Args:
+        config: The whole configuration.
+        learner: Holds the policy.
+        prompts: Those that are learned from.
+
+    Raises:
+        ValueError: When one with a completion is longer than the model's positions or a micro-batch.
+    """
+    form = prompt_format(config, learner.tokenizer)
+    pairs = [(p, i) for p in prompts for i in range(len(p.demo_ids))]
+    pairs.sort(key=lambda pair: len(pair[0].prompt_ids) + len(pair[0].demo_ids[pair[1]]), reverse=True)
+    lengths = [len(with_demo(p, i, form, config.method.show)) for p, i in pairs[:_LESSONS]]
+    longest = max(lengths) + config.rollout.max_new_tokens
+    # rotary positions of a model built from scratch go on beyond what its configuration was given
+    positions = getattr(learner.model.config.get_text_config(), "max_position_embeddings", None)
+    if config.model.name != "tiny" and positions is not None and longest > positions:
+        raise ValueError(
+            f"the teacher reads up to {longest} tokens, a prompt with its demonstration and a completion, and its "
+            f"model has positions for {positions}; set data.max_prompt_tokens or rollout.max_new_tokens lower with "
+            "data.overlong=skip, or method.teacher_prompt shorter"
+        )
+    if longest > config.microbatch_tokens:
+        raise ValueError(
+            f"the teacher reads up to {longest} tokens, a prompt with its demonstration and a completion; set "
+            f"train.tokens_per_microbatch to at least that, got {config.microbatch_tokens}"
+        )
 
 
 def _rollout(actor: Actor, prompt: Prompt, completion: Completion) -> Response:

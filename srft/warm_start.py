@@ -94,7 +94,8 @@ def cached_start(config: Config, prompts: Prompts, reward: str) -> Path:
     """
     train, rollout = config.train, config.rollout
     facts = [
-        _VERSION, config.model.model_dump(mode="json", exclude={"lora"}), train.seed, train.betas, train.grad_clip,
+        _VERSION, config.model.model_dump(mode="json", exclude={"lora", "reference"}),
+        train.seed, train.betas, train.grad_clip,
         config.microbatch_tokens, train.device, config.longest_sequence, rollout.max_new_tokens, rollout.stop,
         torch.__version__, reward, _digest_of_file(reward),
         [(p.prompt_ids, p.demo_ids) for p in prompts.start],

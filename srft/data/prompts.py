@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from srft.data.examples import Example
+from srft.data.messages import Message
 from srft.data.templates import PromptFormat, continue_prompt, opening
 
 
@@ -97,6 +98,30 @@ def build_prompts(
             "data.max_prompt_tokens or rollout.max_new_tokens, or set data.overlong=skip"
         )
     return built, counts
+
+
+def with_demo(
+    prompt: Prompt, place: int, form: PromptFormat, show: Callable[[str, str, bool], str]
+) -> list[int]:
+    """Return the tokens of a prompt into which one of its demonstrations is put.
+
+    Args:
+        prompt: Has more than ``place`` demonstrations.
+        place: Which of them, from 0.
+        form: How it is put to the policy.
+        show: Called as show(text, demonstration, is_chat) with the text of the prompt, of a conversation that of the
+            user's last turn; returns what stands in its place.
+    """
+    example = prompt.example
+    words, is_chat = example.prompt, form.uses_template(example.prompt)
+    if isinstance(words, str):
+        # a template strips what stands around the user's words
+        changed: str | list[Message] = show(words.strip() if is_chat else words, example.demos[place], is_chat)
+    else:
+        last = max(i for i, turn in enumerate(words) if turn["role"] == "user")
+        changed = [*words]
+        changed[last] = {**words[last], "content": show(words[last]["content"], example.demos[place], is_chat)}
+    return form.encode(form.render(example.id, changed), changed)
 
 
 def _closed(ids: list[int], end: int) -> list[int]:

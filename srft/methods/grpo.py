@@ -33,6 +33,14 @@ class Method(BaseMethod):
     rollout.max_new_tokens, or sum over all tokens divided by rollout.max_new_tokens."""
     entropy_coef: float = Field(0.0, ge=0)
     """Coefficient of the entropy bonus, weighted as the policy term."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Coefficient of the KL to the reference model, the estimate k3, weighted as the policy term; the paper of GRPO has
+    0.04, most recipes since have none."""
+
+    @property
+    def needs_ref(self) -> bool:
+        """For the KL."""
+        return self.kl_coef > 0
 
     def learn_from(self, group: Group) -> list[Response]:
         """Compare the rollouts with each other."""
@@ -44,6 +52,7 @@ class Method(BaseMethod):
             linear_grpo_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
             loss_type=self.loss_type, clip_low=self.clip_low, clip_high=self.clip_high,
             entropy_coef=self.entropy_coef, cu_seqlens=batch.loss_cu_seqlens,
+            ref_logprobs=batch.ref_logprobs, kl_coef=self.kl_coef,
             token_weights=token_weights(batch, update, self.aggregation) * update.scale("policy"),
             num_tokens=update.totals.rollout_tokens,
         )  # fmt: skip

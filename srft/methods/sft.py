@@ -1,4 +1,10 @@
-"""SFT: the likelihood of demonstrations."""
+"""SFT: the likelihood of demonstrations; on request held to a reference model.
+
+SFT_KL is a baseline of the SRFT paper (arXiv 2506.19767), which gives lambda = 0.2 for the KL between policy and base
+model. Direction and estimator are not stated. Here it is ``kl_coef`` times k3 of the demonstrations' own tokens,
+exp(ref - logp) - (ref - logp) - 1: 0 where the two models agree and positive elsewhere, but no unbiased estimate of the
+KL in either direction, since neither model has sampled these tokens.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +31,13 @@ class Method(BaseMethod):
     rollout.max_new_tokens, or sum over all tokens divided by rollout.max_new_tokens."""
     entropy_coef: float = Field(0.0, ge=0)
     """Coefficient of the entropy bonus, a mean over tokens."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Coefficient of the penalty k3 towards the reference model, weighted as the likelihood; 0.2 is SFT_KL."""
+
+    @property
+    def needs_ref(self) -> bool:
+        """For the KL."""
+        return self.kl_coef > 0
 
     def learn_from(self, group: Group) -> list[Response]:
         """Learn from the demonstrations, whatever their reward."""
@@ -34,7 +47,7 @@ class Method(BaseMethod):
         """Cross-entropy as REINFORCE with advantage 1, which also returns log-probabilities and entropy."""
         return partial(
             linear_grpo_loss, advantages=torch.ones_like(batch.advantages), loss_type="reinforce",
-            entropy_coef=self.entropy_coef,
+            entropy_coef=self.entropy_coef, ref_logprobs=batch.ref_logprobs, kl_coef=self.kl_coef,
             token_weights=token_weights(batch, update, self.aggregation) * update.scale("sft"),
             num_tokens=update.totals.demo_tokens,
         )  # fmt: skip

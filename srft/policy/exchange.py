@@ -11,8 +11,9 @@ from torch import Tensor
 from srft.batch import Response
 from srft.policy.parallel import World
 
-# of a response as numbers: its kind, cut or not, reward, advantage, tokens of prompt and response, log-probabilities
-_HEADER = 7
+# of a response as numbers: its kind, cut or not, reward, advantage, tokens of prompt, response and teacher's prompt,
+# log-probabilities
+_HEADER = 8
 
 
 class Exchange:
@@ -41,7 +42,8 @@ class Exchange:
 
     def _spread(self) -> None:
         rank, size = self._world.rank, self._world.size
-        sizes = self._world.gather([(len(s), _HEADER + len(s) + len(s.rollout_logprobs)) for s in self._own])
+        encoded = [_encoded(s) for s in self._own]
+        sizes = self._world.gather([(len(s), len(e)) for s, e in zip(self._own, encoded, strict=True)])
         goes_to = assignment([[tokens for tokens, _ in of_rank] for of_rank in sizes])
         # of this rank's responses, those for each rank; of each rank's, how many and how many numbers come here
         self._sent = [[i for i, to in enumerate(goes_to[rank]) if to == other] for other in range(size)]
@@ -50,7 +52,7 @@ class Exchange:
             sum(numbers for (_, numbers), to in zip(sizes[other], goes_to[other], strict=True) if to == rank)
             for other in range(size)
         ]
-        parts = [[x for i in each for x in _encoded(self._own[i])] for each in self._sent]
+        parts = [[x for i in each for x in encoded[i]] for each in self._sent]
         flat = torch.tensor([x for part in parts for x in part], dtype=torch.float64)
         self.held = _decoded(_all_to_all(self._world, flat, [len(part) for part in parts], numbers_here).tolist())
 
@@ -76,22 +78,24 @@ def assignment(lengths: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _encoded(s: Response) -> list[float]:
-    lengths = [len(s.prompt_ids), len(s.response_ids), len(s.rollout_logprobs)]
+    shown = s.teacher_prompt_ids or []
+    lengths = [len(s.prompt_ids), len(s.response_ids), len(shown), len(s.rollout_logprobs)]
     header = [s.is_demo, s.truncated, s.reward, s.advantage, *lengths]
-    return [*header, *s.prompt_ids, *s.response_ids, *s.rollout_logprobs]
+    return [*header, *s.prompt_ids, *s.response_ids, *shown, *s.rollout_logprobs]
 
 
 def _decoded(numbers: list[float]) -> list[Response]:
     found, at = [], 0
     while at < len(numbers):
         is_demo, truncated, reward, advantage, *counts = numbers[at : at + _HEADER]
-        prompt, response, logprobs = map(int, counts)
-        ids = [int(x) for x in numbers[at + _HEADER : at + _HEADER + prompt + response]]
-        end = at + _HEADER + prompt + response + logprobs
+        prompt, response, shown, logprobs = map(int, counts)
+        own = prompt + response
+        ids = [int(x) for x in numbers[at + _HEADER : at + _HEADER + own + shown]]
+        end = at + _HEADER + own + shown + logprobs
         found.append(
             Response(
-                ids[:prompt], ids[prompt:], bool(is_demo), bool(truncated), numbers[end - logprobs : end], "",
-                reward=reward, advantage=advantage,
+                ids[:prompt], ids[prompt:own], bool(is_demo), bool(truncated), numbers[end - logprobs : end], "",
+                reward=reward, advantage=advantage, teacher_prompt_ids=ids[own:] or None,
             )
         )  # fmt: skip
         at = end

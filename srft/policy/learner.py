@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.config import Config
 from srft.methods import StepInfo
+from srft.policy.frozen import NONE, Frozen
 from srft.policy.parallel import ALONE, World
 
 
@@ -36,6 +37,7 @@ class Learner:
         world: The ranks that it is trained on.
         skipped: How many updates in a row were left out.
         memory: What the method has noted for later steps; see ``StepInfo``.
+        frozen: Models beside the policy that are not trained.
     """
 
     config: Config
@@ -45,6 +47,7 @@ class Learner:
     world: World = ALONE
     skipped: Skipped = field(default_factory=Skipped)
     memory: dict[str, Any] = field(default_factory=dict)
+    frozen: Frozen = NONE
 
     def now(self, step: int) -> StepInfo:
         """Return what the method is told of a step.

@@ -110,7 +110,7 @@ def prove(model: PreTrainedModel, config: Config) -> Proof:
     """Compare packed training with the model's own unpacked forward and backward, in fp32 and in the run's dtype.
 
     Args:
-        model: From ``model.prepare_policy``; its gradients are dropped.
+        model: From ``model.prepare_policy``; its gradients are dropped. Of one that is frozen the forward alone.
         config: The whole configuration: longest sequence, tokens of a forward pass, dtype.
 
     Raises:
@@ -177,8 +177,10 @@ def _compare(model: PreTrainedModel, config: Config) -> tuple[dict[str, Gap], di
                 f"nats at most, where its own rounding gives {logprobs[name].noise.largest:.1g}; likely cause: "
                 f"{find_cause(model, sequences, dtype, logprobs[name].noise.allowed(floor))}"
             )
-    gradients = _compare_gradients(model, small, packed_small, dtypes)
-    _compare_router(model, config, small[-1])
+    gradients: dict[str, Gap] = {}
+    if any(p.requires_grad for p in model.parameters()):
+        gradients = _compare_gradients(model, small, packed_small, dtypes)
+        _compare_router(model, config, small[-1])
     return logprobs, gradients, [len(s) for s in sequences]
 
 

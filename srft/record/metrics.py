@@ -163,6 +163,8 @@ class _Sums(NamedTuple):
     entropy: tuple[tuple[float, int], tuple[float, int]]
     mismatch: tuple[float, int]
     largest_mismatch: float
+    # means over rollout tokens of what lies between policy and frozen models, by metric name
+    distances: dict[str, tuple[float, int]]
 
 
 def loss_metrics(
@@ -178,8 +180,9 @@ def loss_metrics(
         world: The ranks.
 
     Returns:
-        ``loss/*`` in nats, ``entropy/*`` in nats per token, the method's own, and the rollout mismatch in nats; the
-        same on every rank.
+        ``loss/*`` in nats, ``entropy/*`` in nats per token, the method's own, the rollout mismatch in nats, and
+        ``kl/reference`` and ``kl/teacher`` where there are such models: the mean of log p - log p of theirs over
+        rollout tokens, nats, an estimate of KL(policy || theirs). The same on every rank.
     """
     every = world.gather(_sums(batches, outputs))
     totals = update.totals
@@ -194,6 +197,10 @@ def loss_metrics(
     for kind, (source, tokens) in enumerate((("rollout", totals.rollout_tokens), ("demo", totals.demo_tokens))):
         if tokens:
             metrics[f"entropy/{source}"] = Figure(_mean([x.entropy[kind] for x in every]), weight=tokens)
+    for name in sorted({name for of_rank in every for name in of_rank.distances}):
+        parts = [of_rank.distances.get(name, (0.0, 0)) for of_rank in every]
+        if any(tokens for _, tokens in parts):
+            metrics[name] = Figure(_mean(parts), weight=totals.rollout_tokens)
     metrics |= _own_figures(method, terms, update, set(metrics))
     if totals.rollout_tokens:
         metrics["mismatch/mean"] = Figure(_mean([x.mismatch for x in every]), weight=totals.rollout_tokens)
@@ -204,6 +211,7 @@ def loss_metrics(
 def _sums(batches: list[Batch], outputs: list[PolicyLoss]) -> _Sums:
     terms: dict[str, float] = {}
     mismatch, entropy, is_demo = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    distances: dict[str, list[torch.Tensor]] = {}
     for batch, out in zip(batches, outputs, strict=True):
         for name, value in out.terms.items():
             terms[name] = terms.get(name, 0.0) + value.item()
@@ -213,12 +221,16 @@ def _sums(batches: list[Batch], outputs: list[PolicyLoss]) -> _Sums:
             sequence.entropy = out.entropy[place].mean().item()
         sampled_by = out.logprobs if batch.old_logprobs is None else batch.old_logprobs
         mismatch.append((sampled_by - batch.rollout_logprobs)[~batch.is_demo].abs().cpu())
+        for name, theirs in (("kl/reference", batch.ref_logprobs), ("kl/teacher", batch.teacher_logprobs)):
+            if theirs is not None:
+                distances.setdefault(name, []).append((sampled_by - theirs)[~batch.is_demo].cpu())
         entropy.append(out.entropy.cpu())
         is_demo.append(batch.is_demo.cpu())
     gaps, of_token, demo = torch.cat(mismatch), torch.cat(entropy), torch.cat(is_demo)
     return _Sums(
         sum(out.loss.item() for out in outputs), terms, (_mean_of(of_token[~demo]), _mean_of(of_token[demo])),
         _mean_of(gaps), gaps.max().item() if len(gaps) else 0.0,
+        {name: _mean_of(torch.cat(parts)) for name, parts in distances.items()},
     )  # fmt: skip
 
 

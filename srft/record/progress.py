@@ -84,6 +84,7 @@ class Progress:
             "config": to_toml(self._learner.config.without_resume()),
             "unlogged": self.unlogged,
             "data": self._data,
+            "start": self._learner.frozen.start,
         }
         self._checkpoints.save(self.step, state)
         self._saved_step = self.step
