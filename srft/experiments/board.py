@@ -89,6 +89,7 @@ class Board:
         now = time.monotonic()
         took = now - self._began.pop(run.key, now)
         self._ended.add(run.key)
+        self._drawn = 0.0
         if not result.error:
             self._learn_pace(run.arm, took / self._steps[run.key])
         came_to = f"error: {result.error}" if result.error else f"accuracy {result.final:.3f}, best {result.best:.3f}"
