@@ -129,7 +129,9 @@ def make_prompts(
     notes = [f"{len(problems.train)} training and {len(problems.held_out)} held-out problems from {data.train}"]
     pool.prewarm()
     with_demos = _needs_own_demos(config) or warm_starts(config)
-    examples, held_out, left_out = _judged(config, problems, pool, world, with_demos=with_demos)
+    # of two sets of demonstrations the one that is trained on is to be wrong, and not that of the warm start
+    bad_demos = "keep" if data.demos and data.bad_demos == "only" else data.bad_demos
+    examples, held_out, left_out = _judged(config, problems, pool, world, with_demos, bad_demos)
     prompts, held_out_prompts, changed = _encoded(config, examples, held_out, tokenizer)
     prompts, lacking = _with_enough_demos(config, prompts)
     notes += left_out + changed + lacking
@@ -137,7 +139,7 @@ def make_prompts(
     if data.demos:
         notes.append(f"{len(problems.demos)} problems with demonstrations from {data.demos}")
         alone = replace(problems, train=problems.demos, held_out=[])
-        examples, _, left_out = _judged(config, alone, pool, world, with_demos=True)
+        examples, _, left_out = _judged(config, alone, pool, world, True, data.bad_demos)
         shown, _, changed = _encoded(config, examples, [], tokenizer)
         notes += left_out + changed
     start = prompts if any(p.demo_ids for p in prompts) else shown
@@ -170,13 +172,14 @@ def make_prompts(
 
 
 def _judged(
-    config: Config, problems: Problems, pool: RewardPool, world: World, *, with_demos: bool
+    config: Config, problems: Problems, pool: RewardPool, world: World, with_demos: bool, bad_demos: str
 ) -> tuple[list[Example], list[Example], list[str]]:
     """Training and held-out examples that can be judged, with the demonstrations in use, and what was left out."""
     notes, examples = [], problems.train
-    checked = with_demos and config.data.bad_demos != "keep"
+    checked = with_demos and bad_demos != "keep"
     # a demonstration that is accepted shows that the answer can be read
-    unreadable = _unreadable(config, [e for e in examples if not (checked and e.demos)], pool, world)
+    shows = checked and bad_demos != "only"
+    unreadable = _unreadable(config, [e for e in examples if not (shows and e.demos)], pool, world)
     unreadable_held_out = _unreadable(config, problems.held_out, pool, world)
     examples = [e for e in examples if e.id not in unreadable]
     held_out = [e for e in problems.held_out if e.id not in unreadable_held_out]
@@ -184,10 +187,10 @@ def _judged(
         notes.append(f"{left_out} rows skipped whose answer {pool.kind!r} cannot read")
     if checked:
         asked = examples
-        examples, dropped = _accepted(examples, pool, config.data.bad_demos, world)
+        examples, dropped = _accepted(examples, pool, bad_demos, world)
         if dropped:
-            rows = len(asked) - len(examples)
-            notes.append(f"{rows} rows skipped whose demonstration fails its verifier, of {dropped} demonstrations")
+            rows, does = len(asked) - len(examples), "passes" if bad_demos == "only" else "fails"
+            notes.append(f"{rows} rows skipped whose demonstration {does} its verifier, of {dropped} demonstrations")
     if not with_demos:
         examples = [replace(e, demos=[]) for e in examples]
     return examples, held_out, notes
@@ -209,7 +212,7 @@ def _unreadable(config: Config, examples: list[Example], pool: RewardPool, world
 def _accepted(
     examples: list[Example], pool: RewardPool, bad_demos: str, world: World
 ) -> tuple[list[Example], int]:
-    """The examples with the demonstrations that their verifier accepts, and how many it does not."""
+    """The examples with the demonstrations that ``bad_demos`` lets pass, and how many it does not."""
     bad = {demo for part in world.gather(check_demos(world.own(examples), pool)) for demo in part}
     if bad and bad_demos == "error":
         first, at = next((e, i) for e in examples for i in range(len(e.demos)) if (e.id, i) in bad)
@@ -221,6 +224,13 @@ def _accepted(
             f"{first.id} (answer {first.answer!r}, {outcome}); "
             "fix them, or set data.bad_demos=skip (or keep), or another reward.kind"
         )
+    if bad_demos == "only":
+        every = {(e.id, i) for e in examples for i in range(len(e.demos))}
+        if not bad:
+            raise ValueError(
+                f"data.bad_demos=only, but {pool.kind!r} accepts all {len(every)} demonstrations; set it to error"
+            )
+        bad = every - bad
     kept = [replace(e, demos=[d for i, d in enumerate(e.demos) if (e.id, i) not in bad]) for e in examples]
     return [new for new, old in zip(kept, examples, strict=True) if new.demos or not old.demos], len(bad)
 

@@ -54,8 +54,8 @@ class DataConfig(Section):
     """Options of the task that data.demos names."""
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with a row that lacks its prompt, answer or demonstration; skipped rows are reported."""
-    bad_demos: Literal["error", "skip", "keep"] = "error"
-    """What to do with a demonstration that its own verifier does not accept."""
+    bad_demos: Literal["error", "skip", "keep", "only"] = "error"
+    """What to do with a demonstration that its own verifier does not accept; "only" takes no others."""
     corrupt_demos: float = Field(0.0, ge=0, le=1)
     """Share of demonstrations that are made imperfect on purpose: always the same ones of a seed, and those of a
     smaller share among them. The warm start and data.bad_demos take them as they were; they are judged as they are."""

@@ -22,6 +22,7 @@ from srft.section import Section
 SUITES = Path(__file__).parent / "suites"
 Quantity = Literal["prompts", "sampled_tokens", "trained_tokens", "updates", "flops", "seconds"]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_LEFT_BY_A_RUN = {"model": "model", "samples": "samples.jsonl"}
 # what a suite may change: one worker judges as much as a run on one core asks, and pages are drawn when one is wanted
 _CHEAP = ("reward.workers=1", "train.page=false")
 
@@ -31,9 +32,10 @@ class FromRun(Section):
 
     arm: str
     """The other arm."""
-    options: dict[str, Annotated[str, Field(pattern="^(model|mean:.+)$")]]
-    """Dotted option = "mean:<metric>", its mean over the steps of that run, or "model", the folder of the model that it
-    ended with: then the arm goes on where the other ended, and its curves and budgets have both."""
+    options: dict[str, Annotated[str, Field(pattern="^(model|samples|mean:.+)$")]]
+    """Dotted option = "mean:<metric>", its mean over the steps of that run; "samples", the file of the samples that it
+    kept, as for data.demos; or "model", the folder of the model that it ended with: then the arm goes on where the
+    other ended, and its curves and budgets have both."""
 
 
 class Arm(Section):
@@ -118,13 +120,16 @@ class Run:
         taken = []
         for option, what in self.borrowed.items():
             assert self.source is not None
+            if what in _LEFT_BY_A_RUN:
+                taken.append(f"{option}={self.source.folder / _LEFT_BY_A_RUN[what]}")
+                continue
             metric = what.removeprefix("mean:")
-            if what != "model" and metric not in means:
+            if metric not in means:
                 raise ValueError(
                     f"{option} of arm {self.arm} is the mean of {metric}, which arm {self.source.arm} does not log; "
                     f"it logs {', '.join(sorted(means))}"
                 )
-            taken.append(f"{option}={self.source.folder / 'model' if what == 'model' else repr(means[metric])}")
+            taken.append(f"{option}={means[metric]!r}")
         place = [f"name={self.folder.name}", f"runs_dir={self.folder.parent}", "train.resume=true"]
         return [*self.words, *taken, *self.last_words, *place]
 
@@ -208,7 +213,7 @@ def plan_runs(suite: Suite, path: Path, words: Sequence[str], seeds: Sequence[in
         source = make(arm.from_run.arm, seed, (*waiting, name)) if arm.from_run else None
         borrowed = dict(arm.from_run.options) if arm.from_run else {}
         own, after = (*_CHEAP, *base, *arm.options), (*last, f"train.seed={seed}")
-        unknown = [f"{option}={'model' if what == 'model' else 1}" for option, what in borrowed.items()]
+        unknown = [f"{option}={what if what in _LEFT_BY_A_RUN else 1}" for option, what in borrowed.items()]
         try:
             config = load_config([*own, *unknown, *after])
             _refuse_missing(config, borrowed)
@@ -230,7 +235,7 @@ def plan_runs(suite: Suite, path: Path, words: Sequence[str], seeds: Sequence[in
 def _refuse_missing(config: Config, borrowed: Mapping[str, str]) -> None:
     """Look for the files and folders that the options name, which a run would miss only once it has begun."""
     data, model = config.data, config.model
-    sources = {"data.train": data.train, "data.eval": data.eval}
+    sources = {"data.train": data.train, "data.eval": data.eval, "data.demos": data.demos}
     named = {option: name for option, name in sources.items() if name and is_local(name)}
     # what does not begin so may be a hub id
     folders = {"model.name": model.name, "model.tokenizer": model.tokenizer}
@@ -250,6 +255,7 @@ def _identity(config: Config, borrowed: Mapping[str, str], source: Run | None, d
     places = {"name": "run", "runs_dir": Path("runs"), "cache_dir": Path("cache")}
     plain = config.without_resume().model_copy(update=places)
     files = [config.data.train, config.data.eval or "", config.reward.kind.rpartition(":")[0]]
+    files += [config.data.demos] if config.data.demos else []
     facts = [
         plain.model_dump(mode="json", exclude_defaults=True), config.method.file_text,
         [_digest_of_file(file, digests) for file in files],

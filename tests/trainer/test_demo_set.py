@@ -123,6 +123,35 @@ def test_every_method_that_allows_it_takes_them(name: str) -> None:
     assert any(response.is_demo for response in taken)
 
 
+def test_only_wrong_demonstrations(prompts_of: Callable, tmp_path: Path) -> None:
+    """Of the set: those that are right go, an answer that cannot be read is none that is wrong, and prompts stay."""
+    config = config_for(tmp_path, data__bad_demos="only", data__bad_rows="skip")
+    rows = [{"q": f"{a}+1=", "answer": str(a + 1), "how": [f"#{a + 1}", f"#{a + 2}"]} for a in range(20)]
+    rows[3]["how"], rows[4]["answer"] = ["#4"], "none"
+    written(tmp_path / "shown.jsonl", rows)
+    found = prompts_of(config)
+    wanted = [[f"#{a + 2}"] for a in range(20) if a not in (3, 4)]
+    assert [p.example.demos for p in found.demos] == wanted and len(found.train) == 27
+    assert "1 rows skipped whose answer" in found.note
+    assert found.note.endswith("1 rows skipped whose demonstration passes its verifier, of 19 demonstrations")
+    written(tmp_path / "shown.jsonl", rows[3:4] * 9)
+    with pytest.raises(ValueError, match="'numeric' accepts all 9 demonstrations; set it to error"):
+        prompts_of(config)
+
+
+def test_samples_of_a_run_are_shown_to_another(tmp_path: Path) -> None:
+    """The file in which a run keeps some of them is a set of demonstrations, here of those that are wrong."""
+    small = {"train__steps": 2, "model__warm_start__max_steps": 20}
+    weak = train(tmp_path, name="weak", method__name="grpo", **small)
+    run = train(
+        tmp_path, data__demos=weak / "samples.jsonl", data__demo_columns__demo="completion", data__bad_demos="only",
+        data__bad_rows="skip", data__overlong="skip", **small,
+    )  # fmt: skip
+    said = {row["completion"] for row in read_lines(weak / "samples.jsonl") if not row["reward"]}
+    shown = [row for row in read_lines(run / "samples.jsonl") if row["demo"]]
+    assert shown and {row["completion"] for row in shown} <= said and not any(row["reward"] for row in shown)
+
+
 COUNTS = """
 from srft.methods import Figure, srft
 class Method(srft.Method):

@@ -68,6 +68,17 @@ def test_options_of_a_run(tmp_path: Path) -> None:
     assert runs["after", 0].goes_on and not runs["average", 0].goes_on
 
 
+def test_samples_of_another_run_are_demonstrations(tmp_path: Path) -> None:
+    """Those of the same seed, by the file in which that run keeps them; the arm does not go on from it."""
+    text = HEAD + (
+        "[arms]\naware = []\nweak = {options = ['method.name=grpo'], hidden = true}\n"
+        "[arms.shown]\nfrom_run = {arm = 'weak', options = {'data.demos' = 'samples'}}\n"
+    )
+    runs = {(run.arm, run.seed): run for run in plan(tmp_path, text=text)}
+    shown = runs["shown", 1]
+    assert f"data.demos={runs['weak', 1].folder / 'samples.jsonl'}" in shown.command({}) and not shown.goes_on
+
+
 def test_a_recipe_takes_the_place_of_the_base(tmp_path: Path) -> None:
     """One of the command line does, and one in the base is found beside the suite."""
     (tmp_path / "recipe.toml").write_text("[train]\nprompts_per_step = 6\n")
@@ -116,11 +127,12 @@ def test_a_metric_that_the_source_lacks(tmp_path: Path) -> None:
         (HEAD + '[arms]\naware = []\nb = ["train.step=3"]\n', "arm b: unknown option train.step; did you mean"),
         (HEAD + f"[arms]\naware = []\nb = {BORROWS.format('aware').replace('train.lr', 'train.x')}\n", "arm b: unkn"),
         (HEAD + '[arms]\naware = []\nb = ["data.train=no/such.jsonl"]\n', "data.train=no/such.jsonl: there is no"),
+        (HEAD + '[arms]\naware = []\nb = ["data.demos=no/such.jsonl"]\n', "data.demos=no/such.jsonl: there is no"),
         (HEAD + '[arms]\naware = []\nb = ["model.name=./none"]\n', "arm b: model.name=./none: there is no such"),
         (HEAD + '[arms]\naware = []\nb = ["reward.kind=numerical"]\n', "arm b: unknown reward"),
     ],
     ids=["question", "reference", "source", "what", "hidden", "name", "equal", "toml", "circle", "option", "borrowed",
-         "data", "model", "reward"],
+         "data", "demos", "model", "reward"],
 )  # fmt: skip
 def test_what_is_wrong_is_told_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
