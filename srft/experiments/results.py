@@ -26,7 +26,7 @@ class Budget(Section):
     """What a run was given, with all that it started from."""
 
     prompts: int
-    """Prompts drawn."""
+    """Prompts drawn, those that gave way to others included."""
     sampled_tokens: int
     """Tokens of its rollouts; evaluation is not counted."""
     trained_tokens: int
@@ -185,13 +185,13 @@ def _about(folder: Path) -> dict[str, Any]:
 
 def _budget(run: Run) -> Budget:
     rows = [row for row in _rows(run) if row["step"] > 0]
-    sampled, trained, updates = (
-        int(sum(row.get(name) or 0 for row in rows)) for name in ("tokens/sampled", "tokens/trained", "updates/made")
-    )
+    counted = ("tokens/sampled", "tokens/trained", "updates/made", "groups/resampled")
+    sampled, trained, updates, resampled = (int(sum(row.get(name) or 0 for row in rows)) for name in counted)
     parameters = _about(run.folder)["summary"]["parameters"]
     return Budget(
-        prompts=len(rows) * run.config.train.prompts_per_step, sampled_tokens=sampled, trained_tokens=trained,
-        updates=updates, flops=parameters * (6.0 * trained + 2.0 * sampled), seconds=rows[-1]["time/elapsed"],
+        prompts=len(rows) * run.config.train.prompts_per_step + resampled, sampled_tokens=sampled,
+        trained_tokens=trained, updates=updates, flops=parameters * (6.0 * trained + 2.0 * sampled),
+        seconds=rows[-1]["time/elapsed"],
     )  # fmt: skip
 
 

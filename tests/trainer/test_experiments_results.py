@@ -58,13 +58,15 @@ def rows(*, steps: int, accuracy: float, entropy: float | None, sampled: int) ->
 
 def test_what_a_run_comes_to(tmp_path: Path) -> None:
     """Accuracies, entropies, means over its steps, and budgets as they are defined."""
-    got = summarise(run_folder(tmp_path, "a", rows(steps=4, accuracy=0.6, entropy=0.5, sampled=20)), threads=2)
+    lines = rows(steps=4, accuracy=0.6, entropy=0.5, sampled=20)
+    lines[2]["groups/resampled"] = 3
+    got = summarise(run_folder(tmp_path, "a", lines), threads=2)
     assert got.evaluations == [(0, 0.1), (4, 0.6)] and (got.final, got.best, got.steps) == (0.6, 0.6, 4)
     assert got.area == pytest.approx(0.35)
     assert got.entropy == pytest.approx((0.5, 1.25, 2.0))
     assert got.means["weight/sft"] == pytest.approx(0.25)
     assert got.budget == Budget(
-        prompts=16, sampled_tokens=80, trained_tokens=120, updates=8, flops=100 * (6 * 120 + 2 * 80), seconds=4
+        prompts=4 * 4 + 3, sampled_tokens=80, trained_tokens=120, updates=8, flops=100 * (6 * 120 + 2 * 80), seconds=4
     )
     assert (got.threads, got.commit, got.error) == (2, "abc", "")
 
