@@ -22,9 +22,10 @@ class Response:
     Args:
         prompt_ids: Tokens of the prompt, at least one.
         response_ids: Tokens of the response, its end token included when it ended; at least one.
-        is_demo: Whether it is a demonstration.
+        is_demo: Whether it is a demonstration, from end to end.
         truncated: Whether the length limit cut it.
-        rollout_logprobs: The engine's log-probabilities of ``response_ids``; empty for a demonstration.
+        rollout_logprobs: The engine's log-probabilities of ``response_ids``, 0 on tokens of a demonstration; empty for
+            a demonstration.
         text: The response as text.
         reward: What the verifier gave it.
         status: How the verification ended: "ok", "unjudged", "timeout", "error" or "bad_gold".
@@ -36,6 +37,8 @@ class Response:
         ref_logprobs: Log-probabilities of the reference model; None where the method does not need them.
         teacher_logprobs: Those of the teacher, 0 on a demonstration; None where the method has no teacher.
         teacher_prompt_ids: What the teacher reads in place of ``prompt_ids``; None: the same.
+        prefix_tokens: Tokens of a demonstration with which a rollout begins; fewer than it has.
+        prefix_advantage: Filled in by the method: the advantage of these tokens.
     """
 
     prompt_ids: list[int]
@@ -54,6 +57,15 @@ class Response:
     ref_logprobs: Tensor | None = None
     teacher_logprobs: Tensor | None = None
     teacher_prompt_ids: list[int] | None = None
+    prefix_tokens: int = 0
+    prefix_advantage: float = 0.0
+
+    @property
+    def parts(self) -> list[tuple[bool, int]]:
+        """What it consists of, in order: whether that is of a demonstration, and how many tokens it has."""
+        if not self.prefix_tokens:
+            return [(self.is_demo, len(self.response_ids))]
+        return [(True, self.prefix_tokens), (False, len(self.response_ids) - self.prefix_tokens)]
 
     @property
     def is_correct(self) -> bool:
@@ -82,6 +94,8 @@ class Group:
 @dataclass(frozen=True)
 class Totals:
     """Counts over one optimizer update, all micro-batches together: the denominators of its loss terms.
+
+    A rollout that begins with tokens of a demonstration is one of each kind, each with its own tokens.
 
     Args:
         rollout_tokens: Response tokens of rollouts.
@@ -114,7 +128,7 @@ class Batch:
         labels: [N] int64, the counted tokens.
         loss_cu_seqlens: [B+1] int32 on the CPU, bounds of the responses in N.
         advantages: [N] fp32.
-        is_demo: [N] bool.
+        is_demo: [N] bool, whether a token is of a demonstration, those with which rollouts begin among them.
         is_correct: [N] bool.
         rollout_logprobs: [N] fp32, the engine's; 0 on demonstrations.
         old_logprobs: [N] fp32, or None when the current policy is the one that sampled.
@@ -156,11 +170,11 @@ def count(sequences: Sequence[Response]) -> Totals:
     Args:
         sequences: Everything that one optimizer update learns from.
     """
-    rollouts = [s for s in sequences if not s.is_demo]
-    demos = [s for s in sequences if s.is_demo]
+    parts = [part for s in sequences for part in s.parts]
+    rollouts, demos = ([tokens for of_demo, tokens in parts if of_demo is kind] for kind in (False, True))
     return Totals(
-        rollout_tokens=sum(len(s.response_ids) for s in rollouts),
-        demo_tokens=sum(len(s.response_ids) for s in demos),
+        rollout_tokens=sum(rollouts),
+        demo_tokens=sum(demos),
         rollout_sequences=len(rollouts),
         demo_sequences=len(demos),
     )
@@ -225,6 +239,12 @@ def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
     def per_token(values: list[float] | list[bool], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).repeat_interleave(responses).to(device)
 
+    parts = [(*part, s) for s in sequences for part in s.parts]
+
+    def per_part(values: list[float] | list[bool], dtype: torch.dtype) -> Tensor:
+        tokens = torch.tensor([tokens for _, tokens, _ in parts])
+        return torch.tensor(values, dtype=dtype).repeat_interleave(tokens).to(device)
+
     flat_logprobs = [x for s in sequences for x in (s.rollout_logprobs or [0.0] * len(s.response_ids))]
 
     def known(name: str) -> Tensor | None:
@@ -241,8 +261,10 @@ def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
         loss_rows=loss_rows.to(device),
         labels=torch.tensor([t for s in sequences for t in s.response_ids], device=device),
         loss_cu_seqlens=_bounds(responses),
-        advantages=per_token([s.advantage for s in sequences], torch.float32),
-        is_demo=per_token([s.is_demo for s in sequences], torch.bool),
+        advantages=per_part(
+            [s.prefix_advantage if of_demo and not s.is_demo else s.advantage for of_demo, _, s in parts], torch.float32
+        ),
+        is_demo=per_part([of_demo for of_demo, _, _ in parts], torch.bool),
         is_correct=per_token([s.is_correct for s in sequences], torch.bool),
         rollout_logprobs=torch.tensor(flat_logprobs, dtype=torch.float32, device=device),
         old_logprobs=known("old_logprobs"),

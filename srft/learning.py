@@ -47,8 +47,8 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
     exchanges = [
         Exchange(world, assign_advantages(part, config.method)) for part in _parts(learner, groups)
     ]
+    held = [s for exchange in exchanges for s in exchange.held]
     if len(exchanges) > 1:
-        held = [s for exchange in exchanges for s in exchange.held]
         remember_old_logprobs(learner, held)
         remember_frozen(learner, held)
     figures = [
@@ -56,9 +56,12 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
     ]
     for exchange in exchanges:
         exchange.return_entropies()
+    if more := config.method.further(groups, now, world.gather):
+        held += (own := world.own(more))
+        figures.append(update(learner, own, step))
     if not figures:
         return {}
-    trained = sum(len(s) for exchange in exchanges for s in exchange.held)
+    trained = sum(map(len, held))
     return combined(figures) | {"updates/made": len(figures), "tokens/trained": int(world.sum([trained])[0])}
 
 

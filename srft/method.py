@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -162,6 +163,29 @@ class BaseMethod(Section, ABC):
             now: The step.
         """
         return False
+
+    def prefixes(self, demo_ids: Sequence[int], rollouts: int, now: StepInfo, rng: Random) -> list[int]:
+        """Return with how many tokens of a demonstration of its prompt each rollout begins: 0 to all but the last.
+
+        The policy goes on from there to the end or to ``max_new_tokens`` in all; rollout and prefix are judged as one.
+
+        Args:
+            demo_ids: The demonstration, its end token included.
+            rollouts: Of the prompt.
+            now: The step.
+            rng: Seeded by run, step and prompt.
+        """
+        return [0] * rollouts
+
+    def further(self, groups: Sequence[Group], now: StepInfo, gather: Callable[[Any], list[Any]]) -> list[Response]:
+        """Return what one more update of the step learns from, after those of its groups; the same on every rank.
+
+        Args:
+            groups: This rank's, judged.
+            now: The step.
+            gather: Returns what every rank calls it with, by rank.
+        """
+        return []
 
     def note(self, row: Mapping[str, float], now: StepInfo) -> None:
         """Note in ``now.memory`` what later steps go by.

@@ -110,10 +110,16 @@ def _answered(config: Config, actor: Actor, own: list[tuple[int, Prompt]], now: 
 
     wants_rollouts, wants_demos = config.method.asks(now)
     if wants_rollouts:
-        seeds = [[seed(uid, k) for k in range(config.train.rollouts_per_prompt)] for uid in uids]
-        answers = actor.engine.generate([p.prompt_ids for _, p in own], actor.sampling, seeds)
-        for group, completions in zip(groups, answers, strict=True):
-            group.rollouts = [_rollout(actor, group.prompt, completion) for completion in completions]
+        begun = [
+            (group, uid, begin, samples)
+            for group, uid in zip(groups, uids, strict=True)
+            for begin, samples in _beginnings(config, group.prompt, now, random.Random(seed(uid, -1)))
+        ]
+        prompt_ids = [group.prompt.prompt_ids + begin for group, _, begin, _ in begun]
+        seeds = [[seed(uid, k) for k in samples] for _, uid, _, samples in begun]
+        answers = actor.engine.generate(prompt_ids, actor.sampling, seeds)
+        for (group, _, begin, _), completions in zip(begun, answers, strict=True):
+            group.rollouts += [_rollout(actor, group.prompt, begin, completion) for completion in completions]
     if wants_demos and not config.data.demos:
         for group, uid in zip(groups, uids, strict=True):
             places, most = range(len(group.prompt.demo_ids)), config.train.demos_per_prompt
@@ -159,11 +165,31 @@ def refuse_long_lessons(config: Config, learner: Learner, prompts: list[Prompt])
         )
 
 
-def _rollout(actor: Actor, prompt: Prompt, completion: Completion) -> Response:
-    text = completion_text(actor.tokenizer, completion.token_ids, prompt.opened, actor.sampling.stop)
+def _beginnings(
+    config: Config, prompt: Prompt, now: StepInfo, rng: random.Random
+) -> list[tuple[list[int], list[int]]]:
+    """With which tokens of a demonstration a prompt's rollouts begin, mostly none, and which of them do."""
+    rollouts = config.train.rollouts_per_prompt
+    demo = rng.choice(prompt.demo_ids) if prompt.demo_ids else []
+    lengths = config.method.prefixes(demo, rollouts, now, rng) if demo else [0] * rollouts
+    if len(lengths) != rollouts or not all(0 <= n < max(1, len(demo)) for n in lengths):
+        raise ValueError(
+            f"prefixes of method.name={config.method.name} must return {rollouts} numbers of tokens from 0 to "
+            f"{len(demo) - 1}, all but the last of the demonstration, got {lengths}"
+        )
+    return [(demo[:n], [k for k in range(rollouts) if lengths[k] == n]) for n in dict.fromkeys(lengths)]
+
+
+def _rollout(actor: Actor, prompt: Prompt, begin: list[int], completion: Completion) -> Response:
+    # the limit is that of prefix and completion together, and the engine knows of the latter alone
+    room = actor.sampling.max_new_tokens - len(begin)
+    response_ids = begin + completion.token_ids[:room]
     return Response(
-        prompt.prompt_ids, completion.token_ids, is_demo=False, truncated=completion.finish == "length",
-        rollout_logprobs=completion.logprobs, text=text,
+        prompt.prompt_ids, response_ids, is_demo=False,
+        truncated=completion.finish == "length" or len(completion.token_ids) > room,
+        rollout_logprobs=[0.0] * len(begin) + completion.logprobs[:room],
+        text=completion_text(actor.tokenizer, response_ids, prompt.opened, actor.sampling.stop),
+        prefix_tokens=len(begin),
     )  # fmt: skip
 
 

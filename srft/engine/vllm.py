@@ -116,12 +116,13 @@ class VllmEngine:
         """Draw ``len(seeds[p])`` completions of prompt ``p``, sample ``k`` from ``seeds[p][k]`` alone.
 
         Args:
-            prompts: Token ids, none empty.
+            prompts: Token ids, none empty. Where a prompt leaves less room than ``sampling.max_new_tokens``, its
+                completions are cut at ``max_model_len`` in all.
             sampling: How to draw; the temperature is 0 or in [0.01, 2], which is what vLLM can do.
             seeds: One list per prompt, each seed in [0, 2**63).
 
         Raises:
-            ValueError: On an argument out of its range, a prompt that leaves no room for the completion, or stop
+            ValueError: On an argument out of its range, a prompt that leaves no room for a token, or stop
                 texts without a tokenizer.
             EngineError: When vLLM fails.
         """
@@ -137,7 +138,7 @@ class VllmEngine:
             raise ValueError(f"max_new_tokens must be > 0, got {sampling.max_new_tokens}")
         if any(not 0 <= seed < 2**63 for row in seeds for seed in row):
             raise ValueError("every seed must be in [0, 2**63); reduce it modulo 2**63")
-        self._check_tokens("prompt", prompts, self.max_model_len - sampling.max_new_tokens)
+        self._check_tokens("prompt", prompts, self.max_model_len - 1)
         reply = self._child.call(
             "generate",
             prompts=prompts,

@@ -100,7 +100,8 @@ def token_weights(batch: Batch, update: UpdateInfo, how: Aggregation, *, togethe
     """Turn an aggregation into a factor of each token, for a term that is divided by the number of tokens of its kind.
 
     A weight of 1 gives the mean over tokens. The other aggregations divide by something else, which their weights
-    make up for; tokens and sequences are counted over the whole update.
+    make up for; tokens and sequences are counted over the whole update, the part of a rollout that is of a
+    demonstration as a sequence of its own.
 
     Args:
         batch: One micro-batch.
@@ -121,17 +122,17 @@ def token_weights(batch: Batch, update: UpdateInfo, how: Aggregation, *, togethe
     if together:
         counts = dict.fromkeys(counts, (totals.tokens, totals.rollout_sequences + totals.demo_sequences))
 
-    def weight(response: Response) -> float:
-        tokens, sequences = counts[response.is_demo]
+    def weight(of_demo: bool, own: int) -> float:
+        tokens, sequences = counts[of_demo]
         if how == "token-mean":
             return 1.0
         if how == "sum":
             return tokens / update.max_new_tokens
-        length = len(response.response_ids) if how == "sequence-mean" else update.max_new_tokens
-        return tokens / max(1, sequences) / length
+        return tokens / max(1, sequences) / (own if how == "sequence-mean" else update.max_new_tokens)
 
-    weights = torch.tensor([weight(response) for response in batch.sequences], dtype=torch.float32)
-    return weights.repeat_interleave(batch.loss_cu_seqlens.diff()).to(batch.labels.device)
+    parts = [part for response in batch.sequences for part in response.parts]
+    weights = torch.tensor([weight(*part) for part in parts], dtype=torch.float32)
+    return weights.repeat_interleave(torch.tensor([tokens for _, tokens in parts])).to(batch.labels.device)
 
 
 def clip_share(terms: Mapping[str, float], update: UpdateInfo) -> Figure:

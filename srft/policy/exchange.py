@@ -11,9 +11,9 @@ from torch import Tensor
 from srft.batch import Response
 from srft.policy.parallel import World
 
-# of a response as numbers: its kind, cut or not, reward, advantage, tokens of prompt, response and teacher's prompt,
-# log-probabilities
-_HEADER = 8
+# of a response as numbers: its kind, cut or not, reward, advantage, that of its prefix, tokens of prefix, prompt,
+# response and teacher's prompt, log-probabilities
+_HEADER = 10
 
 
 class Exchange:
@@ -80,22 +80,23 @@ def assignment(lengths: Sequence[Sequence[int]]) -> list[list[int]]:
 def _encoded(s: Response) -> list[float]:
     shown = s.teacher_prompt_ids or []
     lengths = [len(s.prompt_ids), len(s.response_ids), len(shown), len(s.rollout_logprobs)]
-    header = [s.is_demo, s.truncated, s.reward, s.advantage, *lengths]
+    header = [s.is_demo, s.truncated, s.reward, s.advantage, s.prefix_advantage, s.prefix_tokens, *lengths]
     return [*header, *s.prompt_ids, *s.response_ids, *shown, *s.rollout_logprobs]
 
 
 def _decoded(numbers: list[float]) -> list[Response]:
     found, at = [], 0
     while at < len(numbers):
-        is_demo, truncated, reward, advantage, *counts = numbers[at : at + _HEADER]
-        prompt, response, shown, logprobs = map(int, counts)
+        is_demo, truncated, reward, advantage, of_prefix, *counts = numbers[at : at + _HEADER]
+        prefix, prompt, response, shown, logprobs = map(int, counts)
         own = prompt + response
         ids = [int(x) for x in numbers[at + _HEADER : at + _HEADER + own + shown]]
         end = at + _HEADER + own + shown + logprobs
         found.append(
             Response(
                 ids[:prompt], ids[prompt:own], bool(is_demo), bool(truncated), numbers[end - logprobs : end], "",
-                reward=reward, advantage=advantage, teacher_prompt_ids=ids[own:] or None,
+                reward=reward, advantage=advantage, teacher_prompt_ids=ids[own:] or None, prefix_tokens=prefix,
+                prefix_advantage=of_prefix,
             )
         )  # fmt: skip
         at = end

@@ -89,10 +89,13 @@ class _Outcome(NamedTuple):
     truncated: bool
     tokens: int
     response_tokens: int
+    prefix_tokens: int
 
 
 def _outcome(s: Response) -> _Outcome:
-    return _Outcome(s.reward, s.status, s.is_correct, s.is_judged, s.truncated, len(s), len(s.response_ids))
+    return _Outcome(
+        s.reward, s.status, s.is_correct, s.is_judged, s.truncated, len(s), len(s.response_ids), s.prefix_tokens
+    )
 
 
 def _outcomes(groups: Sequence[Group]) -> list[tuple[list[_Outcome], list[_Outcome]]]:
@@ -141,11 +144,15 @@ def group_metrics(
             "length/truncated": sum(s.truncated for s in rollouts) / len(rollouts),
             "groups/resampled": len(every) - len(taken),
         }
+    if any(s.prefix_tokens for s in rollouts):
+        metrics["length/prefix"] = sum(s.prefix_tokens for s in rollouts) / len(rollouts)
+        if unaided := [s.reward for s in rollouts if s.is_judged and not s.prefix_tokens]:
+            metrics["reward/unaided"] = sum(unaided) / len(unaided)
     everything = rollouts + demos
     metrics["reward/unjudged"] = sum(not s.is_judged for s in everything)
     metrics["reward/timeouts"] = sum(s.status == "timeout" for s in everything)
     metrics["reward/errors"] = sum(s.status in ("error", "bad_gold") for s in everything)
-    metrics["tokens/sampled"] = sum(s.response_tokens for s in rollouts)
+    metrics["tokens/sampled"] = sum(s.response_tokens - s.prefix_tokens for s in rollouts)
     passed_on = [s for both in taken for of_kind in both for s in of_kind]
     metrics["tokens/step"] = sum(s.tokens for s in passed_on)
     metrics["tokens/counted"] = sum(s.response_tokens for s in passed_on)

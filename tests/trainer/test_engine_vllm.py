@@ -115,6 +115,13 @@ def test_same_seeds_same_completions(served: tuple) -> None:
     assert together[0][0].token_ids != together[0][1].token_ids
 
 
+def test_a_long_prompt_leaves_less_room(served: tuple) -> None:
+    """Its completions end where the model does, and say that they were cut."""
+    prompts = [random_tokens(MAX_LEN - room, seed=room) for room in (1, 3, 50)]
+    drawn = served[1].generate(prompts, Sampling(1.0, 4, ()), [[1]] * 3)
+    assert [(len(c.token_ids), c.finish) for (c,) in drawn] == [(1, "length"), (3, "length"), (4, "length")]
+
+
 def test_samples_follow_the_distribution(served: tuple) -> None:
     """Frequencies over 2000 seeds match softmax(logits / T): no top-k, no penalty, no other temperature.
 
@@ -218,8 +225,8 @@ def test_update_is_exact(served: tuple, source: str, monkeypatch: pytest.MonkeyP
         (lambda e: e.generate([[1]], Sampling(0.001, 4, ()), [[1]]), "temperature must be 0 or in"),
         (lambda e: e.generate([[1]], Sampling(1.0, 0, ()), [[1]]), "max_new_tokens must be > 0"),
         (lambda e: e.generate([[1]], Sampling(1.0, 4, ()), [[-1]]), "every seed must be in"),
-        (lambda e: e.generate([[1] * 189], Sampling(1.0, 4, ()), [[1]]), "1 to 188 tokens"),
-        (lambda e: e.generate([[]], Sampling(1.0, 4, ()), [[1]]), "1 to 188 tokens"),
+        (lambda e: e.generate([[1] * MAX_LEN], Sampling(1.0, 4, ()), [[1]]), "1 to 191 tokens"),
+        (lambda e: e.generate([[]], Sampling(1.0, 4, ()), [[1]]), "1 to 191 tokens"),
         (lambda e: e.generate([[VOCAB]], Sampling(1.0, 4, ()), [[1]]), "tokens must be in"),
         (lambda e: e.score([[1] * MAX_LEN]), "1 to 191 tokens"),
     ],
