@@ -18,7 +18,8 @@ from srft.experiments.results import Result
 from srft.experiments.statistics import Estimate, estimate
 from srft.report.plots import BLUE, GREY, INK, MUTED, STYLE, VERMILLION, inline_svg
 
-Curve = Callable[[Result], Mapping[int, float]]
+Curve = Callable[[Result], Mapping[int, tuple[float, float]]]
+"""Of a run, by step: FLOPs so far and a value."""
 _COLUMNS = 4
 _INCHES_PER_PANEL = 2.1
 
@@ -59,22 +60,24 @@ def draw_figures(findings: Findings, folder: Path) -> dict[str, tuple[str, str, 
     return drawn
 
 
-def _accuracy(result: Result) -> Mapping[int, float]:
-    return dict(result.evaluations)
+def _accuracy(result: Result) -> Mapping[int, tuple[float, float]]:
+    return {step: (flops, accuracy) for step, accuracy, flops in result.evaluations}
 
 
 def _metric(name: str) -> Curve:
-    def curve(result: Result) -> Mapping[int, float]:
-        pairs = zip(result.curves.get("step", []), result.curves.get(name, []), strict=False)
-        return {step: value for step, value in pairs if value is not None}  # type: ignore[misc]
+    def curve(result: Result) -> Mapping[int, tuple[float, float]]:
+        columns = [result.curves.get(key, []) for key in ("step", "flops", name)]
+        points: Any = zip(*columns, strict=True) if all(columns) else ()
+        return {step: (flops, value) for step, flops, value in points if value is not None}
 
     return curve
 
 
 def _grid(findings: Findings, curve: Curve, ylabel: str, is_share: bool) -> Figure:
-    """A panel for each arm that has the curve, all on the same axes."""
+    """A panel for each arm that has the curve, all on the same axes: steps, or FLOPs where arms differ in steps."""
     reference = next(arm for arm in findings.arms if arm.name == findings.reference)
     shown = [arm for arm in findings.arms if any(curve(result) for result in arm.results.values())]
+    by_flops = len({result.steps for arm in shown for result in arm.results.values()}) > 1
     columns = min(_COLUMNS, len(shown))
     lines = math.ceil(len(shown) / columns)
     size = (max(5.6, 2.8 * columns), 0.4 + _INCHES_PER_PANEL * lines)
@@ -83,32 +86,34 @@ def _grid(findings: Findings, curve: Curve, ylabel: str, is_share: bool) -> Figu
     for place, arm in enumerate(shown):
         ax = axes[place // columns][place % columns]
         if arm is not reference:
-            _band(ax, [curve(result) for result in reference.results.values()], GREY)
-        _band(ax, [curve(result) for result in arm.results.values()], INK if arm is reference else BLUE)
+            _band(ax, [curve(result) for result in reference.results.values()], GREY, by_flops)
+        _band(ax, [curve(result) for result in arm.results.values()], INK if arm is reference else BLUE, by_flops)
         ax.set_title(arm.name)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=not by_flops, nbins=4, steps=[1, 2, 5, 10]))
     for ax in axes.ravel()[len(shown) :]:
         ax.remove()
     axes[0][0].set_xlim(left=0)
     axes[0][0].set_ylim(bottom=0)
     if is_share:
         axes[0][0].set_ylim(top=min(1.0, axes[0][0].get_ylim()[1]))
-    figure.supxlabel("step", fontsize=9, color=INK)
+    figure.supxlabel("FLOPs" if by_flops else "step", fontsize=9, color=INK)
     figure.supylabel(ylabel, fontsize=9, color=INK)
     return figure
 
 
-def _band(ax: Axes, curves: Sequence[Mapping[int, float]], color: str) -> None:
-    """Draw the mean at the steps that every seed has, with its interval."""
+def _band(ax: Axes, curves: Sequence[Mapping[int, tuple[float, float]]], color: str, by_flops: bool) -> None:
+    """Draw the mean at the steps that every seed has, with its interval; over their mean FLOPs or over the steps."""
     curves = [curve for curve in curves if curve]
     if not curves:
         return
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    points = [e for step in steps if (e := estimate([curve[step] for curve in curves]))]
+    points = [e for step in steps if (e := estimate([curve[step][1] for curve in curves]))]
+    flops = [float(np.mean([curve[step][0] for curve in curves])) for step in steps]
+    at = flops if by_flops else [float(step) for step in steps]
     few = "o" if len(steps) == 1 else ""
-    ax.plot(steps, [e.mean for e in points], color=color, linewidth=1.6, marker=few)
+    ax.plot(at, [e.mean for e in points], color=color, linewidth=1.6, marker=few)
     low, high = np.array([e.low for e in points]), np.array([e.high for e in points])
-    ax.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+    ax.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
 
 
 def _forest(arms: Sequence[Arm], findings: Findings) -> Figure:

@@ -34,12 +34,12 @@ class Arm:
         missing: Seeds that have not ended.
         final: Accuracy at the last evaluation; None where no run is complete, as for the others.
         best: The best accuracy of each run.
-        area: Mean accuracy over the steps.
+        area: Mean accuracy over the FLOPs of the run.
         entropy: Of rollouts: at the first step, over the run, at the last; nats per token. Empty without rollouts.
         budget: Mean of each budget over the seeds.
         final_difference: Accuracy at the last evaluation less the reference's, seed by seed; None of the reference
             and where no seed has both.
-        area_difference: The same of the mean accuracy over the steps.
+        area_difference: The same of the mean accuracy over the FLOPs.
     """
 
     name: str

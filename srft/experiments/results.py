@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,14 +55,14 @@ class Result(Section):
     """Why it ended early; empty of a complete run."""
     steps: int = 0
     """Steps, with those of a run that it went on from."""
-    evaluations: list[tuple[int, float]] = []
-    """Step and held-out accuracy of each evaluation."""
+    evaluations: list[tuple[int, float, float]] = []
+    """Step, held-out accuracy and FLOPs so far of each evaluation."""
     entropy: tuple[float, float, float] | None = None
     """Mean entropy of rollouts, nats per token: at the first step, over all, at the last; None without rollouts."""
     means: dict[str, float] = {}
     """Mean of each metric over the steps of this run alone."""
     curves: dict[str, list[float | None]] = {}
-    """Metrics by "step", averaged over neighbouring steps."""
+    """Metrics by "step" and by "flops" so far, averaged over neighbouring steps."""
     budget: Budget | None = None
     """None of a run that ended early."""
     threads: int = 0
@@ -82,16 +83,17 @@ class Result(Section):
     @property
     def best(self) -> float:
         """The largest accuracy of any evaluation, which luck makes larger than what a model is worth."""
-        return max(accuracy for _, accuracy in self.evaluations)
+        return max(accuracy for _, accuracy, _ in self.evaluations)
 
     @property
     def area(self) -> float:
-        """Mean accuracy over the steps, straight lines between evaluations."""
-        pairs = list(zip(self.evaluations, self.evaluations[1:], strict=False))
-        if not pairs:
+        """Mean accuracy over the FLOPs, straight lines between evaluations; over the steps of a run that has none."""
+        axis = 2 if self.evaluations[-1][2] else 0
+        length = self.evaluations[-1][axis] - self.evaluations[0][axis]
+        if not length:
             return self.final
-        total = sum((after[0] - before[0]) * (after[1] + before[1]) / 2 for before, after in pairs)
-        return total / (self.evaluations[-1][0] - self.evaluations[0][0])
+        pairs = zip(self.evaluations, self.evaluations[1:], strict=False)
+        return sum((after[axis] - before[axis]) * (after[1] + before[1]) / 2 for before, after in pairs) / length
 
 
 def read_results(out: Path) -> list[Result]:
@@ -148,9 +150,12 @@ def summarise(run: Run, threads: int) -> Result:
     Raises:
         ValueError: When the record lacks an evaluation.
     """
-    own = _rows(run)
     rows, budget, steps = _with_source(run)
-    evaluations = [(row["step"], row["eval/accuracy"]) for row in rows if row.get("eval/accuracy") is not None]
+    so_far = list(itertools.accumulate(row["flops"] for row in rows))
+    rows = [row | {"flops": flops} for row, flops in zip(rows, so_far, strict=True)]
+    evaluations = [
+        (row["step"], row["eval/accuracy"], row["flops"]) for row in rows if row.get("eval/accuracy") is not None
+    ]
     if not evaluations:
         raise ValueError(f"{run.folder} has no accuracy: the verifier judged no held-out answer")
     trained = [row for row in rows if row.get("entropy/rollout") is not None]
@@ -158,8 +163,8 @@ def summarise(run: Run, threads: int) -> Result:
     return Result(
         arm=run.arm, seed=run.seed, identity=run.identity, steps=steps, evaluations=evaluations,
         entropy=(entropies[0], sum(entropies) / len(entropies), entropies[-1]) if entropies else None,
-        means=_means([row for row in own if row["step"] > 0]), curves=_thinned(rows), budget=budget, threads=threads,
-        commit=_about(run.folder)["sessions"][-1].get("commit"),
+        means=_means([row for row in _rows(run) if row["step"] > 0]), curves=_thinned(rows), budget=budget,
+        threads=threads, commit=_about(run.folder)["sessions"][-1].get("commit"),
     )  # fmt: skip
 
 
@@ -176,7 +181,12 @@ def _with_source(run: Run) -> tuple[list[dict[str, Any]], Budget, int]:
 
 
 def _rows(run: Run) -> list[dict[str, Any]]:
-    return read_json_lines(run.folder / "metrics.jsonl")[0]
+    """Rows of the run's own metrics, with the FLOPs of each step."""
+    parameters = _about(run.folder)["summary"]["parameters"]
+    return [
+        row | {"flops": parameters * (6.0 * (row.get("tokens/trained") or 0) + 2.0 * (row.get("tokens/sampled") or 0))}
+        for row in read_json_lines(run.folder / "metrics.jsonl")[0]
+    ]
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -187,17 +197,16 @@ def _budget(run: Run) -> Budget:
     rows = [row for row in _rows(run) if row["step"] > 0]
     counted = ("tokens/sampled", "tokens/trained", "updates/made", "groups/resampled")
     sampled, trained, updates, resampled = (int(sum(row.get(name) or 0 for row in rows)) for name in counted)
-    parameters = _about(run.folder)["summary"]["parameters"]
     return Budget(
         prompts=len(rows) * run.config.train.prompts_per_step + resampled, sampled_tokens=sampled,
-        trained_tokens=trained, updates=updates, flops=parameters * (6.0 * trained + 2.0 * sampled),
+        trained_tokens=trained, updates=updates, flops=sum(row["flops"] for row in rows),
         seconds=rows[-1]["time/elapsed"],
     )  # fmt: skip
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean of each metric over the rows that have a finite value of it."""
-    names = sorted({name for row in rows for name in row if not name.startswith(("time/", "speed/", "step"))})
+    names = sorted({name for row in rows for name in row if not name.startswith(("time/", "speed/", "step", "flops"))})
     values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
     return {name: sum(found) / len(found) for name, found in values.items() if found}
 
@@ -212,5 +221,5 @@ def _thinned(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]
         values = [row[name] for row in part if row.get(name) is not None]
         return float(f"{sum(values) / len(values):.6g}") if values else None
 
-    kept = ["step", *(name for name in _CURVES if any(row.get(name) is not None for row in rows))]
+    kept = ["step", "flops", *(name for name in _CURVES if any(row.get(name) is not None for row in rows))]
     return {name: [mean(part, name) for part in parts] for name in kept}

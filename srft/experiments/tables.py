@@ -39,7 +39,7 @@ def make_tables(findings: Findings) -> list[Table]:
     return [
         Table(
             "Accuracy", "Held-out accuracy in percent, greedy: mean over seeds ± half of its 95 % t interval. Final: "
-            "at the last evaluation. Over the run: mean over the steps. Best: of all evaluations, which favours noise.",
+            "at the last evaluation. Over the run: mean over its FLOPs. Best: of all evaluations, which favours noise.",
             ["arm", "seeds", "final", "over the run", "best"],
             [[a.name, _seeds(a), _percent(a.final), _percent(a.area), _percent(a.best)] for a in arms],
         ),

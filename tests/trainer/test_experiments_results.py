@@ -21,8 +21,9 @@ from tests.trainer.test_report import HOSTILE, Page
 def result(arm: str, seed: int, final: float, **changes: Any) -> Result:
     budget = Budget(prompts=40, sampled_tokens=1000, trained_tokens=2000, updates=10, flops=1e9, seconds=3.0)
     whole = Result(
-        arm=arm, seed=seed, identity="x", steps=10, evaluations=[(0, 0.25), (10, final)], entropy=(1.0, 0.5, 0.25),
-        curves={"step": [1, 10], "entropy/rollout": [1.0, 0.25]}, budget=budget, threads=1, commit="abc",
+        arm=arm, seed=seed, identity="x", steps=10, evaluations=[(0, 0.25, 0.0), (10, final, 1e9)],
+        entropy=(1.0, 0.5, 0.25), curves={"step": [1, 10], "flops": [1e8, 1e9], "entropy/rollout": [1.0, 0.25]},
+        budget=budget, threads=1, commit="abc",
     )  # fmt: skip
     return whole.model_copy(update=changes)
 
@@ -61,12 +62,13 @@ def test_what_a_run_comes_to(tmp_path: Path) -> None:
     lines = rows(steps=4, accuracy=0.6, entropy=0.5, sampled=20)
     lines[2]["groups/resampled"] = 3
     got = summarise(run_folder(tmp_path, "a", lines), threads=2)
-    assert got.evaluations == [(0, 0.1), (4, 0.6)] and (got.final, got.best, got.steps) == (0.6, 0.6, 4)
+    flops = 100 * (6 * 120 + 2 * 80)
+    assert got.evaluations == [(0, 0.1, 0), (4, 0.6, flops)] and (got.final, got.best, got.steps) == (0.6, 0.6, 4)
     assert got.area == pytest.approx(0.35)
     assert got.entropy == pytest.approx((0.5, 1.25, 2.0))
     assert got.means["weight/sft"] == pytest.approx(0.25)
     assert got.budget == Budget(
-        prompts=4 * 4 + 3, sampled_tokens=80, trained_tokens=120, updates=8, flops=100 * (6 * 120 + 2 * 80), seconds=4
+        prompts=4 * 4 + 3, sampled_tokens=80, trained_tokens=120, updates=8, flops=flops, seconds=4
     )
     assert (got.threads, got.commit, got.error) == (2, "abc", "")
 
@@ -76,7 +78,9 @@ def test_a_run_goes_on_where_its_source_ended(tmp_path: Path) -> None:
     first = run_folder(tmp_path, "a", rows(steps=4, accuracy=0.6, entropy=None, sampled=0))
     second = run_folder(tmp_path, "b", rows(steps=2, accuracy=0.7, entropy=0.5, sampled=20), source=first)
     got = summarise(second, threads=1)
-    assert got.evaluations == [(0, 0.1), (4, 0.6), (6, 0.7)] and got.steps == 6
+    flops = [100 * 6 * 30 * 4, 100 * (6 * 30 * 6 + 2 * 20 * 2)]
+    assert got.evaluations == [(0, 0.1, 0), (4, 0.6, flops[0]), (6, 0.7, flops[1])] and got.steps == 6
+    assert got.area == pytest.approx((0.35 * flops[0] + 0.65 * (flops[1] - flops[0])) / flops[1])
     assert got.curves["step"] == [1, 2, 3, 4, 5, 6]
     assert got.curves["entropy/rollout"] == [None] * 4 + [0.5, 1.0]
     assert got.entropy == (0.5, 0.75, 1.0)
@@ -197,7 +201,9 @@ def test_no_suite_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_steps_of_one_evaluation(tmp_path: Path) -> None:
-    """The mean over the steps of a single evaluation is that evaluation."""
-    assert result("a", 0, 0.5).model_copy(update={"evaluations": [(0, 0.25)]}).area == 0.25
+    """The mean over the run of a single evaluation is that evaluation; of a run without FLOPs it is over the steps."""
+    assert result("a", 0, 0.5).model_copy(update={"evaluations": [(0, 0.25, 0.0)]}).area == 0.25
+    idle = [(0, 0.2, 0.0), (1, 0.2, 0.0), (4, 0.4, 0.0)]
+    assert result("a", 0, 0.5).model_copy(update={"evaluations": idle}).area == pytest.approx(0.275)
     run = run_folder(tmp_path, "a", rows(steps=2, accuracy=0.6, entropy=None, sampled=0))
     assert summarise(replace(run, seed=3), threads=1).entropy is None
