@@ -34,8 +34,8 @@ class FromRun(Section):
     """The other arm."""
     options: dict[str, Annotated[str, Field(pattern="^(model|samples|mean:.+)$")]]
     """Dotted option = "mean:<metric>", its mean over the steps of that run; "samples", the file of the samples that it
-    kept, as for data.demos; or "model", the folder of the model that it ended with: then the arm goes on where the
-    other ended, and its curves and budgets have both."""
+    kept, as for data.demos; or "model", the folder of the model that it ended with: as model.name, the arm goes
+    on where the other ended, and its curves and budgets have both."""
 
 
 class Arm(Section):
@@ -106,7 +106,7 @@ class Run:
     @property
     def goes_on(self) -> bool:
         """Whether it starts from the model that its source ended with."""
-        return "model" in self.borrowed.values()
+        return self.borrowed.get("model.name") == "model"
 
     def command(self, means: Mapping[str, float]) -> list[str]:
         """Return the words of ``python -m srft.train`` that make this run, or go on with it.
