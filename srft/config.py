@@ -190,6 +190,9 @@ class TrainConfig(Section):
     """AdamW moment decay rates."""
     grad_clip: float = Field(1.0, gt=0)
     """Largest global gradient norm."""
+    grad_terms_every: int = Field(50, ge=0)
+    """Steps between measurements of the gradient of each term of the method's loss, in a pass over the first update's
+    sequences each, one more for what is no term's; 0: none."""
     eval_every: int = Field(25, gt=0)
     """Steps between evaluations; step 0 and the last are always evaluated."""
     save_every: int = Field(50, gt=0)

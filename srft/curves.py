@@ -10,8 +10,11 @@ from srft.section import Section
 
 # names of the figures that every run has, which report/plots.py draws
 TAKEN = frozenset(
-    ("entropy", "grad_norm", "lengths", "loss", "mismatch", "overview", "reward_accuracy", "shares", "time")
-)
+    (
+        "cosine", "entropy", "grad_norm", "grad_terms", "lengths", "logprobs", "loss", "mismatch", "overview",
+        "reward_accuracy", "shares", "time",
+    )
+)  # fmt: skip
 Color = Literal["blue", "green", "vermillion", "purple", "amber", "grey"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, replace
 from functools import partial
 
@@ -14,6 +14,7 @@ from srft.batch import SCORES, Batch, Group, Response, Totals, count, empty_batc
 from srft.methods import Figure, Kind, UpdateInfo, assign_advantages
 from srft.policy.exchange import Exchange
 from srft.policy.forwards import packed_forward
+from srft.policy.gradients import TermGradients
 from srft.policy.learner import Learner
 from srft.policy.model import compute
 from srft.policy.parallel import whole as whole_of
@@ -51,9 +52,10 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
     if len(exchanges) > 1:
         remember_old_logprobs(learner, held)
         remember_frozen(learner, held)
-    figures = [
-        update(learner, exchange.held, step) for exchange in exchanges if world.largest(len(exchange.held))
-    ]
+    filled = [exchange.held for exchange in exchanges if world.largest(len(exchange.held))]
+    every = config.train.grad_terms_every
+    apart = measure_terms(learner, filled[0], step) if filled and every and step % every == 0 else {}
+    figures = [update(learner, part, step) for part in filled]
     for exchange in exchanges:
         exchange.return_entropies()
     if more := config.method.further(groups, now, world.gather):
@@ -61,8 +63,8 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
         figures.append(update(learner, own, step))
     if not figures:
         return {}
-    trained = sum(map(len, held))
-    return combined(figures) | {"updates/made": len(figures), "tokens/trained": int(world.sum([trained])[0])}
+    made = {"updates/made": len(figures), "tokens/trained": int(world.sum([sum(map(len, held))])[0])}
+    return combined(figures) | apart | made
 
 
 def _parts(learner: Learner, groups: list[Group]) -> list[list[Group]]:
@@ -112,13 +114,46 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
     }  # fmt: skip
 
 
-def accumulate(learner: Learner, sequences: list[Response], step: int) -> tuple[dict[str, Figure], int]:
+def measure_terms(learner: Learner, sequences: list[Response], step: int) -> dict[str, float]:
+    """Compute the gradient of each term of the method's loss apart from the others, and compare them.
+
+    The policy is left without a gradient, and its weights, moments and random numbers as they are.
+
+    Args:
+        learner: Its policy is measured.
+        sequences: As for ``update``.
+        step: The method may ask for it.
+
+    Returns:
+        ``grad/*`` as ``TermGradients.figures`` has it, before clipping and the learning rate; nothing for a method that
+        names no terms.
+    """
+    kinds = learner.config.method.terms
+    if not kinds:
+        return {}
+    scales, none = term_scales(learner, sequences), dict.fromkeys(kinds, 0.0)
+    gradients = TermGradients(learner.model, learner.world)
+    with torch.random.fork_rng():
+        accumulate(learner, sequences, step, scales=none)
+        gradients.set_apart()
+        for term, kind in kinds.items():
+            accumulate(learner, sequences, step, scales=none | {term: scales[term]})
+            gradients.add(term, kind)
+    learner.optimizer.zero_grad(set_to_none=True)
+    return gradients.figures()
+
+
+def accumulate(
+    learner: Learner, sequences: list[Response], step: int, scales: Mapping[str, float] | None = None
+) -> tuple[dict[str, Figure], int]:
     """Compute the gradient of an update, the same whatever the ranks and micro-batches that share it.
 
     Args:
         learner: Its policy gets the gradient in the place of an older one.
         sequences: As for ``update``.
         step: The method may ask for it.
+        scales: Factors of the terms of the method's loss, without the loss of routers; None: those of the options, and
+            the whole loss.
 
     Returns:
         The figures of the loss, and how many micro-batches each rank had.
@@ -134,20 +169,21 @@ def accumulate(learner: Learner, sequences: list[Response], step: int) -> tuple[
     totals = _totals(learner, sequences)
     batches = micro_batches(learner, sequences, totals)
     entropy, entropies = mean_entropies(learner, batches) if config.method.needs_entropy else (None, {})
-    scales = term_scales(learner, sequences)
+    router, dtype = router_of(config, model) if scales is None else None, config.compute_dtype
     whole = UpdateInfo(
-        totals, step, config.rollout.max_new_tokens, entropy, learner.memory, scales, entropies,
+        totals, step, config.rollout.max_new_tokens, entropy, learner.memory,
+        term_scales(learner, sequences) if scales is None else scales, entropies,
         config.train.rollouts_per_prompt, config.train.demos_per_prompt,
     )  # fmt: skip
     learner.optimizer.zero_grad(set_to_none=True)
     outputs: list[PolicyLoss] = []
-    router, dtype = router_of(config, model), config.compute_dtype
+    dead: list[torch.Tensor] = []
     load = None
     if router is not None and (len(batches) > 1 or world.size > 1):
         load = whole_load(router, model, batches, dtype, world)
     balance = torch.zeros((), device=world.device)
     for batch in batches:
-        out, gates = _fused_loss(learner, batch, whole, router_logits=router is not None)
+        out, gates = _fused_loss(learner, batch, whole, dead, router_logits=router is not None)
         aux = balance.new_zeros(())
         if router is not None:
             aux = router.loss(gates, load or router.load(gates)) * (not batch.is_empty)
@@ -155,6 +191,9 @@ def accumulate(learner: Learner, sequences: list[Response], step: int) -> tuple[
         balance += aux.detach()
         outputs.append(out)
     figures = loss_metrics(config.method, batches, outputs, whole, world)
+    if dead:
+        own = sum(int(rows) for batch, rows in zip(batches, dead, strict=True) if not batch.is_empty)
+        figures["tokens/dead"] = Figure(world.sum([own])[0] / totals.tokens, weight=totals.tokens)
     if router is not None:
         (added,) = world.sum([balance.item()])
         figures["loss/router_aux"] = Figure(added)
@@ -234,15 +273,19 @@ def _skipped(learner: Learner, step: int, norm: float, loss: float) -> bool:
 
 
 def _fused_loss(
-    learner: Learner, batch: Batch, whole: UpdateInfo, *, router_logits: bool
+    learner: Learner, batch: Batch, whole: UpdateInfo, dead: list[torch.Tensor], *, router_logits: bool
 ) -> tuple[PolicyLoss, tuple[torch.Tensor, ...]]:
+    """The loss of a micro-batch; its backward pass adds to ``dead`` the number of rows that it gives no gradient."""
     config = learner.config
     about = f"loss of method.name={config.method.name} must return an op of srft_kernels, bound by functools.partial, "
     loss = config.method.loss(batch, whole)
     if not callable(loss):
         raise ValueError(f"{about}got {loss!r}; return partial(linear_token_loss, ...)")
     loss = partial(loss, labels=batch.labels, temperature=config.rollout.temperature)
-    out, gates = compute(learner.model, batch, config.compute_dtype, loss, router_logits=router_logits)
+    out, gates = compute(
+        learner.model, batch, config.compute_dtype, loss, router_logits=router_logits,
+        on_gradient=lambda rows: dead.append((rows == 0).all(-1).sum()),
+    )  # fmt: skip
     if not isinstance(out, PolicyLoss):
         raise ValueError(f"{about}and this one gave {type(out).__name__}; take linear_token_loss or its kin")
     return out, gates

@@ -241,6 +241,7 @@ def compute(
     op: Callable[..., _T],
     *,
     router_logits: bool = False,
+    on_gradient: Callable[[Tensor], None] | None = None,
 ) -> tuple[_T, tuple[Tensor, ...]]:
     """Run a policy over a packed batch, and an op over its head and the rows that predict a counted token.
 
@@ -253,18 +254,24 @@ def compute(
         op: Called as ``op(hidden_states, lm_head_weight, **options_of_the_head)`` with the [N, D] final normed hidden
             states in ``compute_dtype``; an op of ``srft_kernels`` bound by ``functools.partial``.
         router_logits: Ask for what the routers of a mixture of experts say; only for models that have routers.
+        on_gradient: Called in the backward pass with the gradient of the [N, D] hidden states, where they have one.
 
     Returns:
         What ``op`` returns, and one [T, experts] tensor a routed layer where they are asked for.
     """
-    result = model.srft_compute(batch, compute_dtype, op, router_logits)
+    result = model.srft_compute(batch, compute_dtype, op, router_logits, on_gradient)
     if not torch.is_grad_enabled():
         let_go(model)
     return result
 
 
 def _compute(
-    model: PreTrainedModel, batch: Batch, compute_dtype: torch.dtype, op: Callable[..., _T], router_logits: bool
+    model: PreTrainedModel,
+    batch: Batch,
+    compute_dtype: torch.dtype,
+    op: Callable[..., _T],
+    router_logits: bool,
+    on_gradient: Callable[[Tensor], None] | None,
 ) -> tuple[_T, tuple[Tensor, ...]]:
     # its cache would hold 16-bit copies of all weights until the last block is through, of sharded ones, too
     with torch.autocast(
@@ -282,6 +289,8 @@ def _compute(
             **({"output_router_logits": True} if router_logits else {}),
         )
     hidden_states = output.last_hidden_state[0][batch.loss_rows].to(compute_dtype)
+    if on_gradient is not None and hidden_states.requires_grad:
+        hidden_states.register_hook(on_gradient)
     gates = tuple(output.router_logits or ()) if router_logits else ()
     return head_of(model)(hidden_states, op), gates
 

@@ -16,8 +16,10 @@ from srft.policy.parallel import ALONE, World
 from srft_kernels import PolicyLoss
 
 # what stands before the slash, or alone, in names of a row that are no method's
-_EVERY_RUNS = ("step", "lr", "grad_norm", "canary", "eval", "groups", "length", "mismatch", "reward", "time", "tokens",
-                "updates", "speed")
+_EVERY_RUNS = ("step", "lr", "grad_norm", "grad", "canary", "eval", "groups", "length", "logprob", "mismatch", "ratio",
+                "reward", "time", "tokens", "updates", "speed")
+# of ratios: those farther from 1 than this factor are its tail
+_TAIL = math.log(2)
 
 
 class Clock:
@@ -168,10 +170,15 @@ class _Sums(NamedTuple):
     terms: dict[str, float]
     # mean and number of tokens, of rollouts and of demonstrations
     entropy: tuple[tuple[float, int], tuple[float, int]]
+    # the same of right rollouts, wrong ones, and demonstrations
+    logprobs: tuple[tuple[float, int], ...]
     mismatch: tuple[float, int]
     largest_mismatch: float
     # means over rollout tokens of what lies between policy and frozen models, by metric name
     distances: dict[str, tuple[float, int]]
+    # of |log ratio|: share in the tail and number of tokens, and the largest; no tokens where nothing is old
+    ratio_tail: tuple[float, int]
+    largest_ratio: float
 
 
 def loss_metrics(
@@ -187,9 +194,11 @@ def loss_metrics(
         world: The ranks.
 
     Returns:
-        ``loss/*`` in nats, ``entropy/*`` in nats per token, the method's own, the rollout mismatch in nats, and
-        ``kl/reference`` and ``kl/teacher`` where there are such models: the mean of log p - log p of theirs over
-        rollout tokens, nats, an estimate of KL(policy || theirs). The same on every rank.
+        ``loss/*`` in nats, ``entropy/*`` and ``logprob/*`` in nats per token, the method's own, and of rollouts the
+        mismatch in nats and, where old log-probabilities are known, the ratio to them: ``ratio/tail``, the share of
+        tokens with a ratio outside of [1/2, 2], and ``ratio/max``, the largest |log ratio| in nats. ``kl/reference``
+        and ``kl/teacher`` where there are such models: the mean of log p - log p of theirs over rollout tokens, nats,
+        an estimate of KL(policy || theirs). The same on every rank.
     """
     every = world.gather(_sums(batches, outputs))
     totals = update.totals
@@ -208,6 +217,12 @@ def loss_metrics(
         parts = [of_rank.distances.get(name, (0.0, 0)) for of_rank in every]
         if any(tokens for _, tokens in parts):
             metrics[name] = Figure(_mean(parts), weight=totals.rollout_tokens)
+    for kind, source in enumerate(("right", "wrong", "demo")):
+        if tokens := sum(x.logprobs[kind][1] for x in every):
+            metrics[f"logprob/{source}"] = Figure(_mean([x.logprobs[kind] for x in every]), weight=tokens)
+    if tokens := sum(x.ratio_tail[1] for x in every):
+        metrics["ratio/tail"] = Figure(_mean([x.ratio_tail for x in every]), weight=tokens)
+        metrics["ratio/max"] = Figure(_largest([x.largest_ratio for x in every]), "max")
     metrics |= _own_figures(method, terms, update, set(metrics))
     if totals.rollout_tokens:
         metrics["mismatch/mean"] = Figure(_mean([x.mismatch for x in every]), weight=totals.rollout_tokens)
@@ -217,7 +232,9 @@ def loss_metrics(
 
 def _sums(batches: list[Batch], outputs: list[PolicyLoss]) -> _Sums:
     terms: dict[str, float] = {}
-    mismatch, entropy, is_demo = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    none = torch.zeros(0)
+    mismatch, moved, entropy, logprobs = [none], [none], [none], [none]
+    is_demo, is_correct = [none.bool()], [none.bool()]
     distances: dict[str, list[torch.Tensor]] = {}
     for batch, out in zip(batches, outputs, strict=True):
         for name, value in out.terms.items():
@@ -231,14 +248,26 @@ def _sums(batches: list[Batch], outputs: list[PolicyLoss]) -> _Sums:
         for name, theirs in (("kl/reference", batch.ref_logprobs), ("kl/teacher", batch.teacher_logprobs)):
             if theirs is not None:
                 distances.setdefault(name, []).append((sampled_by - theirs)[~batch.is_demo].cpu())
+        if batch.old_logprobs is not None:
+            moved.append((out.logprobs - batch.old_logprobs)[~batch.is_demo].abs().cpu())
         entropy.append(out.entropy.cpu())
+        logprobs.append(out.logprobs.cpu())
         is_demo.append(batch.is_demo.cpu())
-    gaps, of_token, demo = torch.cat(mismatch), torch.cat(entropy), torch.cat(is_demo)
+        is_correct.append(batch.is_correct.cpu())
+    gaps, ratios, of_token, logp = (torch.cat(x) for x in (mismatch, moved, entropy, logprobs))
+    demo, right = torch.cat(is_demo), torch.cat(is_correct)
     return _Sums(
-        sum(out.loss.item() for out in outputs), terms, (_mean_of(of_token[~demo]), _mean_of(of_token[demo])),
-        _mean_of(gaps), gaps.max().item() if len(gaps) else 0.0,
-        {name: _mean_of(torch.cat(parts)) for name, parts in distances.items()},
-    )  # fmt: skip
+        loss=sum(out.loss.item() for out in outputs),
+        terms=terms,
+        entropy=(_mean_of(of_token[~demo]), _mean_of(of_token[demo])),
+        logprobs=(_mean_of(logp[~demo & right]), _mean_of(logp[~demo & ~right]), _mean_of(logp[demo])),
+        mismatch=_mean_of(gaps),
+        largest_mismatch=gaps.max().item() if len(gaps) else 0.0,
+        distances={name: _mean_of(torch.cat(parts)) for name, parts in distances.items()},
+        # a NaN is in no tail and in the largest
+        ratio_tail=_mean_of((ratios > _TAIL).float()),
+        largest_ratio=ratios.max().item() if len(ratios) else 0.0,
+    )
 
 
 def _mean_of(x: torch.Tensor) -> tuple[float, int]:

@@ -86,6 +86,16 @@ SHARES = (
     Line(key="groups/all_wrong", label="all wrong", color="vermillion"),
     Line(key="groups/rescued_by_demo", label="solved by demo", color="green", dashed=True),
     Line(key="length/truncated", label="cut at limit", color="purple"),
+    Line(key="tokens/dead", label="no gradient", color="grey"),
+)
+KINDS = (
+    Line(key="grad/sft", label="SFT", color="vermillion"),
+    Line(key="grad/rl", label="RL", color="blue"),
+)
+LOGPROBS = (
+    Line(key="logprob/right", label="right", color="blue"),
+    Line(key="logprob/wrong", label="wrong", color="green", dashed=True),
+    Line(key="logprob/demo", label="demonstrations", color="vermillion"),
 )
 MISMATCH = (
     Line(key="mismatch/max", label="largest", color="vermillion"),
@@ -156,6 +166,20 @@ def _draw_curves(ax: Axes, rows: Rows, *, lines: Sequence[Line], ylabel: str, sc
     elif low < 0 < high:
         ax.axhline(0, color=MUTED, linewidth=0.9, zorder=1)
     _finish(ax, rows, ends, ylabel)
+
+
+def _draw_terms(ax: Axes, rows: Rows) -> None:
+    """Draw the gradient norms of both kinds of terms, and of the single terms where a kind has several."""
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith("grad/"))
+    known = {"grad/cosine", *(line.key for line in KINDS)}
+    sums = [points(rows, line.key)[1].tolist() for line in KINDS]
+    terms = [name for name in names if name not in known and points(rows, name)[1].tolist() not in sums]
+    colors: tuple[Color, ...] = ("purple", "green", "amber", "grey")
+    lines = [
+        Line(key=name, label=name.removeprefix("grad/").replace("_", " "), color=colors[i % len(colors)], dashed=True)
+        for i, name in enumerate(terms)
+    ]
+    _draw_curves(ax, rows, lines=[*KINDS, *lines], ylabel="gradient norm", scale="from 0")
 
 
 def _draw_times(ax: Axes, rows: Rows) -> None:
@@ -230,6 +254,12 @@ _LAST = (
             (Line(key="loss/total", label="", color="blue"),), "loss (nats)", scale="signed"),
     _curves("grad_norm", "Gradient norm", "Before clipping.",
             (Line(key="grad_norm", label="", color="blue"),), "gradient norm"),
+    Panel("grad_terms", "Gradient norm by term", "Each term alone, before clipping; SFT and RL are sums of terms.",
+          _draw_terms, tuple(line.key for line in KINDS)),
+    _curves("cosine", "SFT against RL", "Cosine of their gradients: below 0 they undo each other's work.",
+            (Line(key="grad/cosine", label="", color="purple"),), "cosine", scale="signed"),
+    _curves("logprobs", "Likelihood by source", "Mean log-probability of the tokens of rollouts and demonstrations.",
+            LOGPROBS, "log p (nats per token)", scale="signed"),
     _curves("mismatch", "Trainer against engine",
             "How far log-probabilities of the same tokens lie apart; a jump means wrong weights.",
             MISMATCH, "difference (nats)", scale="log"),

@@ -25,14 +25,14 @@ from tests.trainer.worlds import world_of
 
 # options, and the model: with its embedding tied to its head or not, or with experts
 CASES: dict[str, tuple[list[str], str]] = {
-    "token": (["method.entropy_scope=token"], "untied"),
+    "token": (["method.entropy_scope=token", "train.grad_terms_every=3"], "untied"),
     "sequence": (["method.preset=official", "method.entropy_scope=sequence"], "untied"),
     "batch-two-updates": (
         ["method.entropy_scope=batch", "method.entropy_source=own", "train.updates_per_step=2"], "untied"
     ),
-    "upt": (["method.preset=upt"], "tied"),
+    "upt": (["method.preset=upt", "train.grad_terms_every=3"], "tied"),
     "grpo": (["method.name=grpo"], "untied"),
-    "chord": (["method.name=chord"], "untied"),
+    "chord": (["method.name=chord", "train.grad_terms_every=3"], "untied"),
     "hpt": (["method.name=hpt"], "untied"),
     "sft": (["method.name=sft"], "tied"),
     "experts": (["model.router_aux_coef=0.5"], "experts"),
