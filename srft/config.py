@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from srft.alarms import AlarmConfig, AlarmNames
 from srft.data.config import DataConfig
 from srft.methods import DEFAULT, BaseMethod, absolute_name, find_method
 from srft.section import Section
@@ -230,10 +231,14 @@ class TrainConfig(Section):
     """Send them to this project of Weights & Biases, too."""
     max_skipped_updates: int = Field(3, ge=0)
     """Updates in a row whose loss or gradient is not finite that are left out before the run is ended."""
+    stop_on_alarm: AlarmNames = []
+    """Alarms that end the run after the step that raised them, with a checkpoint and exit status 3; true: any. Resumed,
+    it goes on."""
 
 
 class Config(Section):
-    """A run; its sections are ``data``, ``model``, ``engine``, ``rollout``, ``reward``, ``method`` and ``train``."""
+    """A run; its sections are ``data``, ``model``, ``engine``, ``rollout``, ``reward``, ``method``, ``train`` and
+    ``alarms``."""
 
     name: str = Field("demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its folder is <runs_dir>/<name>."""
@@ -250,6 +255,7 @@ class Config(Section):
         default_factory=lambda: find_method(DEFAULT)(name=DEFAULT)
     )
     train: TrainConfig = TrainConfig()
+    alarms: AlarmConfig = AlarmConfig()
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> Config:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from srft.stop import LAUNCHER, ONE_SIGNAL_S, SIGNALS
+from srft.stop import ALARMED, LAUNCHER, ONE_SIGNAL_S, SIGNALS
 
 TOKEN = "SRFT_TOKEN"
 """Environment variable by which everything that a run started is found."""
@@ -129,7 +129,7 @@ class _Job:
         self._asked: tuple[int, float] | None = None
         self._kill_at: float | None = None
         self._failed: _Rank | None = None
-        self._stopped = False
+        self._stopped = self._alarmed = False
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
@@ -198,6 +198,9 @@ class _Job:
             if code in wanted:
                 self._stopped = True  # one that was told later may fail in a collective without it
                 self._hurry(_SAVING_S)
+            elif code == ALARMED:
+                self._alarmed = True
+                self._hurry(_SAVING_S)
             elif code and self._failed is None and (code == 2 or not self._stopped):
                 self._failed = rank
                 self._hurry(_PATIENCE_S if code == 2 else 0.0)
@@ -251,7 +254,7 @@ class _Job:
 
     def _status_of_stop(self) -> int:
         if self._asked is None:
-            return 0
+            return ALARMED if self._alarmed else 0
         name = signal.Signals(self._asked[0]).name
         if any(rank.process.returncode == -signal.SIGKILL for rank in self._ranks):
             _write(f"ended by {name} before every rank had stopped by itself")

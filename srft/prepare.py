@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from srft.alarms import Watch
 from srft.config import Config
 from srft.data.problems import data_state
 from srft.data.prompts import Prompt
@@ -171,6 +172,7 @@ def _record(
         resume_step=resume_step, report=build_report if config.train.page else _unreported,
         curves=config.method.curves,
         trackers=open_trackers(config, run_dir, resume_step),
+        watch=Watch(config.alarms, config.train.prompts_per_step),
     )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from typing import Any
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 # `timeout` and some shells signal a process and then its group: what comes within this time is one signal
 ONE_SIGNAL_S = 0.1
+ALARMED = 3
+"""Exit status of a run that an alarm ended."""
 LAUNCHER = "SRFT_LAUNCHER"
 """Environment variable that holds the process id of what started a rank."""
 

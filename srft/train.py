@@ -6,18 +6,20 @@ from __future__ import annotations
 import sys
 
 from srft.launch import start_ranks
-from srft.stop import Stopped, leave_at_once
+from srft.stop import ALARMED, Stopped, leave_at_once
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds, in which a signal would end in a traceback of theirs
     if "--dry-run" not in sys.argv:
         start_ranks(sys.argv[1:])  # what waits for the ranks of a run needs none of them
 
+import os
 import signal
 
 import torch
 import transformers
 
+from srft.alarms import Alarmed
 from srft.config import Config
 from srft.data.sampler import sample_seed
 from srft.engine.base import EngineError
@@ -48,6 +50,7 @@ def fit(config: Config) -> None:
         LostRank: When another rank is gone, or did not come within ``train.collective_deadline_s``.
         WriteError: When the disk refuses; checkpoints that were written are whole.
         Stopped: On SIGTERM, Ctrl-C or SIGHUP, once the last whole step is saved; a second signal ends the process.
+        Alarmed: After a step that raised an alarm among ``train.stop_on_alarm``, once it is saved.
     """
     train = config.train
     with prepared(config) as run:
@@ -80,11 +83,14 @@ def fit(config: Config) -> None:
                     row |= _evaluated(run)
                 run.stop.hold()
             config.method.note(row, run.learner.now(step))
-            run.log.metrics(run.speed.with_figures(row | clock.seconds()))
+            alarms = run.log.metrics(run.speed.with_figures(row | clock.seconds()))
             run.progress.reached(step, unlogged=None)
-            if step % train.save_every == 0 or is_last:
+            ends = run.world.first([alarm for alarm in alarms if alarm.alarm in train.stop_on_alarm])
+            if step % train.save_every == 0 or is_last or ends:
                 run.progress.save()
             run.stop.release()
+            if ends and not is_last:
+                raise Alarmed(ends[0])
         size = sum(p.numel() for p in run.learner.model.parameters())
         run.log.finish({"parameters": size} | export_policy(run.log.run_dir, run.learner))
 
@@ -118,6 +124,10 @@ def main() -> None:
             fit(load_config(arguments))
     except Elsewhere:
         sys.exit(2)
+    except Alarmed as alarmed:
+        if os.environ.get("RANK", "0") == "0":
+            print(_with_notes(alarmed), file=sys.stderr)
+        sys.exit(ALARMED)
     except (ValueError, CanaryError, EngineError, LostRank, FloatingPointError, OSError) as error:
         print(f"error: {_with_notes(error)}", file=sys.stderr)
         sys.exit(2)

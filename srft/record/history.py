@@ -47,6 +47,7 @@ class RunRecord:
         status: One sentence: how far it came.
         rows: Metric rows in order of step.
         samples: Sample rows in order of step.
+        alarms: Rows of ``alarms.jsonl`` in order of step.
         about: ``run.json``; empty when there is none.
         config_text: Resolved configuration as TOML; empty when there is none.
         facts: First, best and last values of what matters.
@@ -60,6 +61,7 @@ class RunRecord:
     status: str
     rows: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    alarms: list[dict[str, Any]]
     about: dict[str, Any]
     config_text: str
     facts: list[Fact]
@@ -81,6 +83,7 @@ def load_record(run_dir: Path) -> RunRecord:
         raise ValueError(f"{run_dir} is no folder; give the folder of a run, such as runs/demo")
     rows, broken_rows = read_json_lines(run_dir / "metrics.jsonl")
     samples, broken_samples = read_json_lines(run_dir / "samples.jsonl")
+    alarms, broken_alarms = read_json_lines(run_dir / "alarms.jsonl")
     rows.sort(key=lambda row: row["step"])
     samples.sort(key=lambda row: row["step"])
     about_path, config_path = run_dir / "run.json", run_dir / "config.toml"
@@ -93,11 +96,12 @@ def load_record(run_dir: Path) -> RunRecord:
         status=f"Complete: {total} steps" if done >= total else f"{done} of {total} steps",
         rows=rows,
         samples=samples,
+        alarms=alarms,
         about=about,
         config_text=config_path.read_text() if config_path.exists() else "",
         facts=_facts(rows),
-        places=_places(run_dir, rows, about),
-        warnings=_warnings(rows, len(broken_rows) + len(broken_samples)),
+        places=_places(run_dir, rows, alarms, about),
+        warnings=_warnings(rows, len(broken_rows) + len(broken_samples) + len(broken_alarms)),
         curves=[Curves.model_validate(figure) for figure in about.get("curves", [])],
     )
 
@@ -195,10 +199,10 @@ def interval(row: Mapping[str, Any]) -> str:
     return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
-def _places(
-    run_dir: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
-) -> list[tuple[str, str]]:
+def _places(run_dir: Path, rows: Rows, alarms: Rows, about: Mapping[str, Any]) -> list[tuple[str, str]]:
     places: list[tuple[str, str]] = []
+    if alarms:
+        places.append(("alarms", ", ".join(f"{row.get('alarm')} at step {row['step']}" for row in alarms)))
     elapsed = [row["time/elapsed"] for row in rows if isinstance(row.get("time/elapsed"), int | float)]
     split = [seconds_by_part(row) for row in rows]
     sums = {name: sum(parts[name] for parts in split) for name in PARTS}
@@ -233,7 +237,7 @@ def _warnings(rows: Sequence[Mapping[str, Any]], broken: int) -> list[str]:
     warnings = []
     if broken:
         warnings.append(
-            f"Lines of metrics.jsonl and samples.jsonl that are no JSON and are left out: {broken}."
+            f"Lines of metrics.jsonl, samples.jsonl and alarms.jsonl that are no JSON and are left out: {broken}."
         )
     for key in sorted({key for row in rows for key, value in row.items() if value is None}):
         steps = [row["step"] for row in rows if key in row and row[key] is None]

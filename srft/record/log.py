@@ -1,4 +1,4 @@
-"""The record of a run: ``metrics.jsonl`` and ``samples.jsonl``, what the terminal shows, the page at the end.
+"""The record of a run: metrics, samples and alarms as JSON lines, what the terminal shows, the page at the end.
 
 A run folder is readable while the run goes on and after it was killed at any point: every row is one line,
 written by one system call, and at most the last line is torn. A resumed run sets that and later rows aside,
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from srft.alarms import Alarm, Watch
 from srft.curves import Curves
 from srft.disk import WriteError, writing
 from srft.record.environment import describe_environment
@@ -32,6 +33,9 @@ from srft.record.files import (
 from srft.record.history import RunRecord
 from srft.record.screen import Screen
 from srft.record.trackers import Tracker
+
+RECORDS = ("metrics", "samples", "alarms")
+"""Names of the JSON-lines files of a run."""
 
 
 class NoLog:
@@ -53,12 +57,13 @@ class NoLog:
             sentence: For the first rank.
         """
 
-    def metrics(self, values: Mapping[str, float | int]) -> None:
+    def metrics(self, values: Mapping[str, float | int]) -> list[Alarm]:
         """Nothing.
 
         Args:
             values: For the first rank.
         """
+        return []
 
     def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Nothing.
@@ -89,6 +94,7 @@ class RunLog:
         curves: Figures of the run's method; kept in ``run.json``, so that the page needs no code of the method.
         quiet: Show nothing; the files are written all the same.
         trackers: Get every row, too.
+        watch: Gets every row, those before a resume included; what it says is shown and kept in ``alarms.jsonl``.
 
     Raises:
         ValueError: When the folder holds a run already and ``resume_step`` is None, or a count is negative.
@@ -106,6 +112,7 @@ class RunLog:
         curves: Sequence[Curves] = (),
         quiet: bool = False,
         trackers: Sequence[Tracker] = (),
+        watch: Watch | None = None,
     ) -> None:
         if total_steps < 0:
             raise ValueError(f"total_steps must be >= 0, got {total_steps}")
@@ -119,6 +126,7 @@ class RunLog:
         self._report = report
         self._curves = curves
         self._trackers = trackers
+        self._watch = watch
         self._screen = Screen(total_steps, quiet=quiet)
         self._last_step = -1
         self._nonfinite: set[str] = set()
@@ -126,13 +134,17 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        metrics_path, samples_path = self.run_dir / "metrics.jsonl", self.run_dir / "samples.jsonl"
-        moved = self._prepare(metrics_path, samples_path)
+        metrics_path, samples_path, alarms_path = (self.run_dir / f"{name}.jsonl" for name in RECORDS)
+        moved = self._prepare(metrics_path, samples_path, alarms_path)
         rows, _ = read_json_lines(metrics_path)
+        if self._watch is not None:
+            for row in rows:
+                self._watch.see(row)
         self._last_step = rows[-1]["step"] if rows else -1
         self._start = time.monotonic() - (rows[-1].get("time/elapsed") or 0.0 if rows else 0.0)
         self._metrics_file = open_json_lines(metrics_path)
         self._samples_file = open_json_lines(samples_path)
+        self._alarms_file = open_json_lines(alarms_path)
         self._write_about()
         self._screen.start(self._title, rows)
         if self._resume_step is not None:
@@ -146,7 +158,7 @@ class RunLog:
         self._screen.stop()
         for tracker in self._trackers:
             tracker.close()
-        for file in (self._metrics_file, self._samples_file):
+        for file in (self._metrics_file, self._samples_file, self._alarms_file):
             # what ended the run tells more than that the disk refuses here too
             with suppress(WriteError) if error is not None else nullcontext(), writing(Path(file.name)), file:
                 os.fsync(file.fileno())
@@ -171,7 +183,7 @@ class RunLog:
         self._save_about()
         self._screen.say(sentence)
 
-    def metrics(self, values: Mapping[str, float | int]) -> None:
+    def metrics(self, values: Mapping[str, float | int]) -> list[Alarm]:
         """Append one row to ``metrics.jsonl`` and update the display.
 
         Non-finite values are written as null and announced the first time their key has one. The row gains
@@ -179,6 +191,9 @@ class RunLog:
 
         Args:
             values: Numbers by name; ``step`` must be larger than that of the row before.
+
+        Returns:
+            The alarms that the row raises.
 
         Raises:
             ValueError: When ``step`` is missing or does not grow, or a value is not a plain number.
@@ -204,6 +219,11 @@ class RunLog:
             self._nonfinite |= fresh
             self._screen.say(f"Step {step}: {', '.join(sorted(fresh))} not finite, logged as null.")
         self._screen.update(row)
+        alarms = [] if self._watch is None else self._watch.see(row)
+        for alarm in alarms:
+            write_json_line(self._alarms_file, alarm.as_row())
+            self._screen.say(alarm.sentence())
+        return alarms
 
     def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Append completions of one step to ``samples.jsonl``.
@@ -229,7 +249,7 @@ class RunLog:
         self._screen.stop()
         self._screen.table(self._report(self.run_dir))
 
-    def _prepare(self, metrics_path: Path, samples_path: Path) -> int:
+    def _prepare(self, metrics_path: Path, *others: Path) -> int:
         """Make the folder fit to append to; return how many lines were set aside."""
         config_path = self.run_dir / "config.toml"
         moved = 0
@@ -237,7 +257,7 @@ class RunLog:
             if metrics_path.exists() and metrics_path.stat().st_size:
                 raise ValueError(f"{self.run_dir} already holds a run; resume it or choose another folder")
         else:
-            moved = sum(set_aside_after(path, self._resume_step) for path in (metrics_path, samples_path))
+            moved = sum(set_aside_after(path, self._resume_step) for path in (metrics_path, *others))
             if config_path.exists() and config_path.read_text() != self._config_text:
                 os.replace(config_path, self.run_dir / f"config.until-step-{self._resume_step}.toml")
         write_atomically(config_path, self._config_text)

@@ -13,6 +13,7 @@ from srft.disk import sync_to_disk, writing
 from srft.options import to_toml
 from srft.policy.checkpoint import Checkpoints, load_optimizer, read_state
 from srft.policy.learner import Learner
+from srft.record.log import RECORDS
 from srft.stop import Stopped
 
 
@@ -90,9 +91,9 @@ class Progress:
         self._saved_step = self.step
 
     def _sync_record(self) -> None:
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in RECORDS:
             # on the disk before the checkpoint is, which promises the rows up to its step
-            with writing(path := self._run_dir / name):
+            with writing(path := self._run_dir / f"{name}.jsonl"):
                 sync_to_disk(path)
 
     @contextmanager

@@ -51,6 +51,7 @@ def build_report(run_dir: Path) -> RunRecord:
         sessions=record.about.get("sessions", []),
         facts=[(fact.label, fact.first, fact.best, fact.last) for fact in record.facts],
         places=record.places,
+        alarms=record.alarms,
     )
     write_atomically(run_dir / "report.html", html)
     return record

@@ -95,6 +95,7 @@ def render(
     sessions: Sequence[Mapping[str, Any]],
     facts: Sequence[tuple[str, str, str, str]],
     places: Sequence[tuple[str, str]],
+    alarms: Sequence[Mapping[str, Any]],
 ) -> str:
     """Return the page as one HTML document without scripts or outside references.
 
@@ -111,6 +112,7 @@ def render(
         sessions: From ``run.json``: command, versions and so on of every start.
         facts: (label, first, best, last).
         places: (label, text) of run time and files.
+        alarms: Rows of ``alarms.jsonl``.
     """
     subtitle = f"{status}."
     if sessions and sessions[0].get("started"):
@@ -121,6 +123,8 @@ def render(
     if warnings:
         parts.append(f'<div class="warn">{paragraphs(warnings)}</div>')
     parts.append(paragraphs(said))
+    if alarms:
+        parts.append("<h2>Alarms</h2>" + _alarm_table(alarms))
     parts.append("<h2>Curves</h2>")
     if figures:
         parts.append(
@@ -197,6 +201,14 @@ def _fact_table(facts: Sequence[tuple[str, str, str, str]]) -> str:
     for label, *values in facts:
         cells = "".join(f'<td class="n">{safe(value)}</td>' for value in values)
         lines.append(f"<tr><td>{safe(label)}</td>{cells}</tr>")
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _alarm_table(alarms: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["<tr><th>step</th><th>alarm</th><th>seen</th><th>expected</th><th>what to do</th></tr>"]
+    for alarm in alarms:
+        values = [str(alarm.get(key, "")) for key in ("step", "alarm", "seen", "limit", "remedy")]
+        lines.append("<tr>" + "".join(f"<td>{safe(value)}</td>" for value in values) + "</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
