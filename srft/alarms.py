@@ -113,7 +113,7 @@ class Alarmed(Exception):
     """
 
     def __init__(self, alarm: Alarm) -> None:
-        super().__init__(f"stopped by an alarm. {alarm.sentence()}")
+        super().__init__(f"stopped by an alarm. {alarm.sentence().rstrip('.')}")
 
 
 class Watch:

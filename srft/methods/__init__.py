@@ -28,8 +28,8 @@ from srft.method import BaseMethod, Figure, Kind, Loss, StepInfo, UpdateInfo
 
 __all__ = [
     "DEFAULT", "Aggregation", "BaseMethod", "Curves", "Figure", "Kind", "Line", "Loss", "StepInfo", "UpdateInfo",
-    "absolute_name", "assign_advantages", "clip_share", "compared", "demo_share", "find_method", "group_advantages",
-    "judged", "method_names", "place_in_method", "token_weights",
+    "absolute_name", "ambiguous_term", "assign_advantages", "clip_share", "compared", "demo_share", "find_method",
+    "group_advantages", "judged", "method_names", "place_in_method", "token_weights",
 ]  # fmt: skip
 DEFAULT = "srft"
 Aggregation = Literal["token-mean", "sequence-mean", "constant", "sum"]
@@ -244,12 +244,28 @@ def _refuse_slips(method: type[BaseMethod], path: Path) -> None:
             f"method.name: curves of class Method of {path} must be a tuple of Curves, got "
             f"{reprlib.repr(method.curves)}; a tuple of one ends with a comma"
         )
+    if name := ambiguous_term(method.terms):
+        raise ValueError(
+            f"method.name: terms of class Method of {path} has {name}, whose gradient would be logged as "
+            f"grad/{name}, which is of all terms of a kind; rename it"
+        )
     names = [figure.name for figure in method.curves]
     if hidden := [name for name in names if name in TAKEN or names.count(name) > 1]:
         raise ValueError(
             f"method.name: curves of class Method of {path} has a figure {hidden[0]}, a name that another figure "
             "of the report has; rename it"
         )
+
+
+def ambiguous_term(terms: Mapping[str, Kind]) -> str | None:
+    """Return a term that has the name of a figure of all terms of a kind and is not that kind's only one, else None.
+
+    Args:
+        terms: Of a method.
+    """
+    kinds = list(terms.values())
+    taken = (name for name in ("sft", "rl", "cosine") if name in terms)
+    return next((name for name in taken if terms[name] != name or kinds.count(terms[name]) > 1), None)
 
 
 def place_in_method(error: BaseException) -> str | None:

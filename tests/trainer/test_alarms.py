@@ -198,7 +198,7 @@ def test_an_alarm_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (line,) = [line for line in done.stderr.splitlines() if line]
     assert line.startswith("stopped by an alarm. Alarm at step 1, engine-mismatch:") and "train.resume=true" in line
     run = tmp_path / "runs" / "run"
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
     assert [row["step"] for row in read_json_lines(run / "metrics.jsonl")[0]] == [0, 1]
     config = [*options, "train.stop_on_alarm=true", "train.resume=true"]
     assert train_process(config).returncode == 0

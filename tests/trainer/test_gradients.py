@@ -13,7 +13,7 @@ from torch import Tensor
 from srft.batch import Response
 from srft.config import Config
 from srft.learning import accumulate, learn, measure_terms
-from srft.methods import assign_advantages
+from srft.methods import ambiguous_term, assign_advantages, find_method, method_names
 from srft.policy.learner import Learner
 from srft.policy.optimizer import make_optimizer
 from tests.trainer.runs import read_lines, train
@@ -145,6 +145,17 @@ def test_share_of_tokens_without_a_gradient(
     dead = tokens_of(sum(agree, []))
     counted = {"rollouts": tokens_of([s for g in groups for s in g.rollouts]), "all": tokens_of(members(groups))}
     assert figures["tokens/dead"].value == (dead / counted[dead_of] if dead_of else 0) and dead > 0
+
+
+def test_no_term_hides_the_sum_of_a_kind(tmp_path: Path) -> None:
+    """No built-in method has such a term, and a file with one is refused."""
+    assert [name for name in method_names() if ambiguous_term(find_method(name).terms)] == []
+    assert ambiguous_term({"sft": "sft", "rl": "rl"}) is None
+    for terms in ({"sft": "sft", "demo": "sft"}, {"sft": "rl"}, {"cosine": "rl"}):
+        file = tmp_path / "doubled.py"
+        file.write_text(OWN.replace("    factor:", f"    terms = {terms}\n    factor:", 1))
+        with pytest.raises(ValueError, match=f"terms of class Method of .* has {next(iter(terms))}, "):
+            find_method(str(file))
 
 
 def test_a_method_without_terms_is_not_measured(tmp_path: Path) -> None:
