@@ -209,7 +209,7 @@ def test_an_alarm_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_ranks_end_together_on_an_alarm(tmp_path: Path) -> None:
     """Each of two leaves with the status, and the line is written once."""
     words = arguments(tmp_path, **ALWAYS, train__ranks=2, train__stop_on_alarm=True)
-    done = train_process(words)
+    done = train_process(words, timeout=240)
     assert done.returncode == 3, done.stderr
     assert done.stderr.count("stopped by an alarm") == 1
 
