@@ -137,8 +137,8 @@ class Method(Distillation):
     """OPD: a teacher's log-probabilities of the policy's own tokens are their advantages."""
 
     teacher: str | None = None
-    """Folder or hub id of a causal LM with the policy's tokenizer; unset: the policy as the run starts, or
-    model.reference, which hold it back while it learns from rewards."""
+    """Folder or hub id of a causal LM with the policy's tokenizer, held in fp32, which srft.plan does not count; unset:
+    the policy as the run starts, or model.reference, which hold it back while it learns from rewards."""
 
     @property
     def rewards(self) -> float:

@@ -109,6 +109,9 @@ def plan_memory(
         "gradients, fp32": _FP32 * shape.trained // layout.shard,
         "AdamW's moments, fp32": 2 * _FP32 * shape.trained // layout.shard,
     }
+    # under adapters the policy is its own; a model of model.reference is taken to be as large
+    if config.wants_reference and not config.model.lora.rank:
+        standing["reference, fp32"] = _FP32 * shape.parameters // layout.shard
     host = 0
     if layout.offload:
         host, standing = sum(standing.values()), {}

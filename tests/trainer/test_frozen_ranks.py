@@ -63,7 +63,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list
     folder = tmp_path_factory.mktemp("ranks")
     saved(folder / "base")
     saved(folder / "teacher", seed=1)
-    return {case: trained(folder, ALONE, case) for case in CASES}, results_of_two_ranks(__name__, folder)
+    alone = {case: trained(folder, ALONE, case) for case in CASES}
+    return alone, results_of_two_ranks("tests.trainer.test_frozen_ranks", folder)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -142,6 +142,16 @@ def test_sharded_ranks_hold_their_part_and_what_they_gather() -> None:
     assert away.host == 2 * shape.parameters and not set(state) & set(away.standing)
 
 
+def test_a_reference_is_one_more_copy_that_is_sharded() -> None:
+    """4 bytes a parameter over the ranks, and none where a policy with adapters is its own."""
+    kl = ["method.name=grpo", "method.kl_coef=0.04"]
+    config, adapted = load_config(kl), load_config([*kl, "model.lora.rank=8"])
+    shape, passes = shape_of(config), BodyPasses(*[Held(0, 0)] * 4, flops=0, moved=0)
+    eight = plan_memory(shape, passes, config, Layout(H100, 1024, 8, 8), 1024)
+    assert eight.standing["reference, fp32"] == shape.parameters // 2
+    assert "reference, fp32" not in plan_memory(shape, passes, adapted, Layout(H100, 1024), 1024).standing
+
+
 def test_the_head_holds_its_workspace_and_no_logits() -> None:
     """At most 2 GiB on a GPU however many tokens there are, beside a weight in bf16 and its gradient in fp32."""
     config = load_config(["recipes/qwen2.5-math-7b.toml"])
