@@ -211,12 +211,7 @@ def _kind_scales(learner: Learner, sequences: list[Response]) -> dict[Kind, floa
     scales: dict[Kind, float] = {"sft": train.sft_lr_scale, "rl": train.rl_lr_scale}
     if set(scales.values()) == {1.0}:
         return scales
-    kinds = set(method.terms.values())
-    if len(kinds) > 1:
-        totals = _totals(learner, sequences)
-        # of a method of both kinds, what lacks rollouts, or demonstrations, is an update of one kind
-        kinds -= {"rl"} if not totals.rollout_tokens else {"sft"} if not totals.demo_tokens else set()
-    return {kind: scales[kind] for kind in kinds}
+    return {kind: scales[kind] for kind in method.kinds_in(_totals(learner, sequences))}
 
 
 def term_scales(learner: Learner, sequences: list[Response]) -> dict[str, float]:

@@ -148,6 +148,17 @@ class BaseMethod(Section, ABC):
         """
         return None
 
+    def kinds_in(self, totals: Totals) -> set[Kind]:
+        """Return the kinds of its terms that an update has: of both, one without rollouts, or demonstrations, has one.
+
+        Args:
+            totals: Counts over the update.
+        """
+        kinds = set(self.terms.values())
+        if len(kinds) > 1:
+            kinds -= {"rl"} if not totals.rollout_tokens else {"sft"} if not totals.demo_tokens else set()
+        return kinds
+
     def asks(self, now: StepInfo) -> tuple[bool, bool]:
         """Return whether a step wants rollouts, and whether demonstrations.
 

@@ -194,11 +194,11 @@ def loss_metrics(
         world: The ranks.
 
     Returns:
-        ``loss/*`` in nats, ``entropy/*`` and ``logprob/*`` in nats per token, the method's own, and of rollouts the
-        mismatch in nats and, where old log-probabilities are known, the ratio to them: ``ratio/tail``, the share of
-        tokens with a ratio outside of [1/2, 2], and ``ratio/max``, the largest |log ratio| in nats. ``kl/reference``
-        and ``kl/teacher`` where there are such models: the mean of log p - log p of theirs over rollout tokens, nats,
-        an estimate of KL(policy || theirs). The same on every rank.
+        ``loss/*`` in nats, but for terms of a kind that the update lacks; ``entropy/*`` and ``logprob/*`` in nats per
+        token, the method's own, and of rollouts the mismatch in nats and, where old log-probabilities are known, the
+        ratio to them: ``ratio/tail``, the share of tokens with a ratio outside of [1/2, 2], and ``ratio/max``, the
+        largest |log ratio| in nats. ``kl/reference`` and ``kl/teacher`` where there are such models: the mean of log p
+        - log p of theirs over rollout tokens, nats, an estimate of KL(policy || theirs). The same on every rank.
     """
     every = world.gather(_sums(batches, outputs))
     totals = update.totals
@@ -207,8 +207,11 @@ def loss_metrics(
         for name, value in of_rank.terms.items():
             terms[name] = terms.get(name, 0.0) + value
     metrics = {"loss/total": Figure(sum(of_rank.loss for of_rank in every))}
+    lacking = set(method.terms.values()) - method.kinds_in(totals)
     metrics |= {
-        f"loss/{name}": Figure(value) for name, value in terms.items() if not name.startswith(("sum_", "clip_"))
+        f"loss/{name}": Figure(value)
+        for name, value in terms.items()
+        if not name.startswith(("sum_", "clip_")) and (value or method.terms.get(name) not in lacking)
     }
     for kind, (source, tokens) in enumerate((("rollout", totals.rollout_tokens), ("demo", totals.demo_tokens))):
         if tokens:

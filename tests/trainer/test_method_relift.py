@@ -162,6 +162,8 @@ def test_a_step_makes_the_update_more() -> None:
     # the first group of ``random_groups`` is all wrong
     assert figures["updates/made"] == 2 and learner.memory["buffer"] == [] and figures["lr"] == pytest.approx(0.05)
     assert {"loss/policy", "loss/sft", "entropy/rollout", "entropy/demo"} <= figures.keys()
+    # each of the one update that has it
+    assert figures["loss/policy"] == pytest.approx(step(config, model, groups)[0]["loss/policy"], rel=1e-5)
     assert figures["tokens/trained"] == sum(len(s) for g in groups for s in g.rollouts) + len(groups[0].demos[0])
     for group in groups:
         group.rollouts[0].reward = 1.0

@@ -128,6 +128,7 @@ def test_a_run_of_two_phases(tmp_path: Path) -> None:
     rows = read_lines(train(tmp_path, **options) / "metrics.jsonl")[1:]
     assert [row["tokens/sampled"] > 0 for row in rows] == [False, False, True, True]
     assert ["loss/sft" in row for row in rows] == ["reward/demo" in row for row in rows] == [True, True, False, False]
+    assert ["loss/policy" in row for row in rows] == [False, False, True, True]
     assert all(row["grad_norm"] > 0 for row in rows[:2])
     losses = [row["eval/demo_loss"] for row in rows]
     assert losses[0] > losses[1] and all(map(math.isfinite, losses))
