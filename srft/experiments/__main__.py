@@ -1,5 +1,10 @@
 """``python -m srft.experiments <suite>``."""
 
+# ruff: noqa: E402
+from srft.stop import leave_at_once
+
+leave_at_once()  # the imports below take seconds, in which a signal would end in a traceback of theirs
+
 from srft.experiments.command import main
 
 main()

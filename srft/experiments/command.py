@@ -23,7 +23,7 @@ from srft.experiments.suite import describe_suite, find_suite, plan_runs, read_s
 from srft.experiments.tables import Table, make_tables, markdown
 from srft.record.files import write_atomically
 from srft.record.text import UNPRINTABLE
-from srft.stop import Stopped, leave_at_once
+from srft.stop import Stopped
 
 _EPILOG = """\
 section.key=value is for every arm and wins over its own options; a recipe takes the place of what the suite's arms have
@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Command-line arguments without the program's name; None takes those of the process.
     """
-    leave_at_once()
     parser = _parser()
     given = parser.parse_intermixed_args(argv)
     try:

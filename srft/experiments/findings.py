@@ -11,6 +11,7 @@ from typing import Any
 
 from srft.experiments.results import Budget, Result, read_results
 from srft.experiments.statistics import Estimate, estimate
+from srft.record.text import format_seconds
 
 SUITE = "suite.json"
 BUDGETS = {
@@ -67,6 +68,7 @@ class Findings:
         arms: In the order of the suite.
         warnings: Sentences on what is not as it should be.
         conditions: Sentences on what the runs were made with.
+        config: Options of the reference, resolved, as TOML.
     """
 
     title: str
@@ -75,6 +77,17 @@ class Findings:
     arms: list[Arm]
     warnings: list[str]
     conditions: list[str]
+    config: str
+
+
+def amount(what: str, value: float) -> str:
+    """Return a budget as a person reads it.
+
+    Args:
+        what: Name of the budget.
+        value: So much of it.
+    """
+    return format_seconds(value) if what == "seconds" else f"{value:.2e}" if what == "flops" else f"{value:,.0f}"
 
 
 def read_findings(out: Path) -> Findings:
@@ -98,13 +111,14 @@ def read_findings(out: Path) -> Findings:
     arms = [_arm(name, options, seeds, found, reference) for name, options in about["arms"].items()]
     others = len({result.key for result in every} - wanted)
     hidden = [r for (arm, _), r in found.items() if arm not in about["arms"] and r.error]
-    warnings = [f"{r.arm} (hidden), seed {r.seed}, ended early: {r.error}." for r in hidden]
+    warnings = [f"{r.arm} (hidden), seed {r.seed}, ended early: {r.error.rstrip('.')}." for r in hidden]
     warnings += [*_incomplete(arms), *_unequal(arms, about["equal"])]
     if others:
         warnings.append(f"{others} results in the folder are of other seeds or options, and take no part.")
     complete = [result for arm in arms for result in arm.results.values()]
     return Findings(
-        about["title"], about["question"], about["reference"], arms, warnings, _conditions(complete, seeds)
+        about["title"], about["question"], about["reference"], arms, warnings, _conditions(complete, seeds),
+        about["config"],
     )
 
 
@@ -144,7 +158,9 @@ def _arm(
 
 
 def _incomplete(arms: Sequence[Arm]) -> list[str]:
-    failed = [f"{arm.name}, seed {seed}, ended early: {why}." for arm in arms for seed, why in arm.failed.items()]
+    failed = [
+        f"{arm.name}, seed {seed}, ended early: {why.rstrip('.')}." for arm in arms for seed, why in arm.failed.items()
+    ]
     missing = [f"{arm.name} (seeds {', '.join(map(str, arm.missing))})" for arm in arms if arm.missing]
     return failed + ([f"Not made yet: {', '.join(missing)}."] if missing else [])
 
@@ -158,8 +174,8 @@ def _unequal(arms: Sequence[Arm], equal: Sequence[str]) -> list[str]:
         most = max(spent, key=lambda arm: arm.budget[what])
         if most.budget[what] > _ALLOWED * least.budget[what]:
             warnings.append(
-                f"Unequal {BUDGETS[what]}: {most.name} had {most.budget[what]:,.3g}, {least.name} "
-                f"{least.budget[what]:,.3g}, where the suite wants them within a tenth of each other."
+                f"Unequal {BUDGETS[what]}: {most.name} had {amount(what, most.budget[what])}, {least.name} "
+                f"{amount(what, least.budget[what])}, where the suite wants them within a tenth of each other."
             )
     return warnings
 

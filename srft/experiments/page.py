@@ -28,6 +28,7 @@ def render(findings: Findings, tables: Sequence[Table], figures: Mapping[str, tu
     if not figures:
         parts.append('<p class="muted">No run has ended.</p>')
     parts.append("<h2>Arms</h2>" + _arms(findings))
+    parts.append(f"<h2>Configuration of {safe(findings.reference)}</h2><pre>{safe(findings.config)}</pre>")
     return document(findings.title, ["<style>.wide{margin:2rem 0}.wide svg{max-width:none}</style>", *parts])
 
 

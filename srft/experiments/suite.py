@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from srft.config import Config
 from srft.data.files import is_local
-from srft.options import load_config
+from srft.options import load_config, to_toml
 from srft.rewards.kinds import check_kind
 from srft.section import Section
 
@@ -252,8 +252,7 @@ def _identity(config: Config, borrowed: Mapping[str, str], source: Run | None, d
 
     What stands at its default is left out, so that an option which a later version adds makes no other run of this one.
     """
-    places = {"name": "run", "runs_dir": Path("runs"), "cache_dir": Path("cache")}
-    plain = config.without_resume().model_copy(update=places)
+    plain = _placeless(config)
     files = [config.data.train, config.data.eval or "", config.reward.kind.rpartition(":")[0]]
     files += [config.data.demos] if config.data.demos else []
     facts = [
@@ -262,6 +261,12 @@ def _identity(config: Config, borrowed: Mapping[str, str], source: Run | None, d
         dict(borrowed), source.identity if source else None,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _placeless(config: Config) -> Config:
+    """The same run wherever it is written."""
+    places = {"name": "run", "runs_dir": Path("runs"), "cache_dir": Path("cache")}
+    return config.without_resume().model_copy(update=places)
 
 
 def _digest_of_file(name: str, digests: dict[str, str]) -> str:
@@ -288,5 +293,5 @@ def describe_suite(suite: Suite, runs: Sequence[Run]) -> dict[str, Any]:
             if not arm.hidden
         },
         "runs": [[run.arm, run.seed, run.identity] for run in runs],
-        "total_steps": {run.arm: run.config.train.steps for run in runs},
+        "config": to_toml(_placeless(next(run.config for run in runs if run.arm == suite.reference))),
     }  # fmt: skip

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from srft.experiments.findings import BUDGETS, Arm, Findings
+from srft.experiments.findings import BUDGETS, Arm, Findings, amount
 from srft.experiments.statistics import Estimate
-from srft.record.text import format_seconds
 
 _NONE = "–"
 
@@ -118,7 +117,7 @@ def _spent(arm: Arm, findings: Findings, what: str) -> str:
     if not arm.budget:
         return _NONE
     value = arm.budget[what]
-    text = format_seconds(value) if what == "seconds" else f"{value:.2e}" if what == "flops" else f"{value:,.0f}"
+    text = amount(what, value)
     reference = next(other for other in findings.arms if other.name == findings.reference)
     if arm is reference or not reference.budget.get(what):
         return text

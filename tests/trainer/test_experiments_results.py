@@ -29,7 +29,8 @@ def result(arm: str, seed: int, final: float, **changes: Any) -> Result:
 
 
 def suite_folder(folder: Path, results: list[Result], **changes: Any) -> Path:
-    about = {"title": "A", "question": "B?", "reference": "a", "equal": [], "arms": {"a": [], "b": ["x=1"]}} | changes
+    about = {"title": "A", "question": "B?", "reference": "a", "equal": [], "arms": {"a": [], "b": ["x=1"]}}
+    about |= {"config": "steps = 10\n"} | changes
     seeds = sorted({r.seed for r in results} or {0})
     about["runs"] = [[arm, seed, "x"] for arm in (*about["arms"], *changes.get("hidden", ())) for seed in seeds]
     (folder / "suite.json").write_text(json.dumps(about))
@@ -159,7 +160,7 @@ def test_unequal_budgets_are_warned_of(tmp_path: Path) -> None:
     more = budget.model_copy(update={"sampled_tokens": 1101, "prompts": 44, "updates": 99})
     results = [result("a", 0, 0.5), result("b", 0, 0.5, budget=more)]
     (warning,) = found(tmp_path, results, equal=["prompts", "sampled_tokens"]).warnings
-    assert warning.startswith("Unequal sampled tokens: b had 1.1e+03, a 1e+03")
+    assert warning.startswith("Unequal sampled tokens: b had 1,101, a 1,000")
 
 
 def test_what_failed_and_what_is_of_other_options_is_told(tmp_path: Path) -> None:
@@ -182,7 +183,7 @@ def test_what_failed_and_what_is_of_other_options_is_told(tmp_path: Path) -> Non
 def test_report_from_results_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: list[str]) -> None:
     """Tables, figures and page of whatever has ended, without a run's folder; the page runs and loads nothing."""
     results = [result(arm, seed, 0.5 + seed / 10) for arm in kept for seed in range(2)]
-    suite_folder(tmp_path, results, title=HOSTILE, question=HOSTILE, arms={"a": [], "b": [HOSTILE]})
+    suite_folder(tmp_path, results, title=HOSTILE, question=HOSTILE, arms={"a": [], "b": [HOSTILE]}, config=HOSTILE)
     main(["a", "--report", "--out", str(tmp_path)])
     assert "Accuracy" in capsys.readouterr().out
     page = Page(tmp_path / "report.html")

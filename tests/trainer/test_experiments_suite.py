@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from srft.experiments.command import main
-from srft.experiments.suite import Run, find_suite, plan_runs, read_suite, suite_names
+from srft.experiments.suite import Run, describe_suite, find_suite, plan_runs, read_suite, suite_names
 
 HEAD = 'title = "A"\nquestion = "B?"\nreference = "aware"\n'
 ARMS = """
@@ -103,6 +104,14 @@ def test_other_options_make_another_run(tmp_path: Path) -> None:
         reward.write_text(text)
         identities.add(plan(tmp_path, f"reward.kind={reward}:f", seeds=1)[0].identity)
     assert len(identities) == 2
+
+
+def test_what_is_kept_of_a_suite_names_no_place(tmp_path: Path) -> None:
+    """Its results can be shown elsewhere: the reference's options are there, the folders of this machine are not."""
+    runs = plan(tmp_path, f"cache_dir={tmp_path}")
+    about = describe_suite(read_suite(tmp_path / "suite.toml"), runs)
+    assert "prompts_per_step = 4" in about["config"] and str(tmp_path) not in json.dumps(about)
+    assert about["arms"]["average"][1] == "method.sft_coef=mean:weight/sft of aware"
 
 
 def test_a_metric_that_the_source_lacks(tmp_path: Path) -> None:
