@@ -57,7 +57,7 @@ def make_runs(runs: Sequence[Run], out: Path, jobs: int, threads: int) -> list[R
                     else:
                         _end(run, child, out, results, board)
                 if signals.first and not running:
-                    raise Stopped(signals.first)
+                    break
                 for run, child in [pair for pair in running.values() if pair[1].has_ended()]:
                     del running[run.key]
                     if not (signals.first and child.status):
@@ -68,6 +68,8 @@ def make_runs(runs: Sequence[Run], out: Path, jobs: int, threads: int) -> list[R
         finally:
             for _, child in running.values():
                 child.send(signal.SIGKILL)
+    if signals.first and len(results) < len(runs):
+        raise Stopped(signals.first)
     return list(results.values())
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from srft.experiments.command import main
+from srft.experiments.runner import make_runs
 from srft.experiments.suite import Run, describe_suite, find_suite, plan_runs, read_suite, suite_names
+from srft.stop import Stopped
 
 HEAD = 'title = "A"\nquestion = "B?"\nreference = "aware"\n'
 ARMS = """
@@ -165,6 +169,33 @@ def test_dry_run_says_what_sets_arms_apart(tmp_path: Path, capsys: pytest.Captur
     assert "model.name = model of plus\n" in said
     assert "12 of 12 runs to make, 84 steps" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_in_the_last_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is passed on once; a run that it ended has no result, and the suite is not taken for complete."""
+    sent: list[int] = []
+
+    class Stand:
+        status: int | None = None
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def has_ended(self) -> bool:
+            if not sent:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return self.status is not None
+
+        def send(self, number: int) -> None:
+            sent.append(number)
+            self.status = 143
+
+    monkeypatch.setattr("srft.experiments.runner.Child", Stand)
+    (run,) = plan(tmp_path, text=HEAD + "[arms]\naware = []\n", seeds=1)
+    with pytest.raises(Stopped) as stopped:
+        make_runs([run], tmp_path, jobs=2, threads=1)
+    assert stopped.value.exit_code == 143 and sent == [signal.SIGTERM]
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 def test_unknown_suite_and_list(capsys: pytest.CaptureFixture[str]) -> None:
