@@ -232,7 +232,13 @@ def _accepted(
             )
         bad = every - bad
     kept = [replace(e, demos=[d for i, d in enumerate(e.demos) if (e.id, i) not in bad]) for e in examples]
-    return [new for new, old in zip(kept, examples, strict=True) if new.demos or not old.demos], len(bad)
+    usable = [new for new, old in zip(kept, examples, strict=True) if new.demos or not old.demos]
+    if not usable:
+        raise ValueError(
+            f"data.bad_demos={bad_demos} leaves none of {len(bad)} demonstrations, none of which {pool.kind!r} accepts; "
+            "mend them, or set data.bad_demos=keep, or another reward.kind"
+        )
+    return usable, len(bad)
 
 
 def _corrupted(

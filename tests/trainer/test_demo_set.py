@@ -139,6 +139,14 @@ def test_only_wrong_demonstrations(prompts_of: Callable, tmp_path: Path) -> None
         prompts_of(config)
 
 
+def test_no_right_demonstration(prompts_of: Callable, tmp_path: Path) -> None:
+    """Where all are skipped, that is said."""
+    config = config_for(tmp_path, data__bad_demos="skip")
+    written(tmp_path / "shown.jsonl", [{"q": f"{a}+1=", "answer": str(a + 1), "how": "#99"} for a in range(9)])
+    with pytest.raises(ValueError, match="skip leaves none of 9 demonstrations, none of which 'numeric' accepts"):
+        prompts_of(config)
+
+
 def test_samples_of_a_run_are_shown_to_another(tmp_path: Path) -> None:
     """The file in which a run keeps some of them is a set of demonstrations, here of those that are wrong."""
     small = {"train__steps": 2, "model__warm_start__max_steps": 20}
