@@ -235,8 +235,8 @@ def _accepted(
     usable = [new for new, old in zip(kept, examples, strict=True) if new.demos or not old.demos]
     if not usable:
         raise ValueError(
-            f"data.bad_demos={bad_demos} leaves none of {len(bad)} demonstrations, none of which {pool.kind!r} accepts; "
-            "mend them, or set data.bad_demos=keep, or another reward.kind"
+            f"data.bad_demos={bad_demos} leaves none of {len(bad)} demonstrations, none of which {pool.kind!r} "
+            "accepts; mend them, or set data.bad_demos=keep, or another reward.kind"
         )
     return usable, len(bad)
 

@@ -112,13 +112,13 @@ def test_each_is_a_group_by_itself(tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_that_allows_it_takes_them(name: str) -> None:
     """From a demonstration alone, and from rollouts alone, it learns something or nothing, without an advantage."""
-    method = find_method(name)
+    method = find_method(name)(name=name)
     if not method.needs_demos or method.needs_paired_demos:
         pytest.skip("takes none of their own")
     taken = []
     for group in random_groups(3):
         for alone in (Group(group.prompt, demos=group.demos), Group(group.prompt, rollouts=group.rollouts)):
-            taken += method(name=name).learn_from(alone)
+            taken += method.learn_from(alone)
         assert all(demo.advantage == 0 for demo in group.demos)
     assert any(response.is_demo for response in taken)
 
