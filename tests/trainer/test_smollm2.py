@@ -1,8 +1,9 @@
-"""A model that someone pretrained: what is made of the package's file."""
+"""A model that someone pretrained: what is made of the package's file, and whole runs that train it."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from srft.planning.models import read_shape
 from srft.policy.model import load_model, load_tokenizer
 from tests.trainer import tiny_vllm
 from tests.trainer.chat import char_tokenizer
-from tests.trainer.runs import small_config, train
+from tests.trainer.runs import read_lines, small_config, train
 
 NAME = "smollm2-135m"
 IM_END = 2
@@ -159,3 +160,66 @@ def test_absent_packages_are_named_with_what_to_install(tmp_path: Path, monkeypa
     assert not (tmp_path / "runs").exists()
     with pytest.raises(ValueError, match=f"no model 'gpt-5'; there is {NAMES[0]}"):
         make_folder("gpt-5", tmp_path)
+
+
+def gsm8k_rows(path: Path) -> Path:
+    """Rows as GSM8K has them, calculator marks included."""
+    rows = []
+    for a, b in [(3, 4), (5, 2), (6, 6), (9, 1), (7, 8), (2, 2), (1, 5), (8, 3)]:
+        question = f"Ann has {a} apples and buys {b} more. How many apples has she now?"
+        answer = f"She has {a} + {b} = <<{a}+{b}={a + b}>>{a + b} apples.\n#### {a + b}"
+        rows.append({"question": question, "answer": answer})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def two_steps(cache: Path, folder: Path, **changes: object) -> Path:
+    """Two steps of SRFT on GSM8K's rows; the folder of the run."""
+    return train(
+        folder, cache_dir=cache, model__name=NAME, data__train=gsm8k_rows(folder / "gsm8k.jsonl"),
+        data__max_prompt_tokens=96, train__prompts_per_step=2, train__rollouts_per_prompt=2, train__lr=1e-4,
+        train__tokens_per_microbatch=512, train__eval_every=2, train__save_every=2, data__eval_limit=1, **changes,
+    )  # fmt: skip
+
+
+def check(run: Path, engine: str) -> list[dict[str, Any]]:
+    """What every such run must show: rollouts from the trainer's weights, a loss of each kind, demonstrations right."""
+    rows = read_lines(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["canary/max_abs_diff"] <= 1e-4 for row in rows), engine
+    assert all(row["mismatch/max"] <= 1e-2 for row in rows[1:]), engine
+    assert rows[1]["loss/total"] != rows[2]["loss/total"]
+    # far from sure, as such a model is: where SRFT's weights differ from its coefficients
+    assert 0.5 < rows[1]["entropy/rollout"] < 6 and 0 < rows[1]["weight/sft"] < 0.5 and rows[1]["weight/rl"] > 0.1
+    samples = read_lines(run / "samples.jsonl")
+    assert all(s["reward"] == 1 and "<<" not in s["completion"] for s in samples if s["demo"])
+    return rows
+
+
+def test_it_trains_with_rollouts_in_the_process(
+    cache: Path, model: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    """All its weights move, and the export has them, its tokenizer, its template and its end token."""
+    run = two_steps(cache, tmp_path, engine__kind="hf")
+    check(run, "hf")
+    exported = load_model(run / "model", trust_remote_code=False)
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    moved = [n for n, p in exported.named_parameters() if not torch.equal(p, model.get_parameter(n))]
+    assert len(moved) == len(list(exported.parameters()))
+    assert exported.generation_config.eos_token_id == exported.generation_config.pad_token_id == IM_END
+    assert tokenizer_of(run / "model").tokenize("\n\n12") == ["ĊĊ", "1", "2"]
+    assert PromptFormat(tokenizer_of(run / "model")).chat_turn == PromptFormat(tokenizer_of(cache / NAME)).chat_turn
+    shutil.rmtree(run)
+
+
+@pytest.mark.vllm
+def test_its_adapters_train_with_rollouts_from_vllm(
+    cache: Path, model: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    """The merged weights that vLLM samples from, those of the export, and the trainer's are the same."""
+    run = two_steps(cache, tmp_path, engine__kind="vllm", model__lora__rank=4, model__lora__merge=True)
+    check(run, "vllm")
+    merged = load_model(run / "merged", trust_remote_code=False)
+    moved = {n for n, p in merged.named_parameters() if not torch.equal(p, model.get_parameter(n))}
+    assert moved == {n for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n}
+    shutil.rmtree(run)
