@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from srft.experiments.suite import plan_runs, read_suite
+from srft.models import NAMES
 from srft.options import load_config
 from srft.rewards.kinds import check_kind
 from tests.trainer.runs import ROOT
@@ -28,6 +30,19 @@ def test_recipe_is_valid(recipe: Path) -> None:
     for source in filter(None, (config.data.train, config.data.eval)):
         assert not source.startswith(("/", "..", "~"))
     assert load_config([str(recipe), "train.steps=3"]).train.steps == 3
+
+
+def test_the_pretrained_models_setting() -> None:
+    """The recipe for two cores asks for what needs no hub, and its rows fit its limits; its suite is that recipe."""
+    recipe, path = ROOT / "recipes" / "smollm2-arithmetic.toml", ROOT / "recipes" / "suites" / "smollm2-entropy.toml"
+    config = load_config([str(recipe)])
+    assert config.model.name in NAMES and config.data.train == "sums" and config.data.eval_limit >= 256
+    assert config.data.task["largest"] < 100
+    # "50+50=100" is a token a character, and the turn's end
+    assert config.rollout.max_new_tokens >= len("99+99=198") + 1
+    runs = plan_runs(read_suite(path), path, [], [0], Path("out"))
+    assert len(runs) == len({run.identity for run in runs}) >= 4
+    assert all((run.config.model, run.config.train.lr) == (config.model, config.train.lr) for run in runs)
 
 
 def test_the_papers_setting() -> None:
