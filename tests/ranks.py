@@ -18,13 +18,14 @@ def results_of_two_ranks(module: str, folder: Path) -> list[Any]:
     return results_of_ranks(module, folder, 2)
 
 
-def results_of_ranks(module: str, folder: Path, ranks: int) -> list[Any]:
+def results_of_ranks(module: str, folder: Path, ranks: int, seconds: int = 280) -> list[Any]:
     """What ``rank_main(rank, folder)`` of a test module saves as rank0.pt, rank1.pt, ...; no process is left.
 
     Args:
         module: Its name, such as tests.kernels.test_vocab_parallel.
         folder: An empty folder, which also holds the store where the ranks meet.
         ranks: How many; each finds the number in its environment as WORLD_SIZE.
+        seconds: After which one that has not ended hangs.
     """
     command = f"import sys, pathlib; from {module} import rank_main; "
     command += "rank_main(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
@@ -34,7 +35,7 @@ def results_of_ranks(module: str, folder: Path, ranks: int) -> list[Any]:
         for rank in range(ranks)
     ]
     try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0] * ranks
+        assert [worker.wait(timeout=seconds) for worker in workers] == [0] * ranks
     finally:
         for worker in workers:
             worker.kill()

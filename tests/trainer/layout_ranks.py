@@ -30,9 +30,9 @@ CASES: dict[str, tuple[list[str], str]] = {
     "batch-two-updates": (
         ["method.entropy_scope=batch", "method.entropy_source=own", "train.updates_per_step=2"], "untied"
     ),
-    "upt": (["method.preset=upt", "train.grad_terms_every=3"], "tied"),
+    "upt": (["method.preset=upt"], "tied"),
     "grpo": (["method.name=grpo"], "untied"),
-    "chord": (["method.name=chord", "train.grad_terms_every=3"], "untied"),
+    "chord": (["method.name=chord"], "untied"),
     "hpt": (["method.name=hpt"], "untied"),
     "sft": (["method.name=sft"], "tied"),
     "experts": (["model.router_aux_coef=0.5"], "experts"),

@@ -13,6 +13,9 @@ from srft.policy.parallel import ALONE
 from tests.ranks import results_of_ranks
 from tests.trainer.layout_ranks import LAYOUTS, RUNS, every_run, is_run
 
+# the first test waits for the runs of all worlds
+pytestmark = pytest.mark.timeout(900)
+
 # of the norm of the whole: fp32 adds up in another order; float64 shows that nothing else differs
 GRADIENTS = {torch.float32: 2e-6, torch.float64: 1e-11}
 WEIGHTS = {torch.float64: 1e-11}
@@ -27,7 +30,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     finally:
         Config.compute_dtype = own  # type: ignore[method-assign]
     for ranks in (2, 4):
-        found |= results_of_ranks("tests.trainer.layout_ranks", tmp_path_factory.mktemp(f"ranks{ranks}"), ranks)[0]
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        found |= results_of_ranks("tests.trainer.layout_ranks", folder, ranks, seconds=600)[0]
     return found
 
 
