@@ -224,15 +224,16 @@ class Rounding:
     Args:
         model: Whose modules, for the length of a ``with`` statement.
         active: Or nothing is done.
+        seed: Of the u.
     """
 
-    def __init__(self, model: PreTrainedModel, active: bool) -> None:
-        self._model, self._active = model, active
+    def __init__(self, model: PreTrainedModel, active: bool, seed: int = 0) -> None:
+        self._model, self._active, self._seed = model, active, seed
 
     def __enter__(self) -> None:
         self._hooks = []
         if self._active:
-            generator = torch.Generator(device_of(self._model)).manual_seed(0)
+            generator = torch.Generator(device_of(self._model)).manual_seed(self._seed)
 
             def hook(_module: nn.Module, _inputs: object, output: object) -> object:
                 if not isinstance(output, Tensor) or not output.is_floating_point():

@@ -39,6 +39,17 @@ class Spread:
         p90, p99 = sizes.quantile(sizes.new_tensor([0.9, 0.99])).tolist()
         return Spread(float(sizes.mean()), p90, p99, float(sizes.max()))
 
+    def widened(self, other: Spread) -> Spread:
+        """Return the larger of the two in every measure.
+
+        Args:
+            other: Of another draw of the same noise.
+        """
+        return Spread(
+            max(self.mean, other.mean), max(self.p90, other.p90), max(self.p99, other.p99),
+            max(self.largest, other.largest),
+        )  # fmt: skip
+
     def beyond(self, noise: Spread, floor: float) -> list[str]:
         """Name the measures in which these differences are more than noise; NaN is.
 
