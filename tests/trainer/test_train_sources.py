@@ -166,9 +166,9 @@ def test_large_vocabulary_without_logits_of_all_tokens(
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert [row["reward/demo"] for row in rows[1:]] == [1.0, 1.0, 1.0]
     # one that is tried before the first step, then one a step, of so many tokens that its logits would fill the
-    # workspace more than twice
-    assert len(counted) == 1 + 3
-    assert min(counted[1:]) * vocab * 4 > 2 * chunked_head.CPU_WORKSPACE_BYTES
+    # workspace more than twice; evaluations before and after them have one of held-out demonstrations
+    assert len(counted) == 1 + 1 + 3 + 1
+    assert min(counted[2:5]) * vocab * 4 > 2 * chunked_head.CPU_WORKSPACE_BYTES
     assert 0 < updating.elements * 4 <= chunked_head.CPU_WORKSPACE_BYTES
     # sampling takes one position of each sequence, and there are more prompt tokens than the model is wide
     sequences = 4 * 2
