@@ -103,7 +103,7 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
     figures, _ = accumulate(learner, sequences, step)
     norm = whole_of(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)).item()
     lr = config.train.lr * min(1.0, step / max(1, config.train.lr_warmup_steps))
-    lr *= max(_kind_scales(learner, sequences).values())
+    lr *= max(_kind_scales(learner, _totals(learner, sequences)).values())
     for group in optimizer.param_groups:
         group["lr"] = lr
     skipped = _skipped(learner, step, norm, figures["loss/total"].value)
@@ -131,7 +131,7 @@ def measure_terms(learner: Learner, sequences: list[Response], step: int) -> dic
     kinds = learner.config.method.terms
     if not kinds:
         return {}
-    scales, none = term_scales(learner, sequences), dict.fromkeys(kinds, 0.0)
+    scales, none = term_scales(learner, _totals(learner, sequences)), dict.fromkeys(kinds, 0.0)
     gradients = TermGradients(learner.model, learner.world)
     with torch.random.fork_rng():
         accumulate(learner, sequences, step, scales=none)
@@ -172,7 +172,7 @@ def accumulate(
     router, dtype = router_of(config, model) if scales is None else None, config.compute_dtype
     whole = UpdateInfo(
         totals, step, config.rollout.max_new_tokens, entropy, learner.memory,
-        term_scales(learner, sequences) if scales is None else scales, entropies,
+        term_scales(learner, totals) if scales is None else scales, entropies,
         config.train.rollouts_per_prompt, config.train.demos_per_prompt,
     )  # fmt: skip
     learner.optimizer.zero_grad(set_to_none=True)
@@ -205,17 +205,17 @@ def _totals(learner: Learner, sequences: list[Response]) -> Totals:
     return Totals(*map(int, learner.world.sum(astuple(count(sequences)))))
 
 
-def _kind_scales(learner: Learner, sequences: list[Response]) -> dict[Kind, float]:
+def _kind_scales(learner: Learner, totals: Totals) -> dict[Kind, float]:
     """``train.sft_lr_scale`` and ``train.rl_lr_scale``, of the kinds of terms that an update has."""
     method, train = learner.config.method, learner.config.train
     scales: dict[Kind, float] = {"sft": train.sft_lr_scale, "rl": train.rl_lr_scale}
     if set(scales.values()) == {1.0}:
         return scales
-    return {kind: scales[kind] for kind in method.kinds_in(_totals(learner, sequences))}
+    return {kind: scales[kind] for kind in method.kinds_in(totals)}
 
 
-def term_scales(learner: Learner, sequences: list[Response]) -> dict[str, float]:
-    """Return the factor of each term of the method's loss, in an update from these sequences.
+def term_scales(learner: Learner, totals: Totals) -> dict[str, float]:
+    """Return the factor of each term of the method's loss, in an update with these counts.
 
     The learning rate of the update is multiplied by the larger of ``train.sft_lr_scale`` and ``train.rl_lr_scale``
     among the kinds that it has, and terms of the other kind by what is between them: AdamW does not see the scale of a
@@ -223,9 +223,9 @@ def term_scales(learner: Learner, sequences: list[Response]) -> dict[str, float]
 
     Args:
         learner: Its configuration has the scales.
-        sequences: This rank's.
+        totals: Of the update, all ranks together.
     """
-    method, kinds = learner.config.method, _kind_scales(learner, sequences)
+    method, kinds = learner.config.method, _kind_scales(learner, totals)
     most = max(kinds.values())
     return {
         term: learner.config.train.term_scales.get(term, 1.0) * (kinds[kind] / most if kind in kinds else 1.0)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import math
 import pkgutil
 import reprlib
 import sys
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -25,11 +27,12 @@ from torch import Tensor
 from srft.batch import Batch, Group, Response
 from srft.curves import TAKEN, Curves, Line
 from srft.method import BaseMethod, Figure, Kind, Loss, StepInfo, UpdateInfo
+from srft_kernels import linear_token_loss
 
 __all__ = [
     "DEFAULT", "Aggregation", "BaseMethod", "Curves", "Figure", "Kind", "Line", "Loss", "StepInfo", "UpdateInfo",
     "absolute_name", "ambiguous_term", "assign_advantages", "clip_share", "compared", "demo_share", "find_method",
-    "group_advantages", "judged", "method_names", "place_in_method", "token_weights",
+    "group_advantages", "judged", "method_names", "place_in_method", "sft_and_rl", "token_weights",
 ]  # fmt: skip
 DEFAULT = "srft"
 Aggregation = Literal["token-mean", "sequence-mean", "constant", "sum"]
@@ -135,16 +138,52 @@ def token_weights(batch: Batch, update: UpdateInfo, how: Aggregation, *, togethe
     return weights.repeat_interleave(torch.tensor([tokens for _, tokens in parts])).to(batch.labels.device)
 
 
-def clip_share(terms: Mapping[str, float], update: UpdateInfo) -> Figure:
-    """Return the share of rollout tokens whose ratio was clipped.
+def sft_and_rl(
+    batch: Batch,
+    update: UpdateInfo,
+    *,
+    rl_weights: Tensor,
+    sft_weights: Tensor,
+    entropy_coef: float,
+    clip_low: float | None,
+    clip_high: float | None,
+    sft_prob_factor: str = "one",
+) -> Loss:
+    """Return the loss of a method with the terms "policy", clipped on rollouts, and "sft", on demonstrations.
+
+    Args:
+        batch: One micro-batch.
+        update: The update as a whole.
+        rl_weights: [N] fp32, of the policy term, with its denominator; not read on demonstrations.
+        sft_weights: [N] fp32, of the log-likelihood, with its denominator; not read on rollouts.
+        entropy_coef: Coefficient of the entropy bonus, a mean over tokens of both kinds.
+        clip_low: The ratio is clipped below 1 - clip_low; None: it is not.
+        clip_high: The ratio is clipped above 1 + clip_high; None: it is not.
+        sft_prob_factor: As in ``linear_token_loss``.
+    """
+    bonus = entropy_coef / max(1, update.totals.tokens)
+    return partial(
+        linear_token_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
+        policy_weights=torch.where(batch.is_demo, 0.0, rl_weights * update.scale("policy")),
+        sft_weights=torch.where(batch.is_demo, sft_weights * update.scale("sft"), 0.0),
+        sft_prob_factor=sft_prob_factor,
+        entropy_weights=torch.full_like(sft_weights, bonus) if bonus else None,
+        clip_low=math.inf if clip_low is None else clip_low,
+        clip_high=math.inf if clip_high is None else clip_high,
+    )  # fmt: skip
+
+
+def clip_share(terms: Mapping[str, float], update: UpdateInfo, tokens: int | None = None) -> Figure:
+    """Return the share of tokens whose ratio was clipped.
 
     Args:
         terms: With the counts of clipped tokens, summed over the micro-batches.
         update: The update as a whole.
+        tokens: Those that have a ratio; None: rollout tokens.
     """
-    rollouts = update.totals.rollout_tokens
+    tokens = update.totals.rollout_tokens if tokens is None else tokens
     clipped = terms["clip_low_sum"] + terms["clip_high_sum"]
-    return Figure(clipped / max(1, rollouts), weight=rollouts)
+    return Figure(clipped / max(1, tokens), weight=tokens)
 
 
 def demo_share(update: UpdateInfo) -> float:

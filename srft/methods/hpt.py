@@ -13,12 +13,9 @@ norm above 80, which ``train.grad_clip`` bounds here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from functools import partial
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 
 from srft.batch import Batch, Group, Response
@@ -34,9 +31,9 @@ from srft.methods import (
     compared,
     demo_share,
     judged,
+    sft_and_rl,
     token_weights,
 )
-from srft_kernels import linear_token_loss
 
 
 class Method(BaseMethod):
@@ -74,14 +71,9 @@ class Method(BaseMethod):
         # of a prompt the sum over its rollouts, where "constant" takes their mean
         rl_weights = token_weights(batch, update, "constant") / max(1, totals.rollout_tokens)
         rl_weights = rl_weights * update.rollouts_per_prompt * (1 - share)
-        bonus = self.entropy_coef / max(1, totals.tokens)
-        return partial(
-            linear_token_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
-            policy_weights=torch.where(batch.is_demo, 0.0, rl_weights * update.scale("policy")),
-            sft_weights=torch.where(batch.is_demo, sft_weights * self.sft_coef * share * update.scale("sft"), 0.0),
-            entropy_weights=torch.full_like(sft_weights, bonus) if bonus else None,
-            clip_low=math.inf if self.clip_low is None else self.clip_low,
-            clip_high=math.inf if self.clip_high is None else self.clip_high,
+        return sft_and_rl(
+            batch, update, rl_weights=rl_weights, sft_weights=sft_weights * self.sft_coef * share,
+            entropy_coef=self.entropy_coef, clip_low=self.clip_low, clip_high=self.clip_high,
         )  # fmt: skip
 
     def figures(self, terms: Mapping[str, float], update: UpdateInfo) -> dict[str, Figure]:

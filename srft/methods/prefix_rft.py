@@ -45,6 +45,7 @@ from srft.methods import (
     Loss,
     StepInfo,
     UpdateInfo,
+    clip_share,
     compared,
     judged,
     token_weights,
@@ -155,5 +156,4 @@ class Method(BaseMethod):
 
     def figures(self, terms: Mapping[str, float], update: UpdateInfo) -> dict[str, Figure]:
         """Share of tokens whose ratio was clipped, those of prefixes among them."""
-        tokens = update.totals.tokens
-        return {"clip/share": Figure((terms["clip_low_sum"] + terms["clip_high_sum"]) / max(1, tokens), weight=tokens)}
+        return {"clip/share": clip_share(terms, update, update.totals.tokens)}

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from srft.batch import Batch, Group, Response
-from srft.methods import Aggregation, BaseMethod, Figure, Kind, Loss, UpdateInfo, judged, token_weights
+from srft.methods import Aggregation, BaseMethod, Figure, Kind, Loss, UpdateInfo, clip_share, judged, token_weights
 from srft_kernels import linear_token_loss
 
 
@@ -50,6 +50,4 @@ class Method(BaseMethod):
 
     def figures(self, terms: Mapping[str, float], update: UpdateInfo) -> dict[str, Figure]:
         """Share of demonstration tokens whose ratio was clipped."""
-        demos = update.totals.demo_tokens
-        clipped = terms["clip_low_sum"] + terms["clip_high_sum"]
-        return {"clip/share": Figure(clipped / max(1, demos), weight=demos)}
+        return {"clip/share": clip_share(terms, update, update.totals.demo_tokens)}

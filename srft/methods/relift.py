@@ -15,12 +15,9 @@ and ``train.grad_clip`` the norm at which gradients are clipped, 0.7 there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from srft.batch import Batch, Group, Response
@@ -37,9 +34,9 @@ from srft.methods import (
     clip_share,
     compared,
     judged,
+    sft_and_rl,
     token_weights,
 )
-from srft_kernels import linear_token_loss
 
 
 class Method(BaseMethod):
@@ -93,14 +90,9 @@ class Method(BaseMethod):
         totals = update.totals
         rl_weights = token_weights(batch, update, self.rl_aggregation) / max(1, totals.rollout_tokens)
         sft_weights = token_weights(batch, update, self.sft_aggregation) / max(1, totals.demo_tokens)
-        bonus = self.entropy_coef / max(1, totals.tokens)
-        return partial(
-            linear_token_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
-            policy_weights=torch.where(batch.is_demo, 0.0, rl_weights * update.scale("policy")),
-            sft_weights=torch.where(batch.is_demo, sft_weights * update.scale("sft"), 0.0),
-            entropy_weights=torch.full_like(sft_weights, bonus) if bonus else None,
-            clip_low=math.inf if self.clip_low is None else self.clip_low,
-            clip_high=math.inf if self.clip_high is None else self.clip_high,
+        return sft_and_rl(
+            batch, update, rl_weights=rl_weights, sft_weights=sft_weights, entropy_coef=self.entropy_coef,
+            clip_low=self.clip_low, clip_high=self.clip_high,
         )  # fmt: skip
 
     def figures(self, terms: Mapping[str, float], update: UpdateInfo) -> dict[str, Figure]:

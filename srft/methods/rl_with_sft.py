@@ -11,10 +11,8 @@ their balance there depends on how the batch is split, which no option here repe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 
 from srft.batch import Batch, Group, Response
@@ -30,9 +28,9 @@ from srft.methods import (
     clip_share,
     compared,
     judged,
+    sft_and_rl,
     token_weights,
 )
-from srft_kernels import linear_token_loss
 
 
 class Method(BaseMethod):
@@ -67,12 +65,8 @@ class Method(BaseMethod):
         totals = update.totals
         rl_weights = token_weights(batch, update, self.rl_aggregation) / max(1, totals.rollout_tokens)
         sft_weights = token_weights(batch, update, self.sft_aggregation) * self.sft_coef / max(1, totals.demo_tokens)
-        bonus = self.entropy_coef / max(1, totals.tokens)
-        return partial(
-            linear_token_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
-            policy_weights=torch.where(batch.is_demo, 0.0, rl_weights * update.scale("policy")),
-            sft_weights=torch.where(batch.is_demo, sft_weights * update.scale("sft"), 0.0),
-            entropy_weights=torch.full_like(sft_weights, bonus) if bonus else None,
+        return sft_and_rl(
+            batch, update, rl_weights=rl_weights, sft_weights=sft_weights, entropy_coef=self.entropy_coef,
             clip_low=self.clip_low, clip_high=self.clip_high,
         )  # fmt: skip
 

@@ -11,10 +11,8 @@ here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from srft.batch import Batch, Group, Response
@@ -30,9 +28,9 @@ from srft.methods import (
     compared,
     demo_share,
     judged,
+    sft_and_rl,
     token_weights,
 )
-from srft_kernels import linear_token_loss
 
 
 class Method(BaseMethod):
@@ -67,12 +65,8 @@ class Method(BaseMethod):
         weights = token_weights(batch, update, "sequence-mean")
         rl_weights = weights * (1 - share) / max(1, totals.rollout_tokens)
         sft_weights = weights * share / max(1, totals.demo_tokens)
-        bonus = self.entropy_coef / max(1, totals.tokens)
-        return partial(
-            linear_token_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
-            policy_weights=torch.where(batch.is_demo, 0.0, rl_weights * update.scale("policy")),
-            sft_weights=torch.where(batch.is_demo, sft_weights * update.scale("sft"), 0.0),
-            entropy_weights=torch.full_like(sft_weights, bonus) if bonus else None,
+        return sft_and_rl(
+            batch, update, rl_weights=rl_weights, sft_weights=sft_weights, entropy_coef=self.entropy_coef,
             clip_low=self.clip_low, clip_high=self.clip_high,
         )  # fmt: skip
 
