@@ -43,7 +43,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], list[str], list[str]]] = {
     "wrong-type": (good, ["train.lr=fast"], ["train.lr", "'fast'"]),
     "out-of-range": (good, ["rollout.temperature=-1"], ["rollout.temperature", "greater than 0", "-1"]),
     "section-as-value": (good, ["train=4"], ["train is a section", "train.steps"]),
-    "unknown-method": (good, ["method.name=ppo"], ["method.name", "srft or path/to/file.py, got", "'ppo'"]),
+    "unknown-method": (good, ["method.name=ppo"], ["method.name", " srft, ", "or path/to/file.py, got 'ppo'"]),
     "no-such-toml": (good, ["absent.toml"], ["no such configuration file: absent.toml"]),
     "not-an-option": (good, ["fast"], ["expected a .toml file or section.key=value, got 'fast'"]),
     "no-columns": (without("prompt"), [], ["has no column 'prompt' for the prompt", "columns present: answer, demo"]),
