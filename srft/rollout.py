@@ -19,7 +19,7 @@ from srft.engine.sampling import prompt_format
 from srft.methods import StepInfo
 from srft.policy.learner import Learner
 from srft.policy.parallel import ALONE, World
-from srft.rewards.pool import RewardPool
+from srft.rewards.pool import Judge
 
 # prompts with their demonstrations whose length is looked at, those of most tokens first
 _LESSONS = 64
@@ -40,7 +40,7 @@ class Actor:
     engine: Engine
     sampling: Sampling
     tokenizer: PreTrainedTokenizerBase
-    pool: RewardPool
+    pool: Judge
     world: World = ALONE
 
 
@@ -206,7 +206,7 @@ def demonstration(prompt: Prompt, place: int) -> Response:
     )  # fmt: skip
 
 
-def judge(groups: list[Group], pool: RewardPool) -> None:
+def judge(groups: list[Group], pool: Judge) -> None:
     """Give every rollout and demonstration its reward.
 
     Args:

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import os
 import signal
+from dataclasses import replace
 
 import torch
 import transformers
@@ -33,6 +34,7 @@ from srft.policy.lost import LostRank
 from srft.policy.parallel import Elsewhere
 from srft.prepare import Run, prepared
 from srft.record.metrics import Clock, group_metrics, sample_rows
+from srft.record.problems import Verdicts, trained_on
 from srft.rollout import judge, resample, roll_out
 from srft.sync import CanaryError
 
@@ -74,13 +76,14 @@ def fit(config: Config) -> None:
             with clock("sync"):
                 canary = run.sync.push(step)
             run.log.samples(step, sample_rows(groups))
+            run.log.problems(step, "training", trained_on(groups, run.world))
             row = {"step": step, **canary, **figures, **group_metrics(groups, run.world, gave_way)}
             row["engine/restarts"] = run.actor.engine.restarts
             if step % train.eval_every == 0 or is_last:
                 run.progress.reached(step, unlogged=row | clock.seconds())
                 run.stop.release()  # a run stopped in here repeats the evaluation when it goes on
                 with clock("eval"):
-                    row |= _evaluated(run)
+                    row |= _evaluated(run, step)
                 run.stop.hold()
             config.method.note(row, run.learner.now(step))
             alarms = run.log.metrics(run.speed.with_figures(row | clock.seconds()))
@@ -101,15 +104,18 @@ def _begin(run: Run) -> None:
     canary = run.sync.push(done)
     row = {"step": 0, **canary} if done == 0 else run.progress.unlogged
     if row is not None and run.world.first(run.log.last_step) < done:
-        row |= _evaluated(run)
+        row |= _evaluated(run, done)
         if done:
             run.learner.config.method.note(row, run.learner.now(done))
         run.log.metrics(row)
 
 
-def _evaluated(run: Run) -> dict[str, float]:
+def _evaluated(run: Run, step: int) -> dict[str, float]:
     held_out = run.prompts.held_out
-    return evaluate(run.actor, held_out) | demo_loss(run.learner, held_out)
+    verdicts = Verdicts(run.actor.pool, [prompt.example for prompt in held_out])
+    figures = evaluate(replace(run.actor, pool=verdicts), held_out) | demo_loss(run.learner, held_out)
+    run.log.problems(step, "held-out", verdicts.counts(run.world))
+    return figures
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from srft.record.history import RunRecord
 from srft.record.screen import Screen
 from srft.record.trackers import Tracker
 
-RECORDS = ("metrics", "samples", "alarms")
+RECORDS = ("metrics", "samples", "alarms", "problems")
 """Names of the JSON-lines files of a run."""
 
 
@@ -71,6 +71,15 @@ class NoLog:
         Args:
             step: For the first rank.
             rows: Likewise.
+        """
+
+    def problems(self, step: int, of: str, counts: Mapping[str, Sequence[int]]) -> None:
+        """Nothing.
+
+        Args:
+            step: For the first rank.
+            of: Likewise.
+            counts: Likewise.
         """
 
     def finish(self, summary: Mapping[str, object]) -> None:
@@ -134,8 +143,8 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        metrics_path, samples_path, alarms_path = (self.run_dir / f"{name}.jsonl" for name in RECORDS)
-        moved = self._prepare(metrics_path, samples_path, alarms_path)
+        metrics_path, *others = (self.run_dir / f"{name}.jsonl" for name in RECORDS)
+        moved = self._prepare(metrics_path, *others)
         rows, _ = read_json_lines(metrics_path)
         if self._watch is not None:
             for row in rows:
@@ -143,8 +152,7 @@ class RunLog:
         self._last_step = rows[-1]["step"] if rows else -1
         self._start = time.monotonic() - (rows[-1].get("time/elapsed") or 0.0 if rows else 0.0)
         self._metrics_file = open_json_lines(metrics_path)
-        self._samples_file = open_json_lines(samples_path)
-        self._alarms_file = open_json_lines(alarms_path)
+        self._samples_file, self._alarms_file, self._problems_file = map(open_json_lines, others)
         self._write_about()
         self._screen.start(self._title, rows)
         if self._resume_step is not None:
@@ -158,7 +166,7 @@ class RunLog:
         self._screen.stop()
         for tracker in self._trackers:
             tracker.close()
-        for file in (self._metrics_file, self._samples_file, self._alarms_file):
+        for file in (self._metrics_file, self._samples_file, self._alarms_file, self._problems_file):
             # what ended the run tells more than that the disk refuses here too
             with suppress(WriteError) if error is not None else nullcontext(), writing(Path(file.name)), file:
                 os.fsync(file.fileno())
@@ -236,6 +244,18 @@ class RunLog:
         """
         for row in rows:
             write_json_line(self._samples_file, {"step": step, **row})
+
+    def problems(self, step: int, of: str, counts: Mapping[str, Sequence[int]]) -> None:
+        """Append to ``problems.jsonl`` which problems were right at one step.
+
+        A step may have two lines of a kind where a signal came between an evaluation and its row; the later one counts.
+
+        Args:
+            step: At which they were asked.
+            of: "training" or "held-out"; the two share no problem, though they may share ids.
+            counts: From ``problems.trained_on``, or ``problems.Verdicts``.
+        """
+        write_json_line(self._problems_file, {"step": step, "of": of, "problems": counts})
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """Draw the plots and ``report.html``, and print the final table; also right after an interruption.

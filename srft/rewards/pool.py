@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from srft.rewards.kinds import check_kind
 
@@ -41,6 +41,17 @@ class RewardResult:
     value: float
     status: Literal["ok", "unjudged", "timeout", "error", "bad_gold"]
     message: str = ""
+
+
+class Judge(Protocol):
+    """What gives answers their grades: a ``RewardPool``, or what stands before one."""
+
+    def score(self, items: Sequence[Item]) -> list[RewardResult]:
+        """Return the grade of each answer, in order.
+
+        Args:
+            items: (completion, answer, row) each.
+        """
 
 
 class _Worker:

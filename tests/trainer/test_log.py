@@ -88,6 +88,7 @@ def test_resume_sets_later_rows_aside(tmp_path: Path) -> None:
         for step in range(4):
             log.metrics({"step": step, "loss": float(step)})
             log.samples(step, [sample()])
+            log.problems(step, "training", {"chain:1": [0, 4, 1, 1]})
     before = strict_lines(tmp_path / "metrics.jsonl")
     with open_log(tmp_path, resume_step=1) as log:
         assert log.last_step == 1
@@ -97,6 +98,9 @@ def test_resume_sets_later_rows_aside(tmp_path: Path) -> None:
     assert strict_lines(tmp_path / "metrics.discarded.jsonl") == before[2:]
     assert [row["step"] for row in strict_lines(tmp_path / "samples.jsonl")] == [0, 1]
     assert [row["step"] for row in strict_lines(tmp_path / "samples.discarded.jsonl")] == [2, 3]
+    assert strict_lines(tmp_path / "problems.jsonl") == [
+        {"step": step, "of": "training", "problems": {"chain:1": [0, 4, 1, 1]}} for step in (0, 1)
+    ]
     assert after[2]["time/elapsed"] >= before[1]["time/elapsed"]
     sessions = json.loads((tmp_path / "run.json").read_text())["sessions"]
     assert [session["resume_step"] for session in sessions] == [None, 1]
