@@ -143,7 +143,9 @@ def tidy(text: str) -> str:
     """
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text.strip())
     text = text.translate(_TABLE).replace("−", "-")
-    text = re.sub(r",?\s*\\!", lambda m: "{,}" if "," in m[0] else "", text)
+    # a comma that belongs to a number; mathematics has no spaces around it
+    text = re.sub(r"(,?)\s*\\!", lambda m: "{,}" if m[1] else "", text)
+    text = re.sub(r"\s*\{,\}\s*", "{,}", text)
     text = re.sub(_SIZES, "", text).replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)

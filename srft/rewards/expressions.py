@@ -22,6 +22,8 @@ _NO_EXPRESSION = re.compile(
     r"\.\.\.|\\[lc]?dots|…|[0-9})]\s*_|!\s*!|\\mid|\\text|[<>#&:]|(?<!_\{[a-z])=|\\(?:le|ge|ne|approx|in|cup|pm|mp)(?![a-z])"
     # numbers side by side are no product, and a fraction after a number may be added to it
     r"|(?<![0-9.,])0[0-9]|[0-9]\s*/\s*[0-9]+\s*/\s*[0-9]|[0-9)}]'|(?<!_)[0-9]\s+[0-9]|[0-9]\s*\\frac\s*\{?[0-9]+\}?\s*\{?[0-9]|\\(?![a-zA-Z{}|])"
+    # nor are they where braces of no command part them
+    r"|(?<!_)(?<!frac)(?<!frac )(?<!binom)(?<!binom )[0-9]\s*\{[{(\s]*[0-9]|(?:^|[-+*/(,\s])\{[0-9.\s]+\}\s*\{?\s*[0-9]"
 )
 _WORD = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]{4,}")
 _NAMED_ARGUMENT = re.compile(r"\\(?:operatorname|begin|end|mathbb|mathcal)\s*\{[^}]*\}")
@@ -50,9 +52,10 @@ def _fraction(match: re.Match[str]) -> str:
 
 def _in_latex(text: str) -> str | None:
     """Spell a tidy expression so that the LaTeX parser takes it as it is meant; None for what it would misread."""
+    text = text.replace("{,}", ",")
     if _NO_EXPRESSION.search(text):
         return None
-    text = _braced_root(text.replace("{,}", "").replace("**", "^").replace("*", r"\cdot ").replace(r"\frac", r"\frac "))
+    text = _braced_root(text.replace("**", "^").replace("*", r"\cdot ").replace(r"\frac", r"\frac "))
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
     text = _PLAIN_FUNCTION.sub(lambda m: r"\infty " if m[1] == "infinity" else rf"\{m[1]} ", text)
     if _WORD.search(_NAMED_ARGUMENT.sub("", text)):
