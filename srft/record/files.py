@@ -33,6 +33,15 @@ def strict(value: object) -> Any:
     return str(value)
 
 
+def json_line(record: Mapping[str, object]) -> str:
+    """Return a record as one line of a JSON-lines file, with its end; ASCII with escapes, so any string is safe.
+
+    Args:
+        record: Made strict by ``strict``.
+    """
+    return json.dumps(strict(record), allow_nan=False, separators=(", ", ": ")) + "\n"
+
+
 def open_json_lines(path: Path) -> FileIO:
     """Open a JSON-lines file for ``write_json_line``: appending and unbuffered.
 
@@ -51,13 +60,13 @@ def write_json_line(file: FileIO, record: Mapping[str, object], *, sync: bool = 
 
     Args:
         file: From ``open_json_lines``.
-        record: Made strict by ``strict``; text is written as ASCII with escapes, so any string is safe.
+        record: As of ``json_line``.
         sync: Also wait until the disk has it. Needed only against a crash of the machine.
 
     Raises:
         WriteError: When the disk refuses, or took only a part of the line.
     """
-    line = json.dumps(strict(record), allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+    line = json_line(record).encode()
     with writing(Path(file.name)):
         written = file.write(line)
         if written != len(line):

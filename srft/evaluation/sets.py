@@ -1,0 +1,221 @@
+"""The sets of an evaluation: their problems, how they are put and judged, and how often each is answered."""
+
+from __future__ import annotations
+
+import difflib
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from srft.config import Config
+from srft.data.columns import Row
+from srft.data.examples import Example, load_examples
+from srft.data.files import is_local
+from srft.data.judging import fitting_reward
+from srft.data.messages import is_missing
+from srft.data.sources import read_source
+from srft.data.tasks import BUILTIN_TASKS
+from srft.rewards.gym import REASONING_GYM
+
+BOX = "Reason step by step, and put your final answer within \\boxed{}."
+LETTER_BOX = "Reason step by step, and put the letter of the right option, and nothing else, within \\boxed{}."
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LETTERED = re.compile(r"^[A-Z1-9]\) ", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A problem of a named set as its row states it.
+
+    Args:
+        text: What is asked.
+        answer: Ground truth; with options the right one's index.
+        options: To choose from, in the order of the row; empty where an answer is written.
+    """
+
+    text: str
+    answer: Any
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A set that people know by its name.
+
+    Args:
+        title: As tables have it.
+        source: Hub id, "owner/name" or "owner/name:config".
+        split: Its split there.
+        read: Makes a question of a row, of the hub or of a file that others pass on; KeyError names what it lacks.
+        samples: Answers to each problem that the paper draws.
+    """
+
+    title: str
+    source: str
+    split: str
+    read: Callable[[Row], Question]
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A set, read.
+
+    Args:
+        name: Of its files and of its figures.
+        title: As tables have it.
+        source: Where it was read.
+        examples: Its problems as they are put, with instruction and shuffled options.
+        reward: The verifier's kind.
+        samples: Answers to each problem unless something else is asked for.
+    """
+
+    name: str
+    title: str
+    source: str
+    examples: list[Example]
+    reward: str
+    samples: int
+
+
+def _written(row: Row) -> Question:
+    """A problem whose answer is written: columns as MATH, AIME, AMC and Minerva have them."""
+    text = next((row[name] for name in ("problem", "question", "prompt") if name in row), None)
+    if text is None:
+        raise KeyError("problem, question or prompt")
+    return Question(str(text), row["answer"])
+
+
+def _olympiad(row: Row) -> Question:
+    """Several answers stand in one text, each between dollars of its own, which would be read as words."""
+    answers = row["final_answer"]
+    parts = [str(part).strip().rstrip(".").replace("$", "") for part in answers]
+    context = row.get("context")
+    text = row["question"] if is_missing(context) else f"{context}\n\n{row['question']}"
+    return Question(text, ", ".join(parts))
+
+
+def _arc(row: Row) -> Question:
+    """The hub's columns, or a question that lists its options, "A) ..." or "1) ...", one a line."""
+    if "choices" in row:
+        labels = list(row["choices"]["label"])
+        return Question(row["question"], labels.index(row["answerKey"]), tuple(row["choices"]["text"]))
+    marks = list(_LETTERED.finditer(row["question"]))
+    if not marks:
+        raise KeyError("choices")
+    ends = [mark.start() for mark in marks[1:]] + [len(row["question"])]
+    options = [row["question"][mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)]
+    labels = [row["question"][mark.start()] for mark in marks]
+    return Question(row["question"][: marks[0].start()].strip(), labels.index(str(row["answer"])), tuple(options))
+
+
+def _gpqa(row: Row) -> Question:
+    wrong = [row[f"Incorrect Answer {number}"] for number in (1, 2, 3)]
+    options = [str(option).strip() for option in (row["Correct Answer"], *wrong)]
+    return Question(row["Question"].strip(), 0, tuple(options))
+
+
+def _mmlu_pro(row: Row) -> Question:
+    return Question(row["question"].strip(), int(row["answer_index"]), tuple(map(str, row["options"])))
+
+
+SETS = {
+    "aime24": NamedSet("AIME24", "HuggingFaceH4/aime_2024", "train", _written, samples=32),
+    "aime25": NamedSet("AIME25", "math-ai/aime25", "test", _written, samples=32),
+    "amc": NamedSet("AMC", "AI-MO/aimo-validation-amc", "train", _written, samples=32),
+    "math500": NamedSet("MATH500", "HuggingFaceH4/MATH-500", "test", _written),
+    "minerva": NamedSet("Minerva", "math-ai/minervamath", "test", _written),
+    "olympiadbench": NamedSet("OlympiadBench", "math-ai/olympiadbench", "test", _olympiad),
+    "arc_c": NamedSet("ARC-C", "allenai/ai2_arc:ARC-Challenge", "test", _arc),
+    "gpqa_d": NamedSet("GPQA-D", "Idavidrein/gpqa:gpqa_diamond", "train", _gpqa),
+    "mmlu_pro": NamedSet("MMLU-Pro", "TIGER-Lab/MMLU-Pro", "test", _mmlu_pro),
+}
+"""The sets of the paper's Table 2, and AIME25; all are judged by "math"."""
+
+
+def read_set(
+    word: str, config: Config, *, seed: int = 0, limit: int | None = None, instruction: str | None = None
+) -> EvalSet:
+    """Read a set.
+
+    Args:
+        word: A name of ``SETS``, read from the hub; "name=file" for one of them in a file; or any source of
+            ``data.train``: a built-in task, "reasoning_gym:<task>", a file or a hub id.
+        config: Its ``data`` says how prompts are put; ``data.task`` and ``reward.kind`` hold for the source that the
+            run itself trains or evaluates on.
+        seed: Of the order of options.
+        limit: Most problems, from the start, or None.
+        instruction: What follows the question of a named set; None takes ``BOX`` or ``LETTER_BOX``, and nothing where
+            ``data.system`` asks for a box already.
+
+    Raises:
+        ValueError: On an unknown name, a source that cannot be read, or a row that lacks something.
+    """
+    name, _, source = word.partition("=")
+    if name in SETS:
+        return _named(name, source, config, seed=seed, limit=limit, instruction=instruction)
+    if source:
+        raise ValueError(f"{word}: no set is called {name!r}; expected one of {', '.join(SETS)}, or the file alone")
+    if not (is_local(word) or word in BUILTIN_TASKS or word.startswith(REASONING_GYM) or "/" in word):
+        near = difflib.get_close_matches(word, [*SETS, *BUILTIN_TASKS], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"no set is called {word!r}; {hint}expected one of {', '.join([*SETS, *BUILTIN_TASKS])}, "
+            "reasoning_gym:<task>, a file or a hub id, owner/name"
+        )
+    return _other(word, config, limit)
+
+
+def _named(
+    name: str, source: str, config: Config, *, seed: int, limit: int | None, instruction: str | None
+) -> EvalSet:
+    known = SETS[name]
+    placed = read_source(source or known.source, known.split, limit, 0, {})
+    examples = []
+    for index, (place, row) in enumerate(placed):
+        identity = f"{name}:{index}"
+        try:
+            question = known.read(row)
+            if is_missing(question.answer) or not question.text.strip():
+                raise ValueError("its question or its answer is empty")
+            text, answer = _put(question, random.Random(f"options:{seed}:{identity}"))
+        except KeyError as error:
+            raise ValueError(f"{place}: {known.title} needs a column {error.args[0]!r}, got {', '.join(row)}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{place}: not a row of {known.title}: {error}") from None
+        asks = instruction
+        if asks is None:
+            asks = "" if "\\boxed" in (config.data.system or "") else LETTER_BOX if question.options else BOX
+        examples.append(Example(identity, f"{text}\n\n{asks}\n" if asks else f"{text}\n", answer, [], row))
+    if not examples:
+        raise ValueError(f"{source or known.source} holds no rows")
+    return EvalSet(name, known.title, source or known.source, examples, "math", known.samples)
+
+
+def _put(question: Question, rng: random.Random) -> tuple[str, Any]:
+    """The text of a question and its answer, options in a random order under letters."""
+    if not question.options:
+        return question.text.strip(), question.answer
+    if not 0 <= question.answer < len(question.options) <= len(_LETTERS):
+        raise ValueError(f"option {question.answer} of {len(question.options)} is right")
+    order = list(range(len(question.options)))
+    rng.shuffle(order)
+    lines = [f"({letter}) {question.options[place]}" for letter, place in zip(_LETTERS, order, strict=False)]
+    return f"{question.text}\n\n" + "\n".join(lines), _LETTERS[order.index(question.answer)]
+
+
+def _other(source: str, config: Config, limit: int | None) -> EvalSet:
+    """Any source, read and judged as training would."""
+    data = config.data
+    own = source in (data.train, data.eval)
+    examples = load_examples(
+        source, split=data.eval_split, columns=data.columns if own else None, limit=limit, seed=0,
+        task=data.task if own else None, use_demo=False, bad_rows=data.bad_rows,
+    )  # fmt: skip
+    settled = own and config.reward.kind != "auto"
+    reward = config.reward.kind if settled else fitting_reward(source, data.system, examples)
+    name = Path(source).expanduser().name.partition(".")[0] if is_local(source) else source
+    return EvalSet(re.sub(r"[^A-Za-z0-9_-]+", "-", name), name, source, examples, reward, 1)

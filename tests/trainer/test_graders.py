@@ -1,0 +1,97 @@
+"""The answers of the evaluation sets, as they are read, before their graders; and a file graded by the command."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from srft.evaluation.sets import SETS, EvalSet, read_set
+from srft.grade import Columns, grade_file, main, summary
+from srft.options import load_config
+from srft.rewards.kinds import load_verifier
+from tests.trainer.runs import DATA
+
+EVAL = DATA / "eval"
+FILES = {
+    "aime24": "aime24", "aime25": "aime25", "amc": "amc83", "math500": "math500", "olympiadbench": "olympiadbench",
+    "arc_c": "arc_challenge_test", "mmlu_pro": "mmlu_pro_test",
+}  # fmt: skip
+# answers that are the same although their texts differ, where a unit, or the name of what is asked for, may be left out
+SAME = {("90^\\circ", "90"), ("f(x)=1", "1"), ("f(x)=x+1", "x+1"), ("f(x)=2", "2")}
+MOST = 40  # answers of a set that the suite looks at
+
+
+def file_of(name: str) -> Path:
+    path = EVAL / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"needs {path}")
+    return path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_answers_grade_as_right_against_themselves_alone(name: str) -> None:
+    """In a box and in another spelling of LaTeX; against the answer of a neighbour they are wrong."""
+    chosen = read(name)
+    verify = load_verifier(chosen.reward)
+    pairs = [(e, chosen.examples[i - 1]) for i, e in enumerate(chosen.examples)]
+    pairs = random.Random(0).sample(pairs, min(MOST, len(pairs)))
+    right = wrong = 0
+    for example, other in pairs:
+        answer, another = str(example.answer), str(other.answer)
+        spelled = answer.replace("\\frac", "\\dfrac").replace("(", "\\left(").replace(")", "\\right)")
+        right += all(verify(f"so \\boxed{{{text}}}.", answer, example.row) == 1.0 for text in (answer, spelled))
+        if answer != another and not {(answer, another), (another, answer)} & SAME:
+            wrong += verify(f"so \\boxed{{{another}}}.", answer, example.row) != 0.0
+    assert right / len(pairs) >= 0.99
+    assert wrong == 0
+
+
+@pytest.fixture
+def graded(tmp_path: Path) -> Path:
+    """Five completions in four rows: two right, one of them against what the row expects."""
+    path = tmp_path / "said.jsonl"
+    rows = [
+        {"gold": "5", "said": {"text": "\\boxed{5}"}, "ok": True},
+        {"gold": "5", "said": {"text": "\\boxed{6}"}, "ok": False},
+        {"gold": "1/2", "said": {"text": "\\boxed{0.5}"}, "ok": False},
+        {"gold": "5", "said": {"text": ["5", "\\boxed{}"]}, "ok": False},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_file_is_graded(graded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Columns by name and path, several completions in a row, and verdicts to compare with."""
+    out = graded.with_name("verdicts.jsonl")
+    main([str(graded), "--completion", "said.text", "--answer", "gold", "--expected", "ok", "--out", str(out)])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:2] == ["2 of 5 right, 40.0%", "4 of 5 as expected, 80.00%"]
+    assert shown[2] == f"  {graded}, line 3: right, expected the other"
+    assert [json.loads(line)["value"] for line in out.read_text().splitlines()] == [1, 0, 1, 0, 0]
+
+
+def test_what_cannot_be_graded_is_told(graded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong column, a verifier that does not exist, and an answer that no verifier reads."""
+    with pytest.raises(SystemExit):
+        main([str(graded)])
+    assert "line 1: no column 'completion', got gold, said, ok" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unknown reward 'mth'; did you mean 'math'"):
+        grade_file(str(graded), "mth", Columns())
+    with pytest.raises(ValueError, match="ok is true, false, 1 or 0, got '5'"):
+        broken = tmp_path / "broken.jsonl"
+        broken.write_text('{"answer": "", "completion": "5", "ok": "5"}\n')
+        grade_file(str(broken), "math", Columns(expected="ok"))
+    grades = grade_file(str(broken), "math", Columns())
+    assert summary(grades)[:2] == ["0 of 1 right, 0.0%", "1 answers that cannot be read"]
+
+
+def read(name: str) -> EvalSet:
+    return read_set(f"{name}={file_of(FILES[name])}", load_config([]))
+
+
+def test_every_named_set_is_looked_at() -> None:
+    """But two whose files nobody may pass on."""
+    assert SETS.keys() - FILES.keys() == {"minerva", "gpqa_d"}
