@@ -1,80 +1,295 @@
-"""What a policy makes of held-out problems: its accuracy, with its uncertainty, and the loss of demonstrations."""
+"""Evaluate a run or a model as the paper does: ``python -m srft.evaluate runs/demo chain math500=path.jsonl``."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+import sys
 
-from srft.data.prompts import Prompt
-from srft.data.templates import completion_text
-from srft.learning import mean_logprob
+from srft.stop import Stopped, StopSignals, leave_at_once
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds, in which a signal would end in a traceback of theirs
+
+import argparse
+import importlib.util
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from srft.config import Config
+from srft.data.templates import stop_token_ids
+from srft.engine.base import Engine, EngineError, Sampling
+from srft.engine.sampling import prompt_format
+from srft.engine.start import start_engine
+from srft.evaluation.answering import Drawing, answer_all, as_prompts, room_for, unreadable
+from srft.evaluation.page import write_page
+from srft.evaluation.record import Answered, keep_settings, read_settings, taken
+from srft.evaluation.sets import SETS, EvalSet, read_set
+from srft.evaluation.subject import Subject, find_subject
+from srft.evaluation.summary import Table, make_tables, markdown, read_results, warnings
+from srft.policy.adapter import base_of, is_adapter
 from srft.policy.learner import Learner
-from srft.rollout import Actor, demonstration
+from srft.policy.model import load_tokenizer
+from srft.policy.optimizer import make_optimizer
+from srft.policy.parallel import World
+from srft.prepare import choose_device, load_prepared
+from srft.record.environment import describe_environment
+from srft.record.files import write_atomically
+from srft.record.text import UNPRINTABLE, format_seconds
+from srft.rewards.pool import RewardPool
+
+_EPILOG = f"""\
+Sets: {", ".join(SETS)}, from the hub or as name=file; or any source of data.train: a built-in task such as chain,
+reasoning_gym:<task>, a file, a hub id. Killed at any moment, the same command goes on: no problem is answered twice."""
+_TEMPERATURE, _MAX_NEW_TOKENS = 0.6, 8192  # the paper's
 
 
-def evaluate(actor: Actor, prompts: list[Prompt]) -> dict[str, float]:
-    """Answer every held-out problem greedily, once, and judge the answers.
+@dataclass(frozen=True)
+class Asked:
+    """One set with its problems as tokens, and what cannot be judged left out.
 
     Args:
-        actor: Holds the policy to evaluate; the temperature of its sampling is replaced by 0.
-        prompts: The problems.
-
-    Returns:
-        ``eval/accuracy`` and the ends of its 95 % interval, over the answers that were judged and absent where none
-        was; ``eval/truncated`` and ``eval/timeouts``; all in [0, 1].
+        chosen: The set.
+        drawing: How it is answered.
+        pool: Judges it.
+        left_out: By id, why a problem cannot be judged.
     """
-    world, greedy = actor.world, replace(actor.sampling, temperature=0.0)
-    own = world.own(prompts)
-    drawn = [c[0] for c in actor.engine.generate([p.prompt_ids for p in own], greedy, [[0]] * len(own))]
-    texts = [
-        completion_text(actor.tokenizer, c.token_ids, p.opened, greedy.stop)
-        for c, p in zip(drawn, own, strict=True)
-    ]
-    results = actor.pool.score([(t, p.example.answer, p.example.row) for t, p in zip(texts, own, strict=True)])
-    correct, judged, truncated, timeouts = map(
-        int,
-        world.sum(
-            [
-                sum(r.value >= 0.5 for r in results),
-                sum(r.status != "unjudged" for r in results),
-                sum(c.finish == "length" for c in drawn),
-                sum(r.status == "timeout" for r in results),
-            ]
-        ),
+
+    chosen: EvalSet
+    drawing: Drawing
+    pool: RewardPool
+    left_out: dict[str, str]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Answer the sets, judge, and write tables and page.
+
+    Args:
+        argv: Command-line arguments without the program's name; None takes those of the process.
+    """
+    given = _parser().parse_intermixed_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with StopSignals():
+            evaluate(given)
+    except (ValueError, EngineError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
+        print(f"{stopped}; the same command goes on from here", file=sys.stderr)
+        sys.exit(stopped.exit_code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m srft.evaluate", description="Evaluate a run or a model on sets of problems.", epilog=_EPILOG
     )
-    accuracy: dict[str, float] = {}
-    if judged:
-        low, high = wilson_interval(correct, judged)
-        accuracy = {"eval/accuracy": correct / judged, "eval/ci_low": low, "eval/ci_high": high}
-    return accuracy | {"eval/truncated": truncated / len(prompts), "eval/timeouts": timeouts / len(prompts)}
+    parser.add_argument("model", help="folder of a run, a checkpoint or a model; smollm2-135m; a hub id")
+    parser.add_argument("words", nargs="+", metavar="set", help="a set, or section.key=value of the trainer's options")
+    parser.add_argument("--samples", type=_positive, help="answers to each problem (default: the paper's, 32 or 1)")
+    parser.add_argument("--k", type=_numbers, default=[], help="pass@k for these k, such as 4,8 (default: the samples)")
+    parser.add_argument("--greedy", action="store_true", help="the most likely answer, once")
+    parser.add_argument("--temperature", type=float, help=f"of sampling (default: {_TEMPERATURE})")
+    parser.add_argument(
+        "--max-new-tokens", type=_positive,
+        help=f"of an answer (default: {_MAX_NEW_TOKENS}, or what the model has positions for)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the order of options (default: 0)")
+    parser.add_argument("--limit", type=_positive, help="first problems of each set (default: all)")
+    parser.add_argument("--instruction", help="what follows a question of a named set (default: asks for a box)")
+    parser.add_argument("--batch", type=_positive, help="answers drawn together (default: 512, of vLLM 2048)")
+    parser.add_argument("--out", type=Path, help="folder (default: evaluation in the run's, or runs/evaluation/NAME)")
+    return parser
 
 
-def demo_loss(learner: Learner, prompts: list[Prompt]) -> dict[str, float]:
-    """Measure how likely the policy finds the first demonstration of each held-out problem, right or wrong.
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(word) for word in text.split(",")]
+
+
+def evaluate(given: argparse.Namespace) -> None:
+    """Evaluate what a command line asks for; what is there already is not made again.
 
     Args:
-        learner: Holds the policy, whose log-probabilities are those of its training, at the temperature of rollouts.
-        prompts: The problems; those without a demonstration are passed over.
+        given: From the parser.
 
-    Returns:
-        ``eval/demo_loss``, nats per token, the same on every rank; nothing where no problem has a demonstration.
+    Raises:
+        ValueError: For what a user can get wrong.
+        EngineError: When the engine fails.
+        WriteError: When the disk refuses; what was written stays.
     """
-    shown = [prompt for prompt in prompts if prompt.demo_ids]
-    if not shown:
-        return {}
-    return {"eval/demo_loss": -mean_logprob(learner, [demonstration(p, 0) for p in learner.world.own(shown)])}
+    if given.greedy and (given.temperature or (given.samples or 1) > 1):
+        raise ValueError("--greedy is temperature 0 and one answer; leave out --temperature and --samples")
+    temperature = 0.0 if given.greedy else _TEMPERATURE if given.temperature is None else given.temperature
+    if not (given.greedy or 0 < temperature <= 2):
+        raise ValueError(f"--temperature is above 0 and at most 2, got {temperature}; for 0 give --greedy")
+    options = [word for word in given.words if "." in word.partition("=")[0] and "=" in word or word.endswith(".toml")]
+    names = [word for word in given.words if word not in options]
+    if not names:
+        raise ValueError(f"give a set to evaluate on: {', '.join(SETS)}, chain, or a file")
+    subject = find_subject(given.model, options)
+    config = subject.config
+    out = given.out or (subject.out.with_name(subject.out.name + "-greedy") if given.greedy else subject.out)
+    tokenizer = load_tokenizer(config.model)
+    sets = [
+        read_set(word, config, seed=given.seed, limit=given.limit, instruction=given.instruction) for word in names
+    ]
+    if len({chosen.name for chosen in sets}) < len(sets):
+        raise ValueError(f"two of the sets have one name: {', '.join(chosen.name for chosen in sets)}; rename a file")
+    with taken(out), ExitStack() as stack:
+        asked = [_asked(chosen, given, subject, tokenizer, temperature, stack) for chosen in sets]
+        _keep(out, asked, given, subject, temperature)
+        starting = _Starting(config, tokenizer, asked, out, stack)
+        for one in asked:
+            answered, clock = Answered(out, one.chosen.name), time.monotonic()
+            answer_all(one.drawing, answered, starting.engine, one.pool, tokenizer, _told(one.chosen.title, clock))
+        _report(out, subject, given.k)
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion (Wilson 1927).
+def _asked(
+    chosen: EvalSet, given: argparse.Namespace, subject: Subject, tokenizer: PreTrainedTokenizerBase,
+    temperature: float, stack: ExitStack,
+) -> Asked:  # fmt: skip
+    config = subject.config
+    pool = stack.enter_context(RewardPool(chosen.reward, config.reward.workers, config.reward.deadline_s))
+    left_out = unreadable(chosen, pool)
+    prompts = [p for p in as_prompts(chosen, config, tokenizer) if p.example.id not in left_out]
+    longest = room_for(prompts, chosen.title, subject.positions, given.max_new_tokens, _MAX_NEW_TOKENS)
+    ends = stop_token_ids(prompt_format(config, tokenizer), _end_tokens(config), config.rollout.stop)
+    sampling = Sampling(temperature, longest, ends, tuple(config.rollout.stop))
+    samples = 1 if given.greedy else given.samples or chosen.samples
+    batch = given.batch or (2048 if _wants_vllm(config) else config.engine.max_batch)
+    return Asked(chosen, Drawing(prompts, samples, sampling, given.seed, batch), pool, left_out)
 
-    Args:
-        successes: Out of ``trials``.
-        trials: > 0.
-        z: Normal quantile; the default gives 95 %.
-    """
-    share = successes / trials
-    scale = 1 + z * z / trials
-    centre = (share + z * z / (2 * trials)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+
+def _end_tokens(config: Config) -> int | list[int] | None:
+    """Those of the model's generation_config, where it has one."""
+    source = config.model.name
+    try:
+        found = GenerationConfig.from_pretrained(base_of(source) if is_adapter(source) else source)
+    except OSError:
+        return None
+    return found.eos_token_id
+
+
+def _keep(
+    out: Path, asked: Sequence[Asked], given: argparse.Namespace, subject: Subject, temperature: float
+) -> None:
+    config = subject.config
+    keep_settings(
+        out,
+        {
+            "weights": subject.weights, "temperature": temperature, "seed": given.seed,
+            "engine": "vllm" if _wants_vllm(config) else "hf", "dtype": str(config.engine_dtype).removeprefix("torch."),
+            "stop": config.rollout.stop,
+        },
+        {
+            one.chosen.name: {
+                "title": one.chosen.title, "source": one.chosen.source, "rows": one.chosen.rows,
+                "left_out": one.left_out,
+                "asked": {
+                    "samples": one.drawing.samples, "max_new_tokens": one.drawing.sampling.max_new_tokens,
+                    "temperature": temperature, "batch": one.drawing.batch, "reward": one.chosen.reward,
+                },
+            }
+            for one in asked
+        },
+        {"model": subject.label, **describe_environment()},
+    )  # fmt: skip
+
+
+def _wants_vllm(config: Config) -> bool:
+    if config.engine.kind != "auto":
+        return config.engine.kind == "vllm"
+    return choose_device(config).type == "cuda" and importlib.util.find_spec("vllm") is not None
+
+
+class _Starting:
+    """The engine of an evaluation, started when a problem is found that is not answered."""
+
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], out: Path, stack: ExitStack
+    ) -> None:
+        prompt = max(len(p.prompt_ids) for one in asked for p in one.drawing.prompts)
+        completion = max(one.drawing.sampling.max_new_tokens for one in asked)
+        # how long a sequence may be is what an engine makes room for
+        self._config = config.model_copy(
+            update={
+                "data": config.data.model_copy(update={"max_prompt_tokens": prompt}),
+                "rollout": config.rollout.model_copy(update={"max_new_tokens": completion}),
+                "engine": config.engine.model_copy(update={"kind": "vllm" if _wants_vllm(config) else "hf"}),
+            }
+        )
+        self._tokenizer, self._out, self._stack = tokenizer, out, stack
+        self._engine: Engine | None = None
+
+    def engine(self) -> Engine:
+        if self._engine is None:
+            config, tokenizer = self._config, self._tokenizer
+            # a model that only goes to vLLM's own process leaves the GPU to that
+            world = World() if config.engine.kind == "vllm" else World(device=choose_device(config))
+            model = load_prepared(config, tokenizer, None, world)
+            learner = Learner(config, model, tokenizer, make_optimizer(model, config), world)
+            self._engine = self._stack.enter_context(closing(start_engine(learner, self._out / "engine")))
+        return self._engine
+
+
+def _told(title: str, since: float) -> Any:
+    def say(so_far: dict[str, Any]) -> None:
+        share = "" if so_far["accuracy"] is None else f", {so_far['accuracy']:.1%} right so far"
+        took = format_seconds(time.monotonic() - since)
+        print(f"{title}: {so_far['done']} of {so_far['of']} problems{share}, {took}", file=sys.stderr)
+
+    return say
+
+
+def _report(out: Path, subject: Subject, ks: Sequence[int]) -> None:
+    results = read_results(out, ks)
+    tables, sentences = make_tables(results, subject.label), warnings(results)
+    title = f"Evaluation of {subject.label}"
+    write_atomically(out / "table.md", markdown(title, tables, sentences))
+    page = write_page(out, title, tables, sentences, results, read_settings(out))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    for table in tables:
+        console.print(_rich(table))
+    for sentence in sentences:
+        console.print(_text(sentence), soft_wrap=True)
+    console.print(_text(str(page)), soft_wrap=True)
+
+
+def _text(text: str) -> Text:
+    """Text as it stands: no markup, and no control characters."""
+    return Text(UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text))
+
+
+def _rich(table: Table) -> RichTable:
+    shown = RichTable(
+        box=SIMPLE_HEAD, pad_edge=False, title=table.title, caption=table.caption, title_justify="left",
+        caption_justify="left",
+    )  # fmt: skip
+    for place, heading in enumerate(table.columns):
+        shown.add_column(heading, justify="right" if place else "left")
+    for row in table.rows:
+        shown.add_row(*map(_text, row))
+    return shown
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ from srft.alarms import Alarmed
 from srft.config import Config
 from srft.data.sampler import sample_seed
 from srft.engine.base import EngineError
-from srft.evaluate import demo_loss, evaluate
+from srft.evaluation.held_out import demo_loss, evaluate
 from srft.learning import learn
 from srft.methods import place_in_method
 from srft.options import exit_on_help, load_config

@@ -17,7 +17,7 @@ from srft.data.sampler import PromptSampler
 from srft.dataset import Prompts
 from srft.engine.sampling import make_sampling
 from srft.engine.start import start_in_process
-from srft.evaluate import evaluate
+from srft.evaluation.held_out import evaluate
 from srft.learning import update
 from srft.methods import find_method
 from srft.policy.export import export_model

@@ -69,6 +69,7 @@ class EvalSet:
         title: As tables have it.
         source: Where it was read.
         examples: Its problems as they are put, with instruction and shuffled options.
+        rows: Problems that it has, of which ``examples`` may be the first.
         reward: The verifier's kind.
         samples: Answers to each problem unless something else is asked for.
     """
@@ -77,6 +78,7 @@ class EvalSet:
     title: str
     source: str
     examples: list[Example]
+    rows: int
     reward: str
     samples: int
 
@@ -147,7 +149,7 @@ def read_set(
         config: Its ``data`` says how prompts are put; ``data.task`` and ``reward.kind`` hold for the source that the
             run itself trains or evaluates on.
         seed: Of the order of options.
-        limit: Most problems, from the start, or None.
+        limit: Most problems, from the start, or None; of a generated task, how many there are.
         instruction: What follows the question of a named set; None takes ``BOX`` or ``LETTER_BOX``, and nothing where
             ``data.system`` asks for a box already.
 
@@ -173,9 +175,9 @@ def _named(
     name: str, source: str, config: Config, *, seed: int, limit: int | None, instruction: str | None
 ) -> EvalSet:
     known = SETS[name]
-    placed = read_source(source or known.source, known.split, limit, 0, {})
+    placed = read_source(source or known.source, known.split, None, 0, {})
     examples = []
-    for index, (place, row) in enumerate(placed):
+    for index, (place, row) in enumerate(placed[:limit]):
         identity = f"{name}:{index}"
         try:
             question = known.read(row)
@@ -192,7 +194,7 @@ def _named(
         examples.append(Example(identity, f"{text}\n\n{asks}\n" if asks else f"{text}\n", answer, [], row))
     if not examples:
         raise ValueError(f"{source or known.source} holds no rows")
-    return EvalSet(name, known.title, source or known.source, examples, "math", known.samples)
+    return EvalSet(name, known.title, source or known.source, examples, len(placed), "math", known.samples)
 
 
 def _put(question: Question, rng: random.Random) -> tuple[str, Any]:
@@ -211,11 +213,13 @@ def _other(source: str, config: Config, limit: int | None) -> EvalSet:
     """Any source, read and judged as training would."""
     data = config.data
     own = source in (data.train, data.eval)
+    is_generated = source in BUILTIN_TASKS or source.startswith(REASONING_GYM)
     examples = load_examples(
-        source, split=data.eval_split, columns=data.columns if own else None, limit=limit, seed=0,
-        task=data.task if own else None, use_demo=False, bad_rows=data.bad_rows,
+        source, split=data.eval_split, columns=data.columns if own else None, seed=0,
+        limit=limit if is_generated else None, task=data.task if own else None, use_demo=False, bad_rows=data.bad_rows,
     )  # fmt: skip
     settled = own and config.reward.kind != "auto"
     reward = config.reward.kind if settled else fitting_reward(source, data.system, examples)
     name = Path(source).expanduser().name.partition(".")[0] if is_local(source) else source
-    return EvalSet(re.sub(r"[^A-Za-z0-9_-]+", "-", name), name, source, examples, reward, 1)
+    file = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    return EvalSet(file, name, source, examples[:limit], len(examples), reward, 1)

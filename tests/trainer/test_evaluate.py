@@ -10,7 +10,7 @@ import torch
 
 from srft.data.prompts import Prompt
 from srft.engine.base import Completion, Sampling
-from srft.evaluate import demo_loss, evaluate, wilson_interval
+from srft.evaluation.held_out import demo_loss, evaluate, wilson_interval
 from srft.rollout import Actor
 from tests.trainer.plain_step import statistics_of
 from tests.trainer.tiny import (

@@ -15,7 +15,7 @@ from srft.data.prompts import Prompt, build_prompts
 from srft.data.templates import PromptFormat
 from srft.engine.base import Completion, Sampling
 from srft.engine.sampling import describe_ends, make_sampling
-from srft.evaluate import evaluate
+from srft.evaluation.held_out import evaluate
 from srft.methods import StepInfo
 from srft.policy.parallel import ALONE, World
 from srft.rewards.pool import RewardPool

@@ -1,0 +1,69 @@
+"""Answers of a policy to problems: drawn, judged, and counted problem by problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from srft.data.prompts import Prompt
+from srft.data.sampler import sample_seed
+from srft.data.templates import completion_text
+from srft.evaluation.estimators import Tally
+from srft.rewards.pool import RewardResult
+from srft.rollout import Actor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Args:
+        text: As it was judged.
+        tokens: How many it has.
+        finish: "stop", or "length" where the limit cut it.
+        result: What the verifier says.
+    """
+
+    text: str
+    tokens: int
+    finish: str
+    result: RewardResult
+
+
+def draw_answers(actor: Actor, prompts: Sequence[Prompt], samples: int, seed: int) -> list[list[Answer]]:
+    """Answer problems and judge the answers; each is a function of its problem's id, its number and the seed.
+
+    Args:
+        actor: Holds the policy; its sampling is taken as it is.
+        prompts: The problems.
+        samples: Answers to each, >= 1.
+        seed: Of the sampling.
+    """
+    seeds = [[sample_seed(seed, 0, prompt.example.id, k) for k in range(samples)] for prompt in prompts]
+    drawn = actor.engine.generate([prompt.prompt_ids for prompt in prompts], actor.sampling, seeds)
+    texts = [
+        [completion_text(actor.tokenizer, c.token_ids, p.opened, actor.sampling.stop) for c in completions]
+        for completions, p in zip(drawn, prompts, strict=True)
+    ]
+    items = [(t, p.example.answer, p.example.row) for said, p in zip(texts, prompts, strict=True) for t in said]
+    results = iter(actor.pool.score(items))
+    return [
+        [Answer(text, len(c.token_ids), c.finish, next(results)) for text, c in zip(said, completions, strict=True)]
+        for said, completions in zip(texts, drawn, strict=True)
+    ]
+
+
+def tally(answers: Sequence[Answer]) -> Tally:
+    """Count the answers to one problem.
+
+    Args:
+        answers: All of them.
+    """
+    return Tally(
+        drawn=len(answers),
+        judged=sum(a.result.status != "unjudged" for a in answers),
+        right=sum(a.result.value >= 0.5 for a in answers),
+        cut=sum(a.finish == "length" for a in answers),
+        timeouts=sum(a.result.status == "timeout" for a in answers),
+        tokens=sum(a.tokens for a in answers),
+    )
