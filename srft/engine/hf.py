@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.engine.base import Completion, Sampling
@@ -36,6 +36,7 @@ class HfEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self._model = _own_copy(model, dtype)
+        self._model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
         self._pad_token_id = pad_token_id
         self._max_batch = max_batch
         self._tokenizer = tokenizer
@@ -163,6 +164,11 @@ def _own_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     allocate(sampler, device, device)
     _copy_in(sampler, whole_tensors(model, dtype))
     return sampler
+
+
+def _in_one_piece(_head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """The last hidden states, a slice of all, have strides that PyTorch multiplies by a copy of the weight for each."""
+    return (inputs[0].contiguous(),)
 
 
 @torch.no_grad()

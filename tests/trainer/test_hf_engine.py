@@ -60,6 +60,15 @@ def test_samples_have_the_log_probabilities_of_a_whole_forward(name: str) -> Non
             torch.testing.assert_close(c.logprobs, scored[len(prompt) - 1 :], rtol=0, atol=1e-4)
 
 
+def test_the_head_multiplies_one_copy_of_its_weight() -> None:
+    """Of a prompt only the last hidden state goes to the head: with the strides of them all, it takes a copy a row."""
+    engine, seen = engine_of(policy(plain_model())), []
+    engine._model.lm_head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
+    engine.generate(PROMPTS, Sampling(1.0, 3, STOPS), [[k] for k in range(4)])
+    assert seen[0].shape[:2] == (4, 1)
+    assert all(hidden_states.is_contiguous() for hidden_states in seen)
+
+
 def test_a_copy_in_bf16_keeps_its_frequencies() -> None:
     """Rotary frequencies rounded to bf16 turn late positions by radians; transformers keeps them in fp32."""
     model, ids = plain_model(), [3 + i % 30 for i in range(60)]
