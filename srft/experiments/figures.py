@@ -55,7 +55,7 @@ def draw_figures(findings: Findings, folder: Path) -> dict[str, tuple[str, str, 
         drawn = {}
         for name, (title, caption, figure) in figures.items():
             folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
+            figure.savefig(folder / f"{name}.png", dpi=120, facecolor="white")
             drawn[name] = title, caption, inline_svg(figure)
     return drawn
 
@@ -90,6 +90,7 @@ def _grid(findings: Findings, curve: Curve, ylabel: str, is_share: bool) -> Figu
         _band(ax, [curve(result) for result in arm.results.values()], INK if arm is reference else BLUE, by_flops)
         ax.set_title(arm.name)
         ax.xaxis.set_major_locator(MaxNLocator(integer=not by_flops, nbins=4, steps=[1, 2, 5, 10]))
+        ax.tick_params(labelbottom=place + columns >= len(shown))  # the last of its column
     for ax in axes.ravel()[len(shown) :]:
         ax.remove()
     axes[0][0].set_xlim(left=0)
