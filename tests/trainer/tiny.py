@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Iterable
 
@@ -119,7 +120,9 @@ def members(groups: list[Group]) -> list[Response]:
 
 def budget_for(count: int, sequences: list[Response]) -> int:
     """A token budget under which the sequences fill exactly ``count`` micro-batches."""
-    for budget in range(20, 20 * len(sequences) + 1):
+    # a smaller one would need more of them
+    least = max(20, math.ceil(sum(map(len, sequences)) / count))
+    for budget in range(least, 20 * len(sequences) + 1):
         if len(pack(sequences, budget, CPU)) == count:
             return budget
     raise AssertionError(f"no budget gives {count} micro-batches")
