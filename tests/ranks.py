@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +30,34 @@ def results_of_ranks(module: str, folder: Path, ranks: int, seconds: int = 280) 
         ranks: How many; each finds the number in its environment as WORLD_SIZE.
         seconds: After which one that has not ended hangs.
     """
-    command = f"import sys, pathlib; from {module} import rank_main; "
-    command += "rank_main(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+    command = f"import sys, pathlib; from {module} import rank_main; from tests.ranks import run_forked; "
+    command += f"run_forked(rank_main, {ranks}, pathlib.Path(sys.argv[1]))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
-    workers = [
-        subprocess.Popen([sys.executable, "-c", command, str(rank), str(folder)], env=environment, cwd=ROOT)
-        for rank in range(ranks)
-    ]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", command, str(folder)], env=environment, cwd=ROOT, start_new_session=True
+    )
     try:
-        assert [worker.wait(timeout=seconds) for worker in workers] == [0] * ranks
+        assert parent.wait(timeout=seconds) == 0
     finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def run_forked(main: Callable[[int, Path], None], ranks: int, folder: Path) -> None:
+    """Run ``main(rank, folder)`` in a child for each rank, which need not import again what this process has.
+
+    Raises:
+        SystemExit: With the statuses that are not 0.
+    """
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            main(rank, folder)
+            return
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if any(statuses):
+        sys.exit(f"the ranks ended with {statuses}")

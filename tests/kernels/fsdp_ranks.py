@@ -1,13 +1,12 @@
 """What one of two gloo ranks does with a FusedLMHead under FSDP2.
 
-Run as a script, this file is the rank: it goes through all scenarios and saves what each returns.
+A rank goes through all scenarios and saves what each returns.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -371,7 +370,7 @@ if importlib.util.find_spec("peft") is not None:
     SCENARIOS += [lora_root, lora_by_hand]
 
 
-def run_rank(rank: int, folder: Path) -> None:
+def rank_main(rank: int, folder: Path) -> None:
     """Go through the scenarios; after an error the ranks are out of step, so stop."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -391,7 +390,3 @@ def run_rank(rank: int, folder: Path) -> None:
     torch.save(results, folder / f"rank{rank}.pt")
     # no barrier and no clean-up of groups: the other rank may have stopped
     os._exit(0)
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), Path(sys.argv[2]))

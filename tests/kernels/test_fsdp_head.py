@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +9,6 @@ import torch
 from torch import Tensor
 
 from srft_kernels import reference
-from tests.kernels import fsdp_ranks
 from tests.kernels.fsdp_policy import (
     CLIP,
     SOFTCAP,
@@ -25,28 +20,14 @@ from tests.kernels.fsdp_policy import (
     global_count,
     train_steps,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 100.0
+from tests.ranks import results_of_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank returned, by scenario; an error is its traceback."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen([sys.executable, fsdp_ranks.__file__, str(rank), str(folder)], cwd=ROOT, env=environment)
-        for rank in range(WORLD)
-    ]
-    try:
-        for process in processes:
-            process.wait(DEADLINE_S)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return results_of_ranks("tests.kernels.fsdp_ranks", folder, WORLD, seconds=100)
 
 
 def results_of(ranks: list[dict[str, Any]], name: str) -> list[Result]:
