@@ -30,6 +30,8 @@ SMALL = {
     "train.eval_every": 1,
     "train.save_every": 1,
     "train.tokens_per_microbatch": 256,
+    # which take longer to draw than the steps
+    "train.page": False,
     "data.limit": 64,
     "data.eval_limit": 8,
     "data.max_prompt_tokens": 32,
@@ -112,7 +114,6 @@ def assert_same_run(run: Path, expected: Path) -> None:
     last = max((expected / "checkpoints").iterdir())
     for name in ("optimizer.safetensors", "model.safetensors"):
         assert (run / "checkpoints" / last.name / name).read_bytes() == (last / name).read_bytes(), name
-    assert (run / "report.html").is_file()
 
 
 def during_call(

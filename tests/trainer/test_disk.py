@@ -23,6 +23,7 @@ from tests.trainer.runs import arguments, assert_same_run, during_call, train
 
 RUN = {
     "train__steps": 3, "train__save_every": 1, "train__eval_every": 3, "train__keep_checkpoints": 1,
+    "train__page": True,
     "model__warm_start__max_steps": 2, "model__warm_start__batch_size": 8,
 }  # fmt: skip
 

@@ -151,7 +151,7 @@ def test_with_all_of_the_share_it_is_sft() -> None:
 
 def test_a_run(tmp_path: Path) -> None:
     """Two steps record both terms and mu, which follows the steps of the run, and draw them."""
-    run = train(tmp_path, method__name="chord", method__mu_decay_steps=2)
+    run = train(tmp_path, method__name="chord", method__mu_decay_steps=2, train__page=True)
     rows = read_lines(run / "metrics.jsonl")[1:]
     for row in rows:
         assert {"loss/policy", "loss/sft", "clip/share"} <= row.keys()

@@ -152,7 +152,7 @@ def test_a_group_that_agrees_teaches_nothing() -> None:
 
 def test_a_run(tmp_path: Path) -> None:
     """Two steps record both terms and draw them."""
-    run = train(tmp_path, method__name="luffy")
+    run = train(tmp_path, method__name="luffy", train__page=True)
     for row in read_lines(run / "metrics.jsonl")[1:]:
         assert {"loss/policy", "loss/shaped", "loss/entropy_bonus", "clip/share"} <= row.keys()
         assert row["grad_norm"] > 0

@@ -264,7 +264,7 @@ def test_lessons_that_are_too_long_are_refused(options: list[str], said: str) ->
 def test_runs(tmp_path: Path) -> None:
     """Two steps without a teacher of one's own, and two with oneself: all numbers finite."""
     for name in ("opd", "self_distill"):
-        run = train(tmp_path, name=name, method__name=name, train__page=False)
+        run = train(tmp_path, name=name, method__name=name)
         rows = read_lines(run / "metrics.jsonl")[1:]
         assert all(math.isfinite(row["loss/total"]) and "kl/teacher" in row for row in rows)
     assert rows[0]["grad_norm"] > 0 and rows[0]["kl/teacher"] != 0

@@ -361,7 +361,7 @@ def test_the_entropies_before_the_step_decide() -> None:
 def test_a_run(name: str, tmp_path: Path) -> None:
     """Two steps from beginnings of demonstrations, recorded."""
     options = {"method__hint_share": 1.0, "method__q_low": 0.95} if name == "uft" else {}
-    run = train(tmp_path, method__name=name, train__page=False, **options)
+    run = train(tmp_path, method__name=name, **options)
     for row in read_lines(run / "metrics.jsonl")[1:]:
         assert row["length/prefix"] > 0 and row["entropy/demo"] > 0 and row["grad_norm"] > 0
         assert row["mismatch/max"] < 1e-4

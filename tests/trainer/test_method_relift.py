@@ -172,7 +172,7 @@ def test_a_step_makes_the_update_more() -> None:
 
 def test_a_run_goes_on_with_its_buffer(tmp_path: Path) -> None:
     """What waited before a checkpoint waits after it."""
-    options = {"method__name": "relift", "method__buffer_size": 6, "train__steps": 4, "train__page": False}
+    options = {"method__name": "relift", "method__buffer_size": 6, "train__steps": 4}
     whole = train(tmp_path, **options, name="whole")
     rows = read_lines(whole / "metrics.jsonl")[1:]
     # nobody is right yet: four prompts a step

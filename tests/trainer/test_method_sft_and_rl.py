@@ -209,7 +209,7 @@ def test_terms_have_scales_of_their_own(name: str) -> None:
 
 def test_a_run(tmp_path: Path) -> None:
     """Two steps record their terms and the share, and draw them."""
-    run = train(tmp_path, method__name="hpt")
+    run = train(tmp_path, method__name="hpt", train__page=True)
     for row in read_lines(run / "metrics.jsonl")[1:]:
         assert {"clip/share", "weight/demo_share"} <= row.keys() and row["grad_norm"] > 0
         # an update in which every prompt fails has no term of rollouts

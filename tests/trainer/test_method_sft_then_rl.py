@@ -124,7 +124,7 @@ def test_patience_is_of_sft_first() -> None:
 
 def test_a_run_of_two_phases(tmp_path: Path) -> None:
     """The first samples nothing, the second shows nothing; AdamW forgets the first, unless it is told not to."""
-    options = {"method__name": "sft_then_rl", "train__steps": 4, "train__save_every": 4, "train__page": False}
+    options = {"method__name": "sft_then_rl", "train__steps": 4, "train__save_every": 4}
     rows = read_lines(train(tmp_path, **options) / "metrics.jsonl")[1:]
     assert [row["tokens/sampled"] > 0 for row in rows] == [False, False, True, True]
     assert ["loss/sft" in row for row in rows] == ["reward/demo" in row for row in rows] == [True, True, False, False]
@@ -155,7 +155,7 @@ def test_a_run_goes_on_in_its_phase(tmp_path: Path) -> None:
     """A plateau that was noted before a checkpoint is known after it."""
     options = {
         "method__name": "sft_then_rl", "method__patience": 1, "method__min_delta": 100.0, "method__switch_share": 1.0,
-        "train__steps": 4, "train__page": False,
+        "train__steps": 4,
     }  # fmt: skip
     whole = train(tmp_path, **options, name="whole")
     # the first evaluation is the best so far, the second ends the phase

@@ -252,7 +252,7 @@ def test_memory_survives_a_resume(tmp_path: Path) -> None:
         "method__weights": "trend", "method__entropy_coef": 0.01, "method__target_entropy": 1.0,
         "train__updates_per_step": 2, "data__bad_demos": "keep",
     }  # fmt: skip
-    whole = train(tmp_path / "whole", train__steps=4, **options)
+    whole = train(tmp_path / "whole", train__steps=4, train__page=True, **options)
     train(tmp_path / "halves", train__steps=2, **options)
     assert_same_run(train(tmp_path / "halves", train__steps=4, train__resume=True, **options), whole)
     rows = read_lines(whole / "metrics.jsonl")[1:]

@@ -48,8 +48,9 @@ def test_two_halves_are_the_whole(uninterrupted: Path, tmp_path: Path) -> None:
     """Two steps, then a resume to four, end in the same bytes and metrics as four steps at once."""
     run = train(tmp_path, **RUN | {"train__steps": 2})
     assert weights(run) != weights(uninterrupted)
-    assert train(tmp_path, **RUN, train__resume=True) == run
+    assert train(tmp_path, **RUN, train__resume=True, train__page=True) == run
     assert_same_run(run, uninterrupted)
+    assert (run / "report.html").is_file()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from srft.options import load_config
 from tests.trainer.runs import arguments, read_lines, train, train_process, weights
 
 METHODS = {
@@ -40,6 +41,8 @@ def test_run_folder(method: str, tmp_path: Path) -> None:
     if method == "grpo":
         # a policy with random weights solves nothing, and equal rewards teach GRPO nothing
         changes = changes | {"reward__kind": _odd_length_reward(tmp_path), "data__bad_demos": "keep"}
+    # as a user has it, who gives no train.page
+    changes = changes | {"train__page": load_config([]).train.page}
     run = train(tmp_path, train__steps=3, train__keep_checkpoints=2, **changes)
 
     rows = read_lines(run / "metrics.jsonl")
