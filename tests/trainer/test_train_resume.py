@@ -86,26 +86,32 @@ def test_resume_without_a_checkpoint_starts_at_step_0(uninterrupted: Path, tmp_p
     assert_same_run(train(tmp_path, **RUN, train__resume=True), uninterrupted)
 
 
-# the trainer, told where to end itself: the n-th call of a function, before or after it does its work
+# trainers, forks of one process that has imported all: each is told where to end itself, the n-th call of a function
 KILLED_AT = """
-import importlib, os, signal, sys
+import importlib, json, os, signal, sys
 from srft import train
 
-where, call, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-module, _, name = where.rpartition(".")
-owner = importlib.import_module(module)
-original, calls = getattr(owner, name), 0
+statuses = []
+for where, call, words in json.loads(sys.argv[1]):
+    if child := os.fork():
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        continue
+    module, _, name = where.rpartition(".")
+    owner = importlib.import_module(module)
+    original, calls = getattr(owner, name), 0
 
-def deadly(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == call:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
+    def deadly(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
 
-setattr(owner, name, deadly)
-sys.argv[1:] = words
-train.main()
+    setattr(owner, name, deadly)
+    sys.argv[1:] = words
+    train.main()
+    os._exit(0)
+sys.exit(None if set(statuses) == {-signal.SIGKILL} else f"ended with {statuses}")
 """
 MOMENTS = {
     "in-warm-start": ("srft.warm_start.update", 2),
@@ -120,17 +126,23 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_run_resumes_to_the_same_bytes(moment: str, uninterrupted: Path, tmp_path: Path) -> None:
-    """SIGKILL at a chosen moment, resume: the model, the metrics and the samples are those of the run in one piece."""
-    where, call = MOMENTS[moment]
-    words = arguments(tmp_path, **RUN)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AT, where, str(call), *words],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of runs that were killed at each of the moments."""
+    folders = {moment: tmp_path_factory.mktemp(moment) for moment in MOMENTS}
+    runs = [(*MOMENTS[moment], arguments(folder, **RUN)) for moment, folder in folders.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT, json.dumps(runs)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert_same_run(train(tmp_path, **RUN, train__resume=True), uninterrupted)
+    assert done.returncode == 0, done.stderr
+    return folders
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_run_resumes_to_the_same_bytes(moment: str, uninterrupted: Path, killed: dict[str, Path]) -> None:
+    """SIGKILL at a chosen moment, resume: the model, the metrics and the samples are those of the run in one piece."""
+    assert_same_run(train(killed[moment], **RUN, train__resume=True), uninterrupted)
 
 
 def test_run_killed_at_random_moments_resumes_to_the_same_bytes(uninterrupted: Path, tmp_path: Path) -> None:
