@@ -28,11 +28,13 @@ from rich.text import Text
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from srft.config import Config
+from srft.data.files import is_local
 from srft.data.templates import stop_token_ids
 from srft.engine.base import Engine, EngineError, Sampling
 from srft.engine.sampling import prompt_format
 from srft.engine.start import start_engine
 from srft.evaluation.answering import Drawing, answer_all, as_prompts, room_for, unreadable
+from srft.evaluation.overlap import USUAL_N, overlaps, questions, training_texts
 from srft.evaluation.page import write_page
 from srft.evaluation.record import Answered, keep_settings, read_settings, taken
 from srft.evaluation.sets import SETS, EvalSet, read_set
@@ -109,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the order of options (default: 0)")
     parser.add_argument("--limit", type=_positive, help="first problems of each set (default: all)")
     parser.add_argument("--instruction", help="what follows a question of a named set (default: asks for a box)")
+    parser.add_argument(
+        "--trained-on", action="append", metavar="SOURCE",
+        help="a training set to look for the problems in; again for another (default: files that the run trained on)",
+    )  # fmt: skip
     parser.add_argument("--batch", type=_positive, help="answers drawn together (default: 512, of vLLM 2048)")
     parser.add_argument("--out", type=Path, help="folder (default: evaluation in the run's, or runs/evaluation/NAME)")
     return parser
@@ -192,7 +198,10 @@ def _end_tokens(config: Config) -> int | list[int] | None:
 def _keep(
     out: Path, asked: Sequence[Asked], given: argparse.Namespace, subject: Subject, temperature: float
 ) -> None:
-    config = subject.config
+    config, trained_on = subject.config, given.trained_on
+    if trained_on is None:
+        known = [config.data.train, *filter(None, [config.data.demos])]
+        trained_on = [source for source in known if is_local(source) and Path(source).expanduser().exists()]
     keep_settings(
         out,
         {
@@ -203,7 +212,7 @@ def _keep(
         {
             one.chosen.name: {
                 "title": one.chosen.title, "source": one.chosen.source, "rows": one.chosen.rows,
-                "left_out": one.left_out,
+                "left_out": one.left_out, "overlaps": _overlaps(one.chosen, trained_on),
                 "asked": {
                     "samples": one.drawing.samples, "max_new_tokens": one.drawing.sampling.max_new_tokens,
                     "temperature": temperature, "batch": one.drawing.batch, "reward": one.chosen.reward,
@@ -213,6 +222,15 @@ def _keep(
         },
         {"model": subject.label, **describe_environment()},
     )  # fmt: skip
+
+
+def _overlaps(chosen: EvalSet, trained_on: Sequence[str]) -> dict[str, dict[str, float]]:
+    """By training set, the share of a problem's words in a row that stand in it, of the problems that have any."""
+    problems = questions(chosen)
+    return {
+        source: {overlap.id: round(overlap.share, 4) for overlap in overlaps(problems, training_texts(source), USUAL_N)}
+        for source in trained_on
+    }
 
 
 def _wants_vllm(config: Config) -> bool:

@@ -51,7 +51,10 @@ def write_page(
         parts.append(f'<div class="warn">{paragraphs(sentences)}</div>')
     parts += [f'<h2>{safe(t.title)}</h2><p class="muted">{safe(t.caption)}</p>{_table(t)}' for t in tables]
     stale = {path.name for path in folder.glob("answers-*.html")}
-    problems = {result.name: [_problem(row) for row in result.answered.rows.values()] for result in results}
+    problems = {
+        result.name: [_problem(row, _seen(result, name)) for name, row in result.answered.rows.items()]
+        for result in results
+    }
     is_short = sum(len(text) for texts in problems.values() for text in texts) <= _PAGE_CHARACTERS
     for result in results:
         heading = f"Answers to {result.about['title']}"
@@ -95,7 +98,12 @@ def _table(table: Table) -> str:
     return f'<div class="scroll"><table>{line(table.columns, "th")}{body}</table></div>'
 
 
-def _problem(row: Mapping[str, Any]) -> str:
+def _seen(result: SetResult, problem: str) -> float:
+    """The largest share of a problem's words that stands in a training set."""
+    return max([shares.get(problem, 0.0) for shares in result.about.get("overlaps", {}).values()], default=0.0)
+
+
+def _problem(row: Mapping[str, Any], seen: float) -> str:
     """A problem with every answer, folded; an only answer is open once its problem is."""
     counts, answers = row["tally"], row["answers"]
     right, judged = counts["right"], counts["judged"]
@@ -103,9 +111,10 @@ def _problem(row: Mapping[str, Any]) -> str:
     sign = {"right": "✓", "wrong": "✗", "plain": "~"}[kind]
     asked = _words(row["prompt"])
     opening = " ".join(asked.split())[:110]
+    overlap = f'<span class="tag wrong">! {seen:.0%} in training</span> ' if seen else ""
     shown = "".join(_answer(number, answer, len(answers) == 1) for number, answer in enumerate(answers, start=1))
     return (
-        f'<details class="problem"><summary><span class="tag {kind}">{sign} {right} of {judged}</span> '
+        f'<details class="problem"><summary><span class="tag {kind}">{sign} {right} of {judged}</span> {overlap}'
         f"<b>{safe(row['id'])}</b> {safe(opening)}</summary>"
         f'<div class="prompt"><div class="text">{safe(asked)}</div><p class="muted">answer: '
         f"{safe(_words(row['answer']))}</p></div>{shown}</details>"

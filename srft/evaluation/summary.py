@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from srft.evaluation.estimators import Share, accuracy, pass_at
+from srft.evaluation.overlap import USUAL_N
 from srft.evaluation.paper import ELSEWHERE, MATHEMATICS, TABLE_2, published
 from srft.evaluation.record import Answered, read_settings, tally_of
 from srft.evaluation.sets import SETS
@@ -114,7 +115,26 @@ def make_tables(results: Sequence[SetResult], model: str) -> list[Table]:
     names = [name for name in (*MATHEMATICS, *ELSEWHERE) if name in ours]
     if names:
         tables.append(_beside_the_paper(ours, names, model))
+    if rows := [row for result in results for row in _overlap_rows(result)]:
+        tables.append(
+            Table(
+                "Contamination", f"Problems that share {USUAL_N} words in a row with a training set, and accuracy in "
+                "percent on the problems that do not.",
+                ["set", "training set", "share some", "at least half", "accuracy", "of the others"], rows,
+            )
+        )  # fmt: skip
     return tables
+
+
+def _overlap_rows(result: SetResult) -> list[list[str]]:
+    rows = []
+    for source, shares in result.about.get("overlaps", {}).items():
+        others = [tally_of(row) for name, row in result.answered.rows.items() if name not in shares]
+        rows.append(
+            [result.about["title"], source, str(len(shares)), str(sum(share >= 0.5 for share in shares.values())),
+             _percent(result.accuracy), _percent(accuracy(others))]
+        )  # fmt: skip
+    return rows
 
 
 def _row(result: SetResult, ks: Sequence[int]) -> list[str]:

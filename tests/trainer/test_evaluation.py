@@ -253,6 +253,16 @@ def test_every_answer_can_be_read_on_the_page(folder: Path) -> None:
     assert "<script" not in html and html.count("<details") == html.count("</details>") == 6
 
 
+def test_contamination_is_told(folder: Path) -> None:
+    """How many problems share words with a training set, the accuracy of the others, and a mark on each."""
+    settings = read_settings(folder)["sets"]["math500"] | {"overlaps": {"train.jsonl": {"math500:1": 0.6}}}
+    keep_settings(folder, {"seed": 0}, {"math500": settings}, {})
+    table = make_tables(read_results(folder), "mine")[-1]
+    assert (table.title, table.rows) == ("Contamination", [["MATH500", "train.jsonl", "1", "1", "25.0", "50.0"]])
+    html = shown(folder)
+    assert html.count("! 60% in training") == 1 and html.index("! 60%") > html.index("math500:0")
+
+
 def test_long_answers_go_on_pages_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every problem is on one, each is linked, and pages that are no longer needed go."""
     monkeypatch.setattr(page, "_PAGE_CHARACTERS", 10)
