@@ -1,11 +1,18 @@
-"""GRPO and its kin: the policy's own rollouts, each compared with those of the same prompt."""
+"""GRPO and its kin: the policy's own rollouts, each compared with those of the same prompt.
+
+``prob_clip`` is the test of SRFT's paper (A.2) whether RL needs the gradients of tokens that are likely anyway: with
+0.5, 0.8 and 0.9 its accuracy is much as without. How it is done is not in the paper; leaving such tokens out is what
+LUFFY's code, of which SRFT's is a fork, calls all_max_clip.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from srft.batch import Batch, Group, Response
@@ -26,6 +33,9 @@ class Method(BaseMethod):
     """The ratio is clipped below 1 - clip_low."""
     clip_high: float = Field(0.2, gt=0)
     """The ratio is clipped above 1 + clip_high."""
+    prob_clip: float | None = Field(None, gt=0, lt=1)
+    """Tokens that were more likely than this when they were sampled are left out of the policy term, whose denominators
+    stay; unset: none. The probability is that before the step's updates where it is known, else the engine's."""
     advantage_std: bool = True
     """Divide advantages by the group's standard deviation."""
     aggregation: Aggregation = "token-mean"
@@ -48,8 +58,12 @@ class Method(BaseMethod):
 
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """The fused loss of this ``loss_type``."""
+        advantages = batch.advantages
+        if self.prob_clip is not None:
+            sampled_at = batch.rollout_logprobs if batch.old_logprobs is None else batch.old_logprobs
+            advantages = torch.where(sampled_at > math.log(self.prob_clip), 0.0, advantages)
         return partial(
-            linear_grpo_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
+            linear_grpo_loss, advantages=advantages, old_logprobs=batch.old_logprobs,
             loss_type=self.loss_type, clip_low=self.clip_low, clip_high=self.clip_high,
             entropy_coef=self.entropy_coef, cu_seqlens=batch.loss_cu_seqlens,
             ref_logprobs=batch.ref_logprobs, kl_coef=self.kl_coef,

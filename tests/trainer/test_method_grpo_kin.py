@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,6 +121,33 @@ def test_second_update_is_clipped_at_its_own_bounds(name: str) -> None:
         metrics = combined([update(learner, assign_advantages(part, config.method), 1)])
         assert_as_expected(metrics, flat_gradient(trained), expected)
     assert metrics["clip/share"] > 0
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["engine", "before the step"])
+def test_likely_tokens_are_out_of_the_policy_term(known: bool) -> None:
+    """By the engine's probabilities, or those before the step; entropies and denominators are those of all tokens."""
+    model, groups = plain_model(), groups_of()
+    plain, taught = copy.deepcopy(model).double(), compared("grpo", groups)
+    with torch.no_grad():
+        old = {id(s): statistics_of(plain, s, 1.0)[0] for s, _ in taught}
+    sampled_at = old if known else {id(s): torch.tensor(s.rollout_logprobs) for s, _ in taught}
+    # half of the tokens
+    limit = round(torch.cat(list(sampled_at.values())).median().exp().item(), 4)
+    config = tiny_config("method.name=grpo", f"method.prob_clip={limit}")
+    if known:
+        for s, _ in taught:
+            s.old_logprobs = old[id(s)].float()
+
+    def terms(one: Scored, everyone: Sequence[Scored]) -> Tensor:
+        kept = sampled_at[id(one.response)] <= math.log(limit)
+        return -one.ratio * one.advantage * kept / divisor("token-mean", one, everyone, 12)
+
+    expected = expected_step(plain, 1.0, taught, terms, old)
+    metrics, gradient = step(config, model, groups)
+    assert_as_expected(metrics, gradient, expected)
+    assert metrics["entropy/rollout"] == pytest.approx(expected.entropies["entropy/rollout"], rel=1e-5)
+    unlimited, _ = step(tiny_config("method.name=grpo", "method.prob_clip=0.9999999"), model, groups)
+    assert unlimited["loss/total"] == step(tiny_config("method.name=grpo"), model, groups)[0]["loss/total"]
 
 
 @pytest.mark.parametrize(
