@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from srft.experiments.findings import Arm, Findings
 from srft.experiments.results import Result
 from srft.experiments.statistics import Estimate, estimate
-from srft.report.plots import BLUE, GREY, INK, MUTED, STYLE, VERMILLION, inline_svg
+from srft.report.drawing import BLUE, GREY, INK, MUTED, STYLE, VERMILLION, inline_svg
 
 Curve = Callable[[Result], Mapping[int, tuple[float, float]]]
 """Of a run, by step: FLOPs so far and a value."""

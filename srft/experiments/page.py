@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from srft.experiments.findings import Findings
 from srft.experiments.tables import Table
-from srft.report.page import captioned, document, paragraphs, safe
+from srft.report.page import captioned, document, paragraphs, safe, table
 
 
 def render(findings: Findings, tables: Sequence[Table], figures: Mapping[str, tuple[str, str, str]]) -> str:
@@ -22,7 +22,9 @@ def render(findings: Findings, tables: Sequence[Table], figures: Mapping[str, tu
     if findings.warnings:
         parts.append(f'<div class="warn">{paragraphs(findings.warnings)}</div>')
     # wide: many panels in a figure
-    parts += [f'<h2>{safe(t.title)}</h2><p class="muted">{safe(t.caption)}</p>{_table(t)}' for t in tables]
+    parts += [
+        f'<h2>{safe(t.title)}</h2><p class="muted">{safe(t.caption)}</p>{table(t.columns, t.rows)}' for t in tables
+    ]
     parts.append("<h2>Figures</h2>")
     parts += [f'<div class="wide">{captioned(*figure)}</div>' for figure in figures.values()]
     if not figures:
@@ -30,15 +32,6 @@ def render(findings: Findings, tables: Sequence[Table], figures: Mapping[str, tu
     parts.append("<h2>Arms</h2>" + _arms(findings))
     parts.append(f"<h2>Configuration of {safe(findings.reference)}</h2><pre>{safe(findings.config)}</pre>")
     return document(findings.title, ["<style>.wide{margin:2rem 0}.wide svg{max-width:none}</style>", *parts])
-
-
-def _table(table: Table) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        numbers = "".join(f'<{tag} class="n">{safe(cell)}</{tag}>' for cell in cells[1:])
-        return f"<tr><{tag}>{safe(cells[0])}</{tag}>{numbers}</tr>"
-
-    body = "".join(line(row, "td") for row in table.rows)
-    return f'<div class="scroll"><table>{line(table.columns, "th")}{body}</table></div>'
 
 
 def _arms(findings: Findings) -> str:

@@ -30,7 +30,8 @@ def build_report(run_dir: Path) -> RunRecord:
         WriteError: When the disk refuses.
     """
     # here, so that a run pays for matplotlib only when it ends
-    from srft.report.plots import draw_plots, panels, smoothing_width
+    from srft.report.drawing import smoothing_width
+    from srft.report.plots import draw_plots, panels
 
     run_dir = Path(run_dir)
     record = load_record(run_dir)

@@ -196,6 +196,22 @@ def captioned(title: str, caption: str, svg: str) -> str:
     return f"<figure><figcaption><b>{title}</b><span>{caption}</span></figcaption>{svg}</figure>"
 
 
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table whose first column is text and whose others are numbers.
+
+    Args:
+        columns: Headings; escaped here, as the cells.
+        rows: A cell for each column.
+    """
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        numbers = "".join(f'<{tag} class="n">{safe(cell)}</{tag}>' for cell in cells[1:])
+        return f"<tr><{tag}>{safe(cells[0])}</{tag}>{numbers}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f'<div class="scroll"><table>{line(columns, "th")}{body}</table></div>'
+
+
 def _fact_table(facts: Sequence[tuple[str, str, str, str]]) -> str:
     lines = ['<tr><th></th><th class="n">first</th><th class="n">best</th><th class="n">last</th></tr>']
     for label, *values in facts:

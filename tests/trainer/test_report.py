@@ -16,7 +16,7 @@ from srft.record.files import open_json_lines, write_json_line
 from srft.record.history import load_record, points, seconds_by_part
 from srft.record.log import RunLog
 from srft.report.build import build_report, main
-from srft.report.plots import _smooth, _spread
+from srft.report.drawing import smooth, spread
 from tests.trainer.synthetic_run import open_log, sample, scored, srft_row
 
 
@@ -201,15 +201,15 @@ def test_smoothing_is_the_windowed_mean_of_what_exists() -> None:
     """Gaps in the steps have no weight: a constant stays itself, and other values match the plain formula."""
     steps, values = np.array([3.0, 4, 5, 9, 10, 40]), np.array([1.0, 2, 4, 3, -1, 7])
     window = np.exp(-0.5 * ((steps[:, None] - steps) / 1.5) ** 2)
-    assert _smooth(steps, values, 1.5) == pytest.approx(window @ values / window.sum(1), abs=1e-3)
-    assert _smooth(steps, np.full(6, 0.25), 1.5) == pytest.approx(np.full(6, 0.25))
+    assert smooth(steps, values, 1.5) == pytest.approx(window @ values / window.sum(1), abs=1e-3)
+    assert smooth(steps, np.full(6, 0.25), 1.5) == pytest.approx(np.full(6, 0.25))
 
 
 def test_labels_of_curves_keep_apart() -> None:
     """Labels that would overlap move apart by the gap, keep their order and stay on the axes."""
-    assert _spread([0.2, 0.8], 0.1) == [0.2, 0.8]
-    assert _spread([0.52, 0.5, 0.0], 0.1) == pytest.approx([0.56, 0.46, 0.0])
-    assert _spread([1.0, 0.99], 0.1) == pytest.approx([1.0, 0.9])
+    assert spread([0.2, 0.8], 0.1) == [0.2, 0.8]
+    assert spread([0.52, 0.5, 0.0], 0.1) == pytest.approx([0.56, 0.46, 0.0])
+    assert spread([1.0, 0.99], 0.1) == pytest.approx([1.0, 0.9])
 
 
 def test_points_skip_nulls_and_absent_keys() -> None:
