@@ -195,7 +195,7 @@ class Checkpoints:
 
     def _finish(self, folder: Path, digest_of: dict[str, Any]) -> None:
         finish_folder(folder, digest_of)
-        for old in _checkpoints(self._run_dir)[: -self._learner.config.train.keep_checkpoints]:
+        for old in checkpoints_of(self._run_dir)[: -self._learner.config.train.keep_checkpoints]:
             shutil.rmtree(old)
 
 
@@ -231,7 +231,7 @@ def whole_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
         ValueError: When there are checkpoints, and all are damaged.
     """
     damaged: dict[Path, str] = {}
-    for folder in reversed(_checkpoints(run_dir)):
+    for folder in reversed(checkpoints_of(run_dir)):
         found = damage(folder)
         if found is None:
             for each in damaged:
@@ -258,7 +258,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     Args:
         run_dir: Folder of the run.
     """
-    return max(_checkpoints(run_dir), default=None, key=_step_of)
+    return max(checkpoints_of(run_dir), default=None, key=step_of)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -304,11 +304,20 @@ def load_optimizer(folder: Path, learner: Learner) -> None:
             state[key] = with_rows(parameter, rows)
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
-    """Every checkpoint, oldest first; none is half written, any may have been damaged since."""
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """Return every checkpoint of a run, oldest first; none is half written, any may have been damaged since.
+
+    Args:
+        run_dir: Folder of the run.
+    """
     found = [p for p in (run_dir / "checkpoints").glob("step_*") if p.name.removeprefix("step_").isdecimal()]
-    return sorted(found, key=_step_of)
+    return sorted(found, key=step_of)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Return the step after which a checkpoint was made.
+
+    Args:
+        folder: From ``checkpoints_of``.
+    """
     return int(folder.name.removeprefix("step_"))
