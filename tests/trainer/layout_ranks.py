@@ -1,4 +1,4 @@
-"""The gradient of an update and three AdamW steps on however many ranks: what ``test_layouts`` compares."""
+"""The gradient of an update and two AdamW steps on however many ranks: what ``test_layouts`` compares."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.trainer.worlds import world_of
 
 # options, and the model: with its embedding tied to its head or not, or with experts
 CASES: dict[str, tuple[list[str], str]] = {
-    "token": (["method.entropy_scope=token", "train.grad_terms_every=3"], "untied"),
+    "token": (["method.entropy_scope=token", "train.grad_terms_every=2"], "untied"),
     "sequence": (["method.preset=official", "method.entropy_scope=sequence"], "untied"),
     "batch-two-updates": (
         ["method.entropy_scope=batch", "method.entropy_source=own", "train.updates_per_step=2"], "untied"
@@ -56,20 +56,25 @@ LAYOUTS: dict[int, dict[str, tuple[int, int, str]]] = {
         "split head, kinds apart": (40, 4, "kinds"),
     },
 }  # fmt: skip
-STEPS = 3
-
-
+STEPS = 2
 # what a split head is tried on: one that is tied to the embedding is not split
 SPLIT = {
     "split head, 2x3": ("token", "sequence", "batch-two-updates", "grpo", "chord", "experts"),
     "split head, one rank has nothing": ("token", "batch-two-updates"),
     "split head, kinds apart": ("sequence", "grpo"),
 }
+# what else is not tried on every case: a method is told as much of a world of two as of one of four
+SOME = SPLIT | {
+    "4x2": ("token", "sequence", "batch-two-updates", "upt", "experts"),
+    "2x2 replicas, 4x2": ("token", "batch-two-updates", "upt", "experts"),
+    "2x2 replicas, kinds": ("token", "sequence", "batch-two-updates"),
+}
 
 
-def is_run(layout: str, case: str) -> bool:
-    """Whether a layout has this case."""
-    return case in SPLIT.get(layout, CASES)
+def is_run(layout: str, case: str, dtype: torch.dtype) -> bool:
+    """Whether a layout has this case; what fp32 adds up in another order is seen where all is spread."""
+    spread = layout in ("1x1", "1x7", "2x3", "4x2")
+    return case in SOME.get(layout, CASES) and (spread or case == "experts" or dtype == torch.float64)
 
 
 def learner_for(case: str, dtype: torch.dtype, world: World, budget: int) -> Learner:
@@ -122,7 +127,7 @@ def every_run(worlds: dict[int, World], layouts: dict[str, tuple[int, int, str]]
     """Each case, dtype and layout of a world, by name."""
     for case, dtype in RUNS:
         for layout, (budget, shards, how) in layouts.items():
-            if is_run(layout, case):
+            if is_run(layout, case, dtype):
                 world = replace(worlds[shards], vocab_parallel=layout in SPLIT)
                 yield f"{layout}/{case}/{dtype}", run(world, budget, how, case, dtype)
 

@@ -47,7 +47,7 @@ COMPARED = [
     for ranks, layouts in LAYOUTS.items()
     for layout in layouts
     for case, dtype in RUNS
-    if layout != "1x1" and is_run(layout, case)
+    if layout != "1x1" and is_run(layout, case, dtype)
 ]
 
 
