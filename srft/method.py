@@ -118,6 +118,11 @@ class BaseMethod(Section, ABC):
         return Path(self.name).stem
 
     @property
+    def trains_demos(self) -> bool:
+        """Whether demonstrations are responses of its updates, not just what rollouts begin with or a teacher reads."""
+        return self.needs_demos
+
+    @property
     def needs_entropy(self) -> bool:
         """Whether the mean entropy of a whole update must be known before its loss: one more forward pass."""
         return False

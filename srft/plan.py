@@ -48,6 +48,7 @@ def describe(planner: Planner) -> list[str]:
         f"in all. Counted with {lengths.prompt:,} + {lengths.response:,} each (--prompt-tokens, --response-tokens).",
         f"A step: {train.prompts_per_step} prompts, {sequences:,} sequences, "
         f"{format_count(sequences * lengths.sequence)} tokens, {_teraflops(flops)} of training.",
+        *([] if planner.teacher is None else [f"A teacher of {_millions(planner.teacher.parameters)} parameters."]),
     ]
 
 

@@ -355,7 +355,7 @@ def describe_step(learner: Learner, data_note: str) -> str:
         parts.append(
             f"{train.rollouts_per_prompt} rollouts of at most {config.rollout.max_new_tokens} tokens"
         )
-    if config.method.needs_demos:
+    if config.method.trains_demos:
         own = " of data.demos" if config.data.demos else ""
         parts.append(f"{train.demos_per_prompt} demonstration{'s' if train.demos_per_prompt > 1 else ''}{own}")
     size = f"{sum(p.numel() for p in learner.model.parameters()) / 1e6:.1f}M-parameter policy"

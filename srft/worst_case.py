@@ -11,6 +11,7 @@ from torch import Tensor
 from srft.batch import Response
 from srft.learning import accumulate
 from srft.planning.devices import free_memory
+from srft.planning.pace import sequences_a_prompt
 from srft.policy.learner import Learner
 from srft.policy.weights import own_part
 
@@ -73,7 +74,7 @@ def longest_sequences(learner: Learner) -> list[Response]:
     """
     config, train = learner.config, learner.config.train
     longest = config.longest_sequence
-    each = train.rollouts_per_prompt * config.method.needs_rollouts + train.demos_per_prompt * config.method.needs_demos
+    each = sequences_a_prompt(config)
     of_a_step = -(-train.prompts_per_step * each // (train.updates_per_step * learner.world.size))
     number = min(config.microbatch_tokens // longest, of_a_step)
     if learner.world.device.type == "cpu":
@@ -88,7 +89,7 @@ def longest_sequences(learner: Learner) -> list[Response]:
 def _longest(learner: Learner, number: int, tokens: Tensor) -> Response:
     method, ids = learner.config.method, tokens.tolist()
     prompt = max(1, len(ids) - learner.config.rollout.max_new_tokens)
-    is_demo = method.needs_demos and (number % 2 == 0 or not method.needs_rollouts)
+    is_demo = method.trains_demos and (number % 2 == 0 or not method.needs_rollouts)
     response = ids[prompt:]
     return Response(
         ids[:prompt], response, is_demo, False, [] if is_demo else [-1.0] * len(response), "",

@@ -81,9 +81,14 @@ class Distillation(BaseMethod):
     """As ``aggregation``, of both terms of demonstrations."""
 
     @property
-    def needs_demos(self) -> bool:  # type: ignore[override]
+    def trains_demos(self) -> bool:
         """For the terms of demonstrations."""
         return self.sft_coef > 0 or self.demo_rl_coef > 0
+
+    @property
+    def needs_demos(self) -> bool:  # type: ignore[override]
+        """For the same."""
+        return self.trains_demos
 
     @property
     def fewest_rollouts(self) -> int:  # type: ignore[override]
@@ -137,8 +142,8 @@ class Method(Distillation):
     """OPD: a teacher's log-probabilities of the policy's own tokens are their advantages."""
 
     teacher: str | None = None
-    """Folder or hub id of a causal LM with the policy's tokenizer, held in fp32, which srft.plan does not count; unset:
-    the policy as the run starts, or model.reference, which hold it back while it learns from rewards."""
+    """Folder or hub id of a causal LM with the policy's tokenizer, held in fp32; unset: the policy as the run
+    starts, or model.reference, which hold it back while it learns from rewards."""
 
     @property
     def rewards(self) -> float:

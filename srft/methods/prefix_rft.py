@@ -103,6 +103,11 @@ class Method(BaseMethod):
         """The entropies of a prefix decide what of it is learned."""
         return True
 
+    @property
+    def trains_demos(self) -> bool:
+        """Their beginnings alone are learned, as parts of rollouts."""
+        return False
+
     def asks(self, now: StepInfo) -> tuple[bool, bool]:
         """Of demonstrations, their beginnings alone."""
         return True, False

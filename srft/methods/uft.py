@@ -94,6 +94,11 @@ class Method(BaseMethod):
         """For the KL."""
         return self.kl_coef > 0
 
+    @property
+    def trains_demos(self) -> bool:
+        """Their beginnings alone are learned, as parts of rollouts."""
+        return False
+
     def asks(self, now: StepInfo) -> tuple[bool, bool]:
         """Of demonstrations, their beginnings alone."""
         return True, False

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from srft.config import Config
 from srft.planning.devices import GPUS_A_NODE, Device
 from srft.planning.memory import ENGINE_SHARE, Layout, Memory, plan_memory, uses_vllm
-from srft.planning.models import ModelShape, build_policy, measure_shape, read_shape
+from srft.planning.models import ModelShape, build_policy, measure_shape, read_shape, read_teacher
 from srft.planning.pace import Pace, Tokens, expected_lengths, plan_pace
 from srft.planning.trace import BodyPasses, trace_body
 
@@ -44,7 +44,7 @@ class Planner:
         lengths: Expected of prompts and responses; None takes ``pace.expected_lengths``.
 
     Raises:
-        ValueError: When the shape of the model cannot be read, or it cannot be planned.
+        ValueError: When the shape of the model or of its teacher cannot be read, or it cannot be planned.
     """
 
     def __init__(self, config: Config, lengths: Tokens | None = None):
@@ -53,6 +53,7 @@ class Planner:
         self._shape: PretrainedConfig = read_shape(config)
         with torch.device("meta"):
             self.shape: ModelShape = measure_shape(build_policy(self._shape, config))
+        self.teacher = read_teacher(config)
         self._passes = lru_cache(self._trace)
 
     def _trace(self, tokens: int, checkpointing: bool) -> BodyPasses:
@@ -73,8 +74,9 @@ class Planner:
         if share is not None:
             engine = config.engine.model_copy(update={"gpu_memory_utilization": share})
             config = config.model_copy(update={"engine": engine})
-        memory = plan_memory(self.shape, passes, config, layout, self._rows(layout.tokens))
-        pace = plan_pace(self.shape, passes, config, layout, self.lengths, max(0, memory.engine_cache))
+        memory = plan_memory(self.shape, passes, config, layout, self._rows(layout.tokens), self.teacher)
+        cache = max(0, memory.engine_cache)
+        pace = plan_pace(self.shape, passes, config, layout, self.lengths, cache, teacher=self.teacher)
         return Plan(layout, memory, pace, config.engine.gpu_memory_utilization)
 
     def as_configured(self, device: Device, ranks: int) -> Plan:

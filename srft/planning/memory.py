@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,7 @@ _CONTEXT, _NCCL, _FRAGMENTS = int(0.8 * 2**30), 2**30, 0.03
 _ENGINE_OVERHEAD = 3 * 2**30
 ENGINE_SHARE = "engine, by its share of the device"
 OVERHEAD = "context, NCCL, fragments"
+_ROOT, _BLOCKS = "gathered: embedding, norm, head", "gathered: two blocks, fp32"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,12 @@ class Memory:
 
 
 def plan_memory(
-    shape: ModelShape, passes: BodyPasses, config: Config, layout: Layout, rows: int
+    shape: ModelShape,
+    passes: BodyPasses,
+    config: Config,
+    layout: Layout,
+    rows: int,
+    teacher: ModelShape | None = None,
 ) -> Memory:
     """Add up what one rank holds.
 
@@ -103,6 +109,7 @@ def plan_memory(
         config: The whole configuration.
         layout: How the run lies on its devices.
         rows: Tokens of a micro-batch that are counted in the loss.
+        teacher: The model that is held beside the policy to teach it, if one is.
     """
     standing = {
         "weights, fp32": _FP32 * shape.parameters // layout.shard,
@@ -112,6 +119,8 @@ def plan_memory(
     # under adapters the policy is its own; a model of model.reference is taken to be as large
     if config.wants_reference and not config.model.lora.rank:
         standing["reference, fp32"] = _FP32 * shape.parameters // layout.shard
+    if teacher is not None:
+        standing["teacher, fp32"] = _FP32 * teacher.parameters // layout.shard
     host = 0
     if layout.offload:
         host, standing = sum(standing.values()), {}
@@ -122,6 +131,8 @@ def plan_memory(
             _CONTEXT + (layout.ranks > 1) * _NCCL + _FRAGMENTS * layout.device.memory
         )
     moments = _moments(shape, passes, config, layout, rows)
+    if teacher is not None:
+        moments["forward of the teacher"] = _teaching(teacher, config, layout, rows)
     if not uses_vllm(config, layout.device):
         sequences = min(config.engine.max_batch, config.train.prompts_per_step * config.train.rollouts_per_prompt)
         wide = config.engine_dtype.itemsize / 2
@@ -170,7 +181,6 @@ def _moments(
     dhead = _FP32 * shape.head * shape.head_trained * (not split)
     gathered_root = gathers * _FP32 * (shape.root - split * shape.head)
     gathered_blocks = gathers * 2 * _FP32 * shape.block
-    names = ("gathered: embedding, norm, head", "gathered: two blocks, fp32")
     # a tied gradient waits for its other half, a sharded one for the end of the pass
     waiting = dhead if shape.tied or gathers else 0
     # gradients of a block in whole, and what they are reduced in
@@ -179,25 +189,32 @@ def _moments(
     def body(held: Held) -> dict[str, int]:
         return {"activations": held.activations, f"weights in {config.model.compute_dtype}": held.copies}
 
-    head_now, head_after = _head(shape, config, layout, rows)
-    root = {names[0]: gathered_root}
+    head_now, head_after = _head(shape, config, layout, rows, split=split)
+    root = {_ROOT: gathered_root}
     return {
-        "forward": body(passes.forward) | root | {names[1]: gathered_blocks},
+        "forward": body(passes.forward) | root | {_BLOCKS: gathered_blocks},
         "loss": body(passes.between) | root | head_now,
         "backward of the head": body(passes.between) | root | head_after,
         "backward of the blocks": body(passes.backward) | root
-        | {names[1]: gathered_blocks, "gradients before they are reduced": unreduced, "gradient of the head": waiting},
+        | {_BLOCKS: gathered_blocks, "gradients before they are reduced": unreduced, "gradient of the head": waiting},
         "backward of the embedding": body(passes.embedding) | root | {"gradient of the head": waiting},
         "optimizer": {"AdamW's temporaries": _optimizer(shape, layout)},
     }  # fmt: skip
 
 
+def _teaching(teacher: ModelShape, config: Config, layout: Layout, rows: int) -> dict[str, int]:
+    """What scoring adds to the weights of a teacher, whose head no rank keeps a part of; activations are few."""
+    scored, _ = _head(replace(teacher, head_trained=False), config, layout, rows, split=False)
+    whole = layout.gathers * _FP32
+    return {_ROOT: whole * teacher.root, _BLOCKS: whole * 2 * teacher.block} | scored
+
+
 def _head(
-    shape: ModelShape, config: Config, layout: Layout, rows: int
+    shape: ModelShape, config: Config, layout: Layout, rows: int, *, split: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What the fused head holds while it computes the loss, and while its gradients are rounded and handed on."""
     dtype, on_gpu = config.compute_dtype, layout.device.is_gpu
-    parts = layout.ranks if splits_head(config, layout) else 1
+    parts = layout.ranks if split else 1
     # each rank has its words for the tokens of all
     vocab, rows, head = -(-shape.vocab // parts), rows * parts, shape.head // parts
     sizes = chunk_sizes(

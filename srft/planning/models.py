@@ -68,18 +68,38 @@ def read_shape(config: Config) -> PretrainedConfig:
     Raises:
         ValueError: When the model is in no table, and its config.json cannot be read.
     """
-    name = config.model.name
-    if name == "tiny":
+    if config.model.name == "tiny":
         with torch.device("meta"):
             model = build_tiny(config.model, load_tokenizer(config.model), config.longest_sequence, 0)
         return model.config
+    return _shape_of("model.name", config.model.name, config)
+
+
+def read_teacher(config: Config) -> ModelShape | None:
+    """Return the sizes of the model that teaches a run; None where nobody does, the policy, or its reference.
+
+    Args:
+        config: The whole configuration.
+
+    Raises:
+        ValueError: As ``read_shape`` and ``measure_shape``.
+    """
+    name = config.method.taught_by
+    if name is None or name in ("policy", "reference"):
+        return None
+    shape = _shape_of("method.teacher", name, config)
+    with torch.device("meta"):
+        return measure_shape(_bare(shape, config))
+
+
+def _shape_of(option: str, name: str, config: Config) -> PretrainedConfig:
     if name in KNOWN and not Path(name).exists():
         return _known(KNOWN[name])
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # whatever the hub's client and a damaged file end in
         raise ValueError(
-            f"cannot read the shape of {name!r}: {in_short(error)}; give as model.name a folder that has its "
+            f"cannot read the shape of {name!r}: {in_short(error)}; give as {option} a folder that has its "
             f"config.json (weights are not needed), or one of the shapes that are built in: {', '.join(KNOWN)}"
         ) from error
 
@@ -99,12 +119,16 @@ def build_policy(shape: PretrainedConfig, config: Config) -> PreTrainedModel:
         shape: From ``read_shape``.
         config: The whole configuration.
     """
-    model = AutoModelForCausalLM.from_config(
-        shape, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
-    )
+    model = _bare(shape, config)
     if config.model.lora.rank:
         attach(model, config.model.lora, base=config.model.name)
     return model
+
+
+def _bare(shape: PretrainedConfig, config: Config) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(
+        shape, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+    )
 
 
 @dataclass(frozen=True)
@@ -118,7 +142,7 @@ class ModelShape:
         block: Parameters of the largest block.
         trained_block: Those of a block that have a gradient, at most.
         root: Parameters of all that is no block: embedding, last norm, head.
-        largest: The largest single one that is trained.
+        largest: The largest single one that is trained; 0 where none is.
         vocab: Rows of the head.
         hidden: Width of the residual stream.
         heads: Attention heads.
@@ -159,7 +183,7 @@ class ModelShape:
 
 
 def measure_shape(model: PreTrainedModel) -> ModelShape:
-    """Count the parameters of a policy.
+    """Count the parameters of a policy, or of a model beside it.
 
     Args:
         model: On any device, the meta device included.
@@ -187,7 +211,7 @@ def measure_shape(model: PreTrainedModel) -> ModelShape:
         block=max(counts),
         trained_block=max(sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks),
         root=parameters - sum(counts),
-        largest=max(trained),
+        largest=max(trained, default=0),
         vocab=head.weight.shape[0],
         hidden=head.weight.shape[1],
         heads=heads,

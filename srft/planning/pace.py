@@ -92,6 +92,7 @@ def plan_pace(
     lengths: Tokens,
     cache: int,
     sequences: float | None = None,
+    teacher: ModelShape | None = None,
 ) -> Pace:
     """Estimate the seconds of a step.
 
@@ -103,6 +104,7 @@ def plan_pace(
         lengths: Expected, not the longest.
         cache: Bytes for the engine's keys and values.
         sequences: Of a step; None takes those of the options.
+        teacher: The model that is held beside the policy to teach it, if one is.
     """
     train, device, micro_batch = config.train, layout.device, layout.tokens
     sequences = train.prompts_per_step * sequences_a_prompt(config) if sequences is None else sequences
@@ -116,8 +118,7 @@ def plan_pace(
     one = body + attention / (device.flops * _ATTENTION_SHARE) + head / (
         device.flops * (_HEAD_SHARE if device.is_gpu else 1)
     )  # fmt: skip
-    # without a backward pass: log-probabilities of the policy that sampled, entropies of a whole batch
-    forwards = (updates > 1) + config.method.needs_entropy
+    forwards = _forwards(shape, config, teacher)
     one *= 1 + forwards / 3
     head_stays = shape.head if splits_head(config, layout) else 0
     gather = _gathering(shape, layout, head_stays) * (1 + forwards / 3)
@@ -137,6 +138,19 @@ def plan_pace(
     )  # fmt: skip
 
 
+def _forwards(shape: ModelShape, config: Config, teacher: ModelShape | None) -> float:
+    """How often the sequences of an update pass through a model of the policy's size without a backward pass."""
+    method, train = config.method, config.train
+    # the policy as it sampled, the mean entropy of the update, the reference
+    passes = float((train.updates_per_step > 1 or method.needs_old) + method.needs_entropy + method.needs_ref)
+    if method.taught_by is not None:
+        rollouts = train.rollouts_per_prompt / sequences_a_prompt(config)
+        size = 1.0 if teacher is None else teacher.products / shape.products
+        # who is shown a demonstration reads it, and the prompt twice
+        passes += rollouts * size * (2 if method.shows_demos else 1)
+    return passes
+
+
 def expected_lengths(config: Config) -> Tokens:
     """Return the lengths that a plan counts with where nobody knows better: half of each limit.
 
@@ -153,7 +167,7 @@ def sequences_a_prompt(config: Config) -> int:
         config: The whole configuration.
     """
     method, train = config.method, config.train
-    return method.needs_rollouts * train.rollouts_per_prompt + method.needs_demos * train.demos_per_prompt
+    return method.needs_rollouts * train.rollouts_per_prompt + method.trains_demos * train.demos_per_prompt
 
 
 def _link(layout: Layout) -> float:

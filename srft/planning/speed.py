@@ -28,7 +28,7 @@ class Speed:
     def __init__(self, learner: Learner) -> None:
         self._config, self._size = learner.config, learner.world.size
         self._device = _device_of(learner)
-        self._shape, self._passes = _planned(learner)
+        self._shape, self._passes, self._teacher = _planned(learner)
         train = learner.config.train
         self._layout: Layout | None = None
         if self._device is not None:
@@ -67,7 +67,8 @@ class Speed:
         length = max(1, round(row["tokens/squared"] / row["tokens/step"]))
         response = max(1, round(length * row["tokens/counted"] / row["tokens/step"]))
         lengths = Tokens(max(0, length - response), response)
-        return plan_pace(shape, passes, self._config, layout, lengths, 0, row["tokens/step"] / lengths.sequence).train
+        count = row["tokens/step"] / lengths.sequence
+        return plan_pace(shape, passes, self._config, layout, lengths, 0, count, self._teacher).train
 
 
 def _device_of(learner: Learner) -> Device | None:
@@ -80,17 +81,17 @@ def _device_of(learner: Learner) -> Device | None:
     return this_cpu(mean)
 
 
-def _planned(learner: Learner) -> tuple[ModelShape | None, BodyPasses | None]:
-    config = learner.config
+def _planned(learner: Learner) -> tuple[ModelShape | None, BodyPasses | None, ModelShape | None]:
+    config, teacher = learner.config, learner.frozen.teacher
     try:
         shape = measure_shape(learner.model)
     except ValueError:  # a mixture of experts, whose work is not known from shapes
-        return None, None
+        return None, None, None
     tokens = config.microbatch_tokens
     try:
-        return shape, _trace(learner, config, tokens)
-    except ValueError:  # an architecture whose passes cannot be traced: its products are known all the same
-        return shape, None
+        return shape, _trace(learner, config, tokens), None if teacher is None else measure_shape(teacher)
+    except ValueError:  # passes that cannot be traced, or a teacher's experts: the policy's products are known anyway
+        return shape, None, None
 
 
 # a process that trains several times, as a test does, traces a shape once

@@ -6,15 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import srft.train
 from srft import plan
 from srft.options import load_config
-from srft.planning import advice
+from srft.planning import advice, pace
 from srft.planning.advice import Planner, settings
 from srft.planning.devices import find_device
 from srft.planning.memory import Layout
+from srft.planning.models import read_teacher
 from srft.planning.pace import Tokens, plan_pace, training_flops
+from srft.prepare import describe_step
+from srft.worst_case import longest_sequences
+from tests.trainer.tiny import learner_of, plain_model
 
 GIB = 2**30
 H100 = find_device("H100")
@@ -75,6 +80,65 @@ def test_passes_without_gradients_take_their_time() -> None:
     layout = Layout(H100, 16384, 8, 8, checkpointing=True)
     more = twice.plan(layout, 0.4).pace.computing / once.plan(layout, 0.4).pace.computing
     assert more == pytest.approx(4 / 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "passes"),
+    [
+        (["method.name=prefix_rft"], 1), (["method.name=prefix_rft", "train.updates_per_step=2"], 1),
+        (["method.entropy_scope=batch"], 1), (["method.name=grpo", "method.kl_coef=0.1"], 1),
+        (["method.name=opd"], 2), (["method.name=self_distill"], 3),
+        (["method.name=self_distill", "method.sft_coef=1"], 1 + 2 * 8 / 9),
+        (["method.name=opd", "method.teacher=Qwen/Qwen2.5-72B"], 1 + 70_212_648_960 / 6_525_288_448),
+    ],
+    ids=lambda x: "-".join(x).replace("method.", "") if isinstance(x, list) else None,
+)  # fmt: skip
+def test_methods_ask_for_passes_without_gradients(math_7b: Planner, words: list[str], passes: float) -> None:
+    """Of the policy before the step, of all entropies, of a reference, and on rollouts of a teacher of any size."""
+    sizes = ["train.rollouts_per_prompt=8", "train.demos_per_prompt=1"]
+    config = load_config(["model.name=Qwen/Qwen2.5-Math-7B", *sizes, *words])
+    assert math_7b.config.method.name == "srft" and pace._forwards(math_7b.shape, math_7b.config, None) == 0
+    assert pace._forwards(math_7b.shape, config, read_teacher(config)) == pytest.approx(passes, rel=1e-3)
+
+
+def test_a_teacher_takes_its_memory_and_its_time() -> None:
+    """4 bytes a parameter over the ranks, blocks and head while it scores, passes of its size; said in a line."""
+    words = ["model.name=Qwen/Qwen2.5-Math-7B", "model.compute_dtype=bfloat16", "method.name=opd"]
+    alone, taught = (Planner(load_config(words + more)) for more in ([], ["method.teacher=Qwen/Qwen2.5-14B"]))
+    assert alone.teacher is None and taught.teacher is not None and taught.teacher.layers == 48
+    layout = Layout(H100, 16384, 8, 8, checkpointing=True)
+    without, beside = (planner.plan(layout, 0.3) for planner in (alone, taught))
+    added = {part: size for part, size in beside.memory.standing.items() if part not in without.memory.standing}
+    assert added == {"teacher, fp32": 4 * taught.teacher.parameters // 8}
+    scoring = beside.memory.moments["forward of the teacher"]
+    assert scoring["gathered: two blocks, fp32"] == 2 * 4 * taught.teacher.block
+    assert scoring["head: weight and its gradient"] == 2 * taught.teacher.head
+    size = taught.teacher.products / taught.shape.products
+    assert beside.pace.computing == pytest.approx(without.pace.computing * (3 + 1 + size) / (3 + 2)) and size > 2
+    assert plan.describe(taught)[-1] == "A teacher of 14.77B parameters." and len(plan.describe(alone)) == 3
+
+
+def test_a_teacher_without_a_shape_is_named_by_its_option() -> None:
+    """What to give stands there."""
+    with pytest.raises(ValueError, match=r"cannot read the shape of 'nowhere/none'.*give as method\.teacher a folder"):
+        read_teacher(load_config(["method.name=opd", "method.teacher=nowhere/none"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        ([], 9), (["method.name=uft"], 8), (["method.name=prefix_rft"], 8), (["method.name=self_distill"], 8),
+        (["method.name=self_distill", "method.sft_coef=0.5"], 9), (["method.name=sft"], 1), (["method.name=grpo"], 8),
+    ],
+)  # fmt: skip
+def test_a_demonstration_counts_where_it_is_a_sequence_of_its_own(words: list[str], count: int) -> None:
+    """Not where rollouts begin with it or a teacher reads it."""
+    config = load_config(["train.rollouts_per_prompt=8", "train.demos_per_prompt=1", *words])
+    assert pace.sequences_a_prompt(config) == count
+    learner = learner_of(config, plain_model(), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+    assert ("1 demonstration" in describe_step(learner, "")) == (count in (1, 9))
+    kinds = {s.is_demo for s in longest_sequences(learner)}
+    assert kinds == {1: {True}, 8: {False}, 9: {False, True}}[count]
 
 
 def test_what_breaks_first_is_said(math_7b: Planner) -> None:

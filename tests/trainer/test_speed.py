@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from srft.planning import speed as speed_module
 from srft.planning.speed import Speed
+from srft.policy.frozen import Frozen
 from srft.record.history import load_record
 from srft.record.screen import _beside_plan
 from srft.record.trackers import open_trackers, refuse_absent
@@ -48,6 +50,20 @@ def test_the_plan_follows_the_tokens_and_the_device(monkeypatch: pytest.MonkeyPa
     more = {key: 10 * value if key.startswith("tokens/") else value for key, value in ROW.items()}
     assert _speed(monkeypatch).with_figures(more)["speed/planned_s"] == pytest.approx(10 * planned, rel=0.05)
     assert _speed(monkeypatch, rate=1e6).with_figures(ROW)["speed/planned_s"] > 50 * planned
+
+
+def test_a_teacher_that_is_held_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own products, not the policy's again; one of experts leaves the seconds out."""
+    monkeypatch.setattr(speed_module, "product_rate", lambda *_: 1e6)
+    own, teacher = policy(plain_model()), plain_model(kv_heads=4).requires_grad_(False)
+    alone = learner_of(tiny_config("method.name=opd", "method.teacher=it"), own, torch.optim.AdamW(own.parameters()))
+    taught = replace(alone, frozen=Frozen(teacher=teacher))
+    # q, k, v, o and three of the MLP; before it the policy's passes, 3 and the one without a gradient
+    size = (4 * 24 * 24 + 3 * 24 * 40) / (3 * 24 * 24 + 3 * 24 * 40)
+    usual, more = (Speed(each).with_figures(ROW)["speed/planned_s"] for each in (alone, taught))
+    assert more / usual == pytest.approx((4 + size) / 5, rel=1e-3) and size > 1.1
+    teacher.config.num_experts_per_tok = 2
+    assert "speed/planned_s" not in Speed(taught).with_figures(ROW)
 
 
 def test_what_is_not_known_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
