@@ -205,17 +205,17 @@ def srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamm
 
 
 @formula
-def srft_likelihood(logp, log_ratio, advantage, correct, weight_entropy, rl_coef, max_log_ratio):
-    # -c logp for a correct rollout, +logp for an incorrect one, with c = rl_coef exp(H)
-    sign = tl.where(correct > 0, -rl_coef * tl.exp(weight_entropy), 1.0)
+def srft_likelihood(logp, log_ratio, advantage, correct, weight_entropy, rl_coef, negative_coef, max_log_ratio):
+    # -c logp for a correct rollout, +negative_coef logp for an incorrect one, with c = rl_coef exp(H)
+    sign = tl.where(correct > 0, -rl_coef * tl.exp(weight_entropy), negative_coef)
     return weighted(sign, logp), sign, tl.exp(bounded(log_ratio, max_log_ratio)), correct > 0
 
 
 @formula
-def srft_ratio(logp, log_ratio, advantage, correct, weight_entropy, rl_coef, max_log_ratio):
-    # -A r c for A > 0 and -A r otherwise
+def srft_ratio(logp, log_ratio, advantage, correct, weight_entropy, rl_coef, negative_coef, max_log_ratio):
+    # -A r c for A > 0 and -A r negative_coef otherwise
     log_ratio = tl.where(heard(advantage, log_ratio, max_log_ratio), log_ratio, 0.0)
     ratio = tl.exp(bounded(log_ratio, max_log_ratio))
-    weight = tl.where(advantage > 0, rl_coef * tl.exp(weight_entropy), 1.0)
+    weight = tl.where(advantage > 0, rl_coef * tl.exp(weight_entropy), negative_coef)
     loss = tl.where(advantage != 0, -advantage * ratio * weight, 0.0)
     return loss, tl.where(still(logp, log_ratio, max_log_ratio), 0.0, loss), ratio, advantage > 0

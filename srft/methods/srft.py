@@ -212,13 +212,7 @@ class Method(BaseMethod):
         preset = _PRESETS[self.preset]
         sft_weights = token_weights(batch, update, self.sft_aggregation or preset.sft_aggregation)
         rl_weights = token_weights(batch, update, self.rl_aggregation or preset.rl_aggregation)
-        is_ratio = (self.self_rollout or SRFT_PRESETS[self.preset].self_rollout) == "ratio"
-        negative = update.scale("rollout_negative")
-        # a token weight of 0 would take the token out of the means of the entropy, too
-        is_wrong = ~batch.is_demo & ~batch.is_correct & (not is_ratio)
-        rl_weights = torch.where(is_wrong, rl_weights * max(negative, 1e-20), rl_weights)
-        of_rollout = torch.where(batch.advantages < 0, negative if is_ratio else 1.0, 1.0)
-        advantages = batch.advantages * torch.where(batch.is_demo, update.scale("demo_rl"), of_rollout)
+        advantages = batch.advantages * torch.where(batch.is_demo, update.scale("demo_rl"), 1.0)
         of_token = self.weights == "entropy" and self.scope != "batch"
         sft, rl = (1.0, 1.0) if of_token else self._factors(update)
         return partial(
@@ -226,6 +220,7 @@ class Method(BaseMethod):
             cu_seqlens=batch.loss_cu_seqlens, old_logprobs=batch.old_logprobs, preset=self.preset,
             sft_coef=self.sft_coef * sft * update.scale("demo_sft"),
             rl_coef=self.rl_coef * rl * update.scale("rollout_positive"),
+            negative_coef=update.scale("rollout_negative"),
             # factors of all tokens are in the coefficients already
             sft_entropy_sign=self.sft_entropy_sign, entropy_scope=self.scope if of_token else "batch",
             batch_entropy=None if of_token else 0.0,

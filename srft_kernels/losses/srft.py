@@ -37,6 +37,7 @@ def linear_srft_loss(
     preset: str = "paper",
     sft_coef: float = 0.5,
     rl_coef: float = 0.1,
+    negative_coef: float = 1.0,
     max_log_ratio: float = 20.0,
     sft_entropy_sign: int | None = None,
     entropy_scope: str | None = None,
@@ -60,22 +61,22 @@ def linear_srft_loss(
 ) -> PolicyLoss:
     """SRFT loss on demonstrations and rollouts together, without materialising the [N, V] logits.
 
-    With s_n = sft_coef exp(sign sg H), c_n = rl_coef exp(+sg H), w = token_weights, v = sft_weights or w, and f(p) = p,
-    or p / (p + demo_gamma)::
+    With s_n = sft_coef exp(sign sg H), c_n = rl_coef exp(+sg H), m = negative_coef, w = token_weights, v = sft_weights
+    or w, and f(p) = p, or p / (p + demo_gamma)::
 
         loss = (1 / num_demo_tokens)    sum_demo    [ -v_n s_n logp_n - w_n A_n f(p_n) ]
              + (1 / num_rollout_tokens) sum_rollout w_n l_n
              - entropy_coef * mean of H over all valid tokens
 
-    For self_rollout "likelihood", l_n is -c_n logp_n where ``is_correct`` and +logp_n elsewhere; for "ratio"
-    it is -A_n r_n (c_n if A_n > 0 else 1). No gradient flows through s and c. The mean of H is its sum over
+    For self_rollout "likelihood", l_n is -c_n logp_n where ``is_correct`` and +m logp_n elsewhere; for "ratio"
+    it is -A_n r_n (c_n if A_n > 0 else m). No gradient flows through s and c. The mean of H is its sum over
     num_demo_tokens + num_rollout_tokens, without ``token_weights``. The log of r stays within ``max_log_ratio``: beyond
     it r is that of the bound and has no gradient; between two log-probabilities of -inf r is 1.
 
     A weight of exactly 0 takes out what it multiplies, whatever stands in the other vectors, NaN included. A token with
     ``token_weights`` 0 is ignored as if its label were ``ignore_index``, also in every mean of H, but counted where a
-    denominator is None. An advantage, ``sft_weights``, ``sft_coef`` or ``rl_coef`` of 0 takes out the term it
-    multiplies: the rest of the token, its entropy too, stays. Likelihood rollouts read no advantage.
+    denominator is None. An advantage, ``sft_weights``, ``sft_coef``, ``rl_coef`` or ``negative_coef`` of 0 takes out
+    the term it multiplies: the rest of the token, its entropy too, stays. Likelihood rollouts read no advantage.
 
     ============================  ============  ==========  ============
     switch                        "paper"       "official"  "upt"
@@ -101,6 +102,7 @@ def linear_srft_loss(
         preset: "paper", "official" or "upt": the switches above that are not given.
         sft_coef: Scale of the weight s, >= 0.
         rl_coef: Scale of the weight c, >= 0.
+        negative_coef: Scale of the rollout terms that have no c, >= 0.
         max_log_ratio: > 0, nats; bounds logp - old_logp from both sides, against overflow. May be inf.
         sft_entropy_sign: -1 or +1, sign of H in s. 0 makes s constant. None: by preset.
         entropy_scope: H in s and c: "token" its own; "sequence" the mean over the valid tokens of its
@@ -131,7 +133,7 @@ def linear_srft_loss(
     Returns:
         PolicyLoss; ``clipped`` is all False. ``terms``: "demo_sft", "demo_rl", "rollout_positive",
         "rollout_negative" and "entropy_bonus" as they enter the loss, whose sum is the loss; the first four
-        also as "<name>_unweighted", with s and c replaced by 1; and sums over tokens of s ("sum_weight_sft",
+        also as "<name>_unweighted", with s, c and m replaced by 1; and sums over tokens of s ("sum_weight_sft",
         demonstrations), of c ("sum_weight_rl", all rollouts) and of H ("sum_entropy_demo",
         "sum_entropy_rollout"), for the caller to divide by token counts. Every term adds up over
         micro-batches when both denominators are given.
@@ -143,9 +145,9 @@ def linear_srft_loss(
     ``reference.linear_srft_loss``.
     """
     given = SrftArguments(
-        advantages, is_demo, is_correct, cu_seqlens, old_logprobs, preset, sft_coef, rl_coef, max_log_ratio,
-        sft_entropy_sign, entropy_scope, batch_entropy, self_rollout, demo_gamma, entropy_coef, token_weights,
-        sft_weights, num_rollout_tokens, num_demo_tokens,
+        advantages, is_demo, is_correct, cu_seqlens, old_logprobs, preset, sft_coef, rl_coef, negative_coef,
+        max_log_ratio, sft_entropy_sign, entropy_scope, batch_entropy, self_rollout, demo_gamma, entropy_coef,
+        token_weights, sft_weights, num_rollout_tokens, num_demo_tokens,
     )  # fmt: skip
     options = HeadOptions(
         bias, temperature, logit_softcap, logit_scale, ignore_index, lora, vocab_parallel, weight_grad, logits_dtype

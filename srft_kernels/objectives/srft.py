@@ -30,13 +30,13 @@ __all__ = ["SRFT", "SrftArguments", "SrftInputs", "SrftNumbers", "SrftObjective"
 @formula
 def srft_terms(
     logp, log_ratio, sft_share, advantage, correct, weight_entropy,
-    sft_coef, sft_sign, gamma_p, gamma, rl_coef, max_log_ratio,
+    sft_coef, sft_sign, gamma_p, gamma, rl_coef, negative_coef, max_log_ratio,
     ROLLOUT,
 ):
     # each term of SRFT without its weight, and its derivative by logp; the ratio; whether the last term has c
     sft, dsft, rl, drl = srft_demo(logp, advantage, weight_entropy, sft_coef, sft_sign, gamma_p, gamma)
     rollout, drollout, ratio, positive = ROLLOUT(
-        logp, log_ratio, advantage, correct, weight_entropy, rl_coef, max_log_ratio)
+        logp, log_ratio, advantage, correct, weight_entropy, rl_coef, negative_coef, max_log_ratio)
     return weighted(sft_share, sft), weighted(sft_share, dsft), rl, drl, rollout, drollout, ratio, positive
 
 
@@ -49,12 +49,13 @@ def srft_sum(demo_weight, rollout_weight, sft, rl, rollout):
 @formula
 def srft_token(
     logp, entropy, demo_weight, rollout_weight, entropy_weight, sft_share, advantage, correct, old_logp, scope_entropy,
-    sft_coef, sft_sign, gamma_p, gamma, rl_coef, off_policy, own_entropy, max_log_ratio,
+    sft_coef, sft_sign, gamma_p, gamma, rl_coef, negative_coef, off_policy, own_entropy, max_log_ratio,
     ROLLOUT,
 ):
     sft, dsft, rl, drl, rollout, drollout, ratio, positive = srft_terms(
         logp, log_ratio_if(off_policy, logp, old_logp), sft_share, advantage, correct,
-        scope_entropy + own_entropy * entropy, sft_coef, sft_sign, gamma_p, gamma, rl_coef, max_log_ratio, ROLLOUT)
+        scope_entropy + own_entropy * entropy, sft_coef, sft_sign, gamma_p, gamma, rl_coef, negative_coef,
+        max_log_ratio, ROLLOUT)
     loss = srft_sum(demo_weight, rollout_weight, sft, rl, rollout) - entropy_weight * entropy
     return loss, srft_sum(demo_weight, rollout_weight, dsft, drl, drollout), -entropy_weight, ratio, ratio < 0
 # fmt: on
@@ -94,6 +95,8 @@ class SrftNumbers(NamedTuple):
     """See gamma_p."""
     rl_coef: float
     """Scale of c."""
+    negative_coef: float
+    """Scale of what has no c."""
     off_policy: float
     """There is an old log-probability."""
     own_entropy: float
@@ -105,7 +108,7 @@ class SrftNumbers(NamedTuple):
 class SrftArguments(NamedTuple):
     """The arguments of ``linear_srft_loss`` of its own, which says what each means, in order.
 
-    advantages, is_demo, is_correct, cu_seqlens, old_logprobs, preset, sft_coef, rl_coef, max_log_ratio,
+    advantages, is_demo, is_correct, cu_seqlens, old_logprobs, preset, sft_coef, rl_coef, negative_coef, max_log_ratio,
     sft_entropy_sign, entropy_scope, batch_entropy, self_rollout, demo_gamma, entropy_coef, token_weights, sft_weights,
     num_rollout_tokens, num_demo_tokens.
     """
@@ -118,6 +121,7 @@ class SrftArguments(NamedTuple):
     preset: str
     sft_coef: float
     rl_coef: float
+    negative_coef: float
     max_log_ratio: float
     sft_entropy_sign: int | None
     entropy_scope: str | None
@@ -158,6 +162,7 @@ class SrftArguments(NamedTuple):
             gamma_p=gamma_p,
             gamma=gamma,
             rl_coef=self.rl_coef,
+            negative_coef=self.negative_coef,
             off_policy=self.old_logprobs is not None,
             own_entropy=switches.entropy_scope == "token",
             max_log_ratio=self.max_log_ratio,
@@ -194,6 +199,7 @@ SRFT = LossRecord(
     numbers={
         "sft_coef": NOT_NEGATIVE,
         "rl_coef": NOT_NEGATIVE,
+        "negative_coef": NOT_NEGATIVE,
         "max_log_ratio": POSITIVE,
         "demo_gamma": NOT_NEGATIVE,
         "entropy_coef": FINITE,
@@ -258,13 +264,14 @@ class SrftObjective(TokenObjective):
         is_demo, is_rollout = self.is_demo & self.valid, ~self.is_demo & self.valid
         found = {}
         # an entropy of 0 and coefficients of 1 make both weights 1
-        for suffix, weight_entropy, sft_coef, rl_coef in (
-            ("", h, number.sft_coef, number.rl_coef),
-            ("_unweighted", torch.zeros_like(entropy), 1.0, 1.0),
+        for suffix, weight_entropy, sft_coef, rl_coef, negative_coef in (
+            ("", h, number.sft_coef, number.rl_coef, number.negative_coef),
+            ("_unweighted", torch.zeros_like(entropy), 1.0, 1.0, 1.0),
         ):
             sft, _, rl, _, rollout, _, ratio, positive = srft_terms.eager(
                 logp, log_ratio, token.sft_share, token.advantage, token.correct, weight_entropy, sft_coef,
-                number.sft_sign, number.gamma_p, number.gamma, rl_coef, number.max_log_ratio, self.formula.chosen.eager,
+                number.sft_sign, number.gamma_p, number.gamma, rl_coef, negative_coef, number.max_log_ratio,
+                self.formula.chosen.eager,
             )  # fmt: skip
             found["demo_sft" + suffix] = weighted.eager(token.demo_weight, sft).sum()
             found["demo_rl" + suffix] = weighted.eager(token.demo_weight, rl).sum()

@@ -29,6 +29,7 @@ def linear_srft_loss(
     preset: str = "paper",
     sft_coef: float = 0.5,
     rl_coef: float = 0.1,
+    negative_coef: float = 1.0,
     max_log_ratio: float = 20.0,
     sft_entropy_sign: int | None = None,
     entropy_scope: str | None = None,
@@ -51,17 +52,17 @@ def linear_srft_loss(
     """SRFT loss, from materialised logits.
 
     hidden_states, lm_head_weight, labels, advantages, is_demo, is_correct, cu_seqlens, old_logprobs,
-    preset, sft_coef, rl_coef, max_log_ratio, sft_entropy_sign, entropy_scope, batch_entropy, self_rollout,
-    demo_gamma, entropy_coef, token_weights, sft_weights, num_rollout_tokens, num_demo_tokens, bias, temperature,
-    logit_softcap, logit_scale, ignore_index, lora, logits_dtype: as in ``srft_kernels.linear_srft_loss``.
+    preset, sft_coef, rl_coef, negative_coef, max_log_ratio, sft_entropy_sign, entropy_scope, batch_entropy,
+    self_rollout, demo_gamma, entropy_coef, token_weights, sft_weights, num_rollout_tokens, num_demo_tokens, bias,
+    temperature, logit_softcap, logit_scale, ignore_index, lora, logits_dtype: as in ``srft_kernels.linear_srft_loss``.
     """
     kept = taking_part(labels, token_weights, ignore_index)
     options = HeadOptions(bias, temperature, logit_softcap, logit_scale, ignore_index, lora, logits_dtype=logits_dtype)
     logp, entropy = token_statistics(hidden_states, lm_head_weight, kept, options, entropy_grad=True)
     switches = SrftArguments(
-        advantages, is_demo, is_correct, cu_seqlens, old_logprobs, preset, sft_coef, rl_coef, max_log_ratio,
-        sft_entropy_sign, entropy_scope, batch_entropy, self_rollout, demo_gamma, entropy_coef, token_weights,
-        sft_weights, num_rollout_tokens, num_demo_tokens,
+        advantages, is_demo, is_correct, cu_seqlens, old_logprobs, preset, sft_coef, rl_coef, negative_coef,
+        max_log_ratio, sft_entropy_sign, entropy_scope, batch_entropy, self_rollout, demo_gamma, entropy_coef,
+        token_weights, sft_weights, num_rollout_tokens, num_demo_tokens,
     ).check(labels)  # fmt: skip
     valid, labelled = kept != ignore_index, labels != ignore_index
     demo, rollout = is_demo & valid, ~is_demo & valid
@@ -87,13 +88,13 @@ def linear_srft_loss(
     correct = is_correct.to(logp.dtype)
     demo_advantages, rollout_advantages = (at_valid(advantages, kind, logp) for kind in (demo, rollout))
     terms = {}
-    for suffix, weight_h, s, c in (
-        ("", h, sft_coef, rl_coef),
-        ("_unweighted", torch.zeros_like(h), 1.0, 1.0),
+    for suffix, weight_h, s, c, m in (
+        ("", h, sft_coef, rl_coef, negative_coef),
+        ("_unweighted", torch.zeros_like(h), 1.0, 1.0, 1.0),
     ):
         demo_sft, _, demo_rl, _ = srft_demo.eager(logp, demo_advantages, weight_h, s, sign, gamma_p, gamma)
         rollout_loss, _, ratio, positive = SRFT.formulas[switches.self_rollout].chosen.eager(
-            logp, log_ratio, rollout_advantages, correct, weight_h, c, max_log_ratio
+            logp, log_ratio, rollout_advantages, correct, weight_h, c, m, max_log_ratio
         )
         terms["demo_sft" + suffix] = (w_sft * demo_sft)[demo & (w_sft != 0)].sum()
         terms["demo_rl" + suffix] = (w_demo * demo_rl)[demo].sum()

@@ -96,7 +96,8 @@ def test_srft_presets(preset, scope, everything):
         {"demo_gamma": 0.3},
         {"preset": "upt", "demo_gamma": 0.0},
         {"entropy_scope": "batch", "batch_entropy": 0.8},
-        {"sft_coef": 0.2, "rl_coef": 0.4},
+        {"sft_coef": 0.2, "rl_coef": 0.4, "negative_coef": 0.3},
+        {"self_rollout": "ratio", "negative_coef": 0.3, "entropy_scope": "sequence"},
     ],
     ids=case_id,
 )

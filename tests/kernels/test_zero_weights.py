@@ -168,15 +168,15 @@ def test_srft_advantage_of_zero_takes_out_the_ratio(old):
 
 
 def test_srft_coefficients_of_zero():
-    """sft_coef=0 and rl_coef=0 keep out a label of probability 0."""
+    """sft_coef=0, rl_coef=0 and negative_coef=0 keep out a label of probability 0."""
     case = small_case(bias=torch.zeros(33))
     case.bias[5] = -INF
-    case.labels[3:5] = 5
-    case.is_demo[3:5] = torch.tensor([True, False])
-    case.is_correct[4] = True
+    case.labels[3:6] = 5
+    case.is_demo[3:6] = torch.tensor([True, False, False])
+    case.is_correct[4:6] = torch.tensor([True, False])
     for options in ({}, {"preset": "official"}, {"entropy_scope": "batch"}):
         for module in (srft_kernels, reference):
-            out = run(srft, module, case, sft_coef=0.0, rl_coef=0.0, **options)
+            out = run(srft, module, case, sft_coef=0.0, rl_coef=0.0, negative_coef=0.0, **options)
             finite = [x for name, x in out.items() if name == "loss" or name[0] == "d"]
             assert all(torch.isfinite(x).all() for x in finite)
 

@@ -234,7 +234,7 @@ def test_a_term_left_out(preset: str) -> None:
     alone = []
     for term in TERMS:
         metrics, found = without(term)
-        assert abs(metrics[f"loss/{term}"]) < 1e-18
+        assert metrics[f"loss/{term}"] == 0
         kept = {key for key in whole if key.startswith(("entropy/", "mismatch/"))} | {
             key for other in TERMS if other != term for key in (f"loss/{other}", f"loss/{other}_unweighted")
         }  # fmt: skip
