@@ -15,7 +15,7 @@ import pytest
 from srft.engine import vllm as client
 from srft.engine.base import EngineLost, Sampling
 from srft.engine.vllm_worker import read_message
-from tests.trainer.tiny_vllm import MAX_LEN, assert_gone, live_members, save_model, script, start, tiny_model
+from tests.trainer.tiny_vllm import MAX_LEN, VOCAB, assert_gone, live_members, save_model, script, start, tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,20 +44,43 @@ def test_killed_child_is_an_error_with_its_log(tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 def test_child_that_hangs_is_killed_and_one_that_is_slow_is_not(tmp_path: Path) -> None:
-    """Whole seconds of sampling pass, since tokens come; one second without a token is the end, with its log.
-
-    So it is with a request that is too long for the pipe, of which nobody reads the rest.
-    """
-    folder = save_model(tiny_model(tied=True, seed=0), tmp_path)
-    for prompts in ([[1]], [[1] * 40] * 4000):
-        engine = start(folder, deadline_s=1.0)
+    """Whole seconds of sampling pass, since tokens come; one second without a token is the end, with its log."""
+    engine = start(save_model(tiny_model(tied=True, seed=0), tmp_path), deadline_s=1.0)
+    count, took = 64, 0.0
+    while took < 2:
         began = time.monotonic()
-        while time.monotonic() - began < 2.5:
-            engine.generate([[1]] * 512, Sampling(1.0, 60, ()), [[1]] * 512)
-        os.kill(engine.pid, signal.SIGSTOP)
-        with pytest.raises(EngineLost, match=r"no progress for engine.deadline_s=1 s and was killed\nlast lines of"):
-            engine.generate(prompts, Sampling(1.0, 4, ()), [[1]] * len(prompts))
-        assert_gone(engine.pid)
+        engine.generate([[1]] * count, Sampling(1.0, 60, ()), [[1]] * count)
+        count, took = 2 * count, time.monotonic() - began
+    os.kill(engine.pid, signal.SIGSTOP)
+    with pytest.raises(EngineLost, match=r"no progress for engine.deadline_s=1 s and was killed\nlast lines of"):
+        engine.generate([[1]], Sampling(1.0, 4, ()), [[1]])
+    assert_gone(engine.pid)
+
+
+# in place of vLLM: starts, and then reads nothing any more
+DEAF = """
+import sys, time
+sys.path.append({folder!r})
+from vllm_worker import read_message, write_message
+request, reply = map(int, sys.argv[3:5])
+write_message(reply, {{"vllm": True}})
+read_message(request)
+write_message(reply, {{"vocab_size": {vocab}}})
+print("the last words", flush=True)
+time.sleep(600)
+"""
+
+
+def test_request_of_which_nobody_reads_the_rest_is_given_up(tmp_path: Path) -> None:
+    """Too long for the pipe, it ends as one without a token does."""
+    folder = save_model(tiny_model(tied=True, seed=0), tmp_path)
+    deaf = tmp_path / "deaf.py"
+    deaf.write_text(DEAF.format(folder=str(Path(client.__file__).parent), vocab=VOCAB))
+    python = script(tmp_path / "python", f'exec "{sys.executable}" "{deaf}" "$@"')
+    engine = start(folder, deadline_s=1.0, python=str(python))
+    with pytest.raises(EngineLost, match=r"deadline_s=1 s and was killed\nlast lines of(.|\n)*the last words"):
+        engine.generate([[1] * 40] * 4000, Sampling(1.0, 4, ()), [[1]] * 4000)
+    assert_gone(engine.pid)
 
 
 @pytest.mark.vllm
