@@ -12,11 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from srft.alarms import AlarmConfig, AlarmNames
 from srft.data.config import DataConfig
 from srft.methods import DEFAULT, BaseMethod, absolute_name, find_method
-from srft.section import Section
-
-
-def _one_or_more(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+from srft.section import Section, one_or_more
 
 
 def _separated(value: object) -> object:
@@ -140,7 +136,7 @@ class RolloutConfig(Section):
     """Sampling temperature; the loss divides the logits by the same number."""
     max_new_tokens: int = Field(64, gt=0)
     """Longest completion, in tokens; also the longest demonstration."""
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_more)] = []
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(one_or_more)] = []
     """Texts that end a completion, such as "</answer>"; it is kept up to the end of the text. Beside them, the end
     tokens of the tokenizer, of the model's generation_config and of the chat template end it."""
 
@@ -196,6 +192,11 @@ class TrainConfig(Section):
     sequences each, one more for what is no term's; 0: none."""
     eval_every: int = Field(25, gt=0)
     """Steps between evaluations; step 0 and the last are always evaluated."""
+    eval_samples: int = Field(1, gt=0)
+    """Answers to each held-out problem: one, the most likely; or more, drawn at train.eval_temperature, of which
+    eval/accuracy is the share that is right and eval/pass@n the share of problems with a right one."""
+    eval_temperature: float = Field(0.6, ge=0.01, le=2)
+    """Temperature at which several answers to a held-out problem are drawn."""
     save_every: int = Field(50, gt=0)
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(2, gt=0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from srft.data.sampler import StepSampler
 from srft.dataset import Prompts, make_prompts, read_problems, warm_starts
 from srft.engine.sampling import describe_ends, make_sampling
 from srft.engine.start import engine_bytes, start_engine
+from srft.evaluation.held_out import FurtherSet, further_sets
 from srft.method import StepInfo
 from srft.models import with_local_model
 from srft.options import to_toml
@@ -64,6 +65,7 @@ class Run:
         progress: The last whole step, and its checkpoint.
         log: The record.
         speed: Measures each step beside what its devices allow.
+        further: Sets that are evaluated beside the held-out problems.
     """
 
     world: World
@@ -76,6 +78,7 @@ class Run:
     progress: Progress
     log: RunLog | NoLog
     speed: Speed
+    further: list[FurtherSet] = field(default_factory=list)
 
     def draw(self, now: StepInfo) -> tuple[list[Prompt], list[Prompt]]:
         """Return the prompts of the next step and, where they are a set of their own, its demonstrations.
@@ -119,11 +122,13 @@ def prepared(config: Config) -> Iterator[Run]:
         StopSignals(world.largest if world.size > 1 else None) as stop,
         run_folder(config, world) as (run_dir, checkpoint),
         RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool,
+        ExitStack() as pools,
     ):
         data = data_state(problems)
         _refuse_differences(config, data, world)
         refuse_other_data(config, data, checkpoint)
         prompts = make_prompts(config, problems, tokenizer, pool, world)
+        further = further_sets(config, tokenizer, pools)
         learner, proof = load_policy(config, tokenizer, prompts, pool, checkpoint, world)
         if config.method.shows_demos:
             refuse_long_lessons(config, learner, prompts.train)
@@ -146,7 +151,7 @@ def prepared(config: Config) -> Iterator[Run]:
             sync = WeightSync(learner.model, engine, _probe(prompts.train, config), config, world)
             actor = Actor(engine, sampling, tokenizer, pool, world)
             log.say(worst_case(learner))
-            yield Run(world, prompts, sampler, actor, learner, sync, stop, progress, log, speed)
+            yield Run(world, prompts, sampler, actor, learner, sync, stop, progress, log, speed, further)
 
 
 def _refuse_differences(config: Config, data: dict[str, Any], world: World) -> None:

@@ -5,6 +5,15 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 
+def one_or_more(value: object) -> object:
+    """Return a list of the one text that an option of several was given, and anything else as it is.
+
+    Args:
+        value: What was given.
+    """
+    return [value] if isinstance(value, str) else value
+
+
 class Section(BaseModel):
     """A group of options: unknown names are errors, the text under each field is its help."""
 

@@ -22,6 +22,7 @@ import transformers
 
 from srft.alarms import Alarmed
 from srft.config import Config
+from srft.data.prompts import Prompt
 from srft.data.sampler import sample_seed
 from srft.engine.base import EngineError
 from srft.evaluation.held_out import demo_loss, evaluate
@@ -35,6 +36,7 @@ from srft.policy.parallel import Elsewhere
 from srft.prepare import Run, prepared
 from srft.record.metrics import Clock, group_metrics, sample_rows
 from srft.record.problems import Verdicts, trained_on
+from srft.rewards.pool import Judge
 from srft.rollout import judge, resample, roll_out
 from srft.sync import CanaryError
 
@@ -112,9 +114,21 @@ def _begin(run: Run) -> None:
 
 def _evaluated(run: Run, step: int) -> dict[str, float]:
     held_out = run.prompts.held_out
-    verdicts = Verdicts(run.actor.pool, [prompt.example for prompt in held_out])
-    figures = evaluate(replace(run.actor, pool=verdicts), held_out) | demo_loss(run.learner, held_out)
-    run.log.problems(step, "held-out", verdicts.counts(run.world))
+    figures = _judged(run, step, "held-out", "eval", held_out, run.actor.pool) | demo_loss(run.learner, held_out)
+    for one in run.further:
+        figures |= _judged(run, step, one.name, f"eval/{one.name}", one.prompts, one.pool)
+    return figures
+
+
+def _judged(
+    run: Run, step: int, name: str, prefix: str, prompts: list[Prompt], pool: Judge
+) -> dict[str, float]:
+    train, verdicts = run.learner.config.train, Verdicts(pool, [prompt.example for prompt in prompts])
+    figures = evaluate(
+        replace(run.actor, pool=verdicts), prompts, samples=train.eval_samples, temperature=train.eval_temperature,
+        seed=train.seed, prefix=prefix,
+    )  # fmt: skip
+    run.log.problems(step, name, verdicts.counts(run.world))
     return figures
 
 

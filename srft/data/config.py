@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from srft.data.corruption import CorruptKind
-from srft.section import Section
+from srft.section import Section, one_or_more
 
 
 class DataConfig(Section):
@@ -24,6 +24,9 @@ class DataConfig(Section):
     """Split read from a hub data set, or from a folder whose files name their splits; of data.demos, too."""
     eval_split: str = "test"
     """Split read for evaluation from a hub data set or such a folder."""
+    eval_sets: Annotated[list[str], BeforeValidator(one_or_more)] = []
+    """Further sets evaluated each time, by name from the hub, such as math500, as name=file, or any other source: what
+    `python -m srft.evaluate` takes. Of each the first eval_limit problems; eval/<set>/accuracy and so on."""
     columns: dict[str, str] = {}
     """Column map: columns.prompt, columns.answer, columns.demo; dots reach into nested fields."""
     limit: int | None = Field(None, gt=0)

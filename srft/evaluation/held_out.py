@@ -3,37 +3,107 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
+from transformers import PreTrainedTokenizerBase
+
+from srft.config import Config
 from srft.data.prompts import Prompt
+from srft.evaluation.answering import as_prompts, unreadable
 from srft.evaluation.answers import draw_answers, tally
+from srft.evaluation.estimators import accuracy, pass_at
+from srft.evaluation.sets import read_set
 from srft.learning import mean_logprob
 from srft.policy.learner import Learner
+from srft.rewards.pool import RewardPool
 from srft.rollout import Actor, demonstration
 
 
-def evaluate(actor: Actor, prompts: list[Prompt]) -> dict[str, float]:
-    """Answer every held-out problem greedily, once, and judge the answers.
+@dataclass(frozen=True)
+class FurtherSet:
+    """A set that is evaluated beside the run's own held-out problems.
 
     Args:
-        actor: Holds the policy to evaluate; the temperature of its sampling is replaced by 0.
+        name: Of its figures.
+        prompts: Its problems.
+        pool: Judges them.
+    """
+
+    name: str
+    prompts: list[Prompt]
+    pool: RewardPool
+
+
+def further_sets(config: Config, tokenizer: PreTrainedTokenizerBase, stack: ExitStack) -> list[FurtherSet]:
+    """Read the sets of ``data.eval_sets``, without the problems whose answer cannot be read.
+
+    Args:
+        config: The whole configuration.
+        tokenizer: The policy's.
+        stack: Closes their pools.
+
+    Raises:
+        ValueError: When one cannot be read, or has a prompt over ``data.max_prompt_tokens``.
+    """
+    data = config.data
+    found: list[FurtherSet] = []
+    for word in data.eval_sets:
+        chosen = read_set(word, config, limit=data.eval_limit)
+        pool = stack.enter_context(RewardPool(chosen.reward, config.reward.workers, config.reward.deadline_s))
+        left_out = unreadable(chosen, pool)
+        prompts = [p for p in as_prompts(chosen, config, tokenizer) if p.example.id not in left_out]
+        if (longest := max(len(p.prompt_ids) for p in prompts)) > data.max_prompt_tokens:
+            raise ValueError(
+                f"data.eval_sets: the longest prompt of {chosen.title} has {longest} tokens; set "
+                f"data.max_prompt_tokens to that or more, got {data.max_prompt_tokens}"
+            )
+        if chosen.name in [other.name for other in found]:
+            raise ValueError(f"data.eval_sets has two sets of the name {chosen.name}; rename a file")
+        found.append(FurtherSet(chosen.name, prompts, pool))
+    return found
+
+
+def evaluate(
+    actor: Actor,
+    prompts: list[Prompt],
+    *,
+    samples: int = 1,
+    temperature: float = 0.6,
+    seed: int = 0,
+    prefix: str = "eval",
+) -> dict[str, float]:
+    """Answer every held-out problem and judge the answers: greedily, once, or several times by sampling.
+
+    Args:
+        actor: Holds the policy to evaluate; the temperature of its sampling is replaced.
         prompts: The problems.
+        samples: Answers to each; a single one is the most likely one.
+        temperature: At which several are drawn.
+        seed: Of the sampling.
+        prefix: Of the names of the figures.
 
     Returns:
-        ``eval/accuracy`` and the ends of its 95 % interval, over the answers that were judged and absent where none
-        was; ``eval/truncated`` and ``eval/timeouts``; all in [0, 1].
+        ``eval/accuracy``, of several answers their mean over problems, with the ends of its 95 % interval (Wilson's,
+        of several answers that of resampled problems) and ``eval/pass@n``, over the answers that were judged and absent
+        where none was; ``eval/truncated`` and ``eval/timeouts``, shares of the answers; all in [0, 1].
     """
-    world, greedy = actor.world, replace(actor, sampling=replace(actor.sampling, temperature=0.0))
-    tallies = [tally(answers) for answers in draw_answers(greedy, world.own(prompts), 1, 0)]
-    correct, judged, truncated, timeouts = map(
-        int,
-        world.sum([sum(getattr(t, field) for t in tallies) for field in ("right", "judged", "cut", "timeouts")]),
-    )
-    accuracy: dict[str, float] = {}
-    if judged:
-        low, high = wilson_interval(correct, judged)
-        accuracy = {"eval/accuracy": correct / judged, "eval/ci_low": low, "eval/ci_high": high}
-    return accuracy | {"eval/truncated": truncated / len(prompts), "eval/timeouts": timeouts / len(prompts)}
+    sampling = replace(actor.sampling, temperature=temperature if samples > 1 else 0.0)
+    own = draw_answers(replace(actor, sampling=sampling), actor.world.own(prompts), samples, seed)
+    tallies = [t for part in actor.world.gather([tally(answers) for answers in own]) for t in part]
+    figures: dict[str, float] = {}
+    if share := accuracy(tallies):
+        low, high = share.low, share.high
+        if samples == 1:
+            low, high = wilson_interval(sum(t.right for t in tallies), sum(t.judged for t in tallies))
+        figures = {f"{prefix}/accuracy": share.value, f"{prefix}/ci_low": low, f"{prefix}/ci_high": high}
+        if samples > 1 and (solved := pass_at(tallies, samples)):
+            figures[f"{prefix}/pass@{samples}"] = solved.value
+    drawn = len(prompts) * samples
+    return figures | {
+        f"{prefix}/truncated": sum(t.cut for t in tallies) / drawn,
+        f"{prefix}/timeouts": sum(t.timeouts for t in tallies) / drawn,
+    }
 
 
 def demo_loss(learner: Learner, prompts: list[Prompt]) -> dict[str, float]:

@@ -20,7 +20,8 @@ METHOD_FILE = "method.py"
 """The file of a user's method as the run was started with it."""
 # options that may change when a run is resumed without making it another run
 _FREE_ON_RESUME = (
-    "train.steps", "train.resume", "train.eval_every", "train.save_every", "train.keep_checkpoints",
+    "train.steps", "train.resume", "train.eval_every", "train.eval_samples",
+    "train.eval_temperature", "data.eval_sets", "train.save_every", "train.keep_checkpoints",
     "train.async_checkpoints", "train.tokens_per_microbatch", "train.canary_tolerance", "train.device", "train.ranks",
     "train.shard_ranks", "train.cpu_offload", "train.collective_deadline_s", "train.max_skipped_updates", "engine.",
     "reward.workers", "name", "runs_dir", "cache_dir", "data.eval_limit", "model.gradient_checkpointing",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from srft.engine.base import Completion, Sampling
 from srft.evaluation.held_out import demo_loss, evaluate, wilson_interval
 from srft.rollout import Actor
 from tests.trainer.plain_step import statistics_of
+from tests.trainer.runs import read_lines, train
 from tests.trainer.tiny import (
     FakeEngine,
     FakePool,
@@ -88,6 +90,57 @@ def test_evaluate_counts() -> None:
     ((sampling, seeds),) = engine.asked
     assert sampling == Sampling(0.0, 2, (0,))
     assert [len(s) for s in seeds] == [1] * 5
+
+
+class Seeded(FakeEngine):
+    """Answers "7" or "8" as the seed decides, and everything to a prompt of 9 with "7"."""
+
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+    ) -> list[list[Completion]]:
+        self.asked.append((sampling, seeds))
+        return [
+            [Completion([1 if p == [9] or seed % 2 else 2, 0], [0, 0], "stop", 0) for seed in row]
+            for p, row in zip(prompts, seeds, strict=True)
+        ]
+
+
+def test_several_answers_are_averaged() -> None:
+    """avg@n and pass@n of samples at their temperature, from the seed alone, under the names that are asked for."""
+    prompts = [Prompt(example(i), [i], []) for i in range(4, 10)]
+    engine = Seeded({})
+    actor = Actor(engine, Sampling(1.0, 2, (0,)), Words(), FakePool())
+    found = evaluate(actor, prompts, samples=3, temperature=0.7, seed=5, prefix="eval/own")
+    assert found == evaluate(actor, prompts, samples=3, temperature=0.7, seed=5, prefix="eval/own")
+    sampling, seeds = engine.asked[0]
+    assert sampling.temperature == 0.7 and {len(row) for row in seeds} == {3}
+    right = [[p == prompts[-1] or seed % 2 for seed in row] for p, row in zip(prompts, seeds, strict=True)]
+    assert found["eval/own/accuracy"] == pytest.approx(sum(map(sum, right)) / 18)
+    assert found["eval/own/pass@3"] == pytest.approx(sum(map(any, right)) / 6)
+    assert found["eval/own/ci_low"] < found["eval/own/accuracy"] < found["eval/own/ci_high"]
+    assert evaluate(actor, prompts, samples=3, seed=6)["eval/truncated"] == 0.0
+    assert engine.asked[-1][1] != seeds
+
+
+def test_a_run_evaluates_further_sets(tmp_path: Path) -> None:
+    """Several answers to its own problems, and to those of a file and of a task, each under its name."""
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"prompt": "1+1=", "answer": "2"}\n' * 9)
+    long = tmp_path / "long.jsonl"
+    long.write_text(f'{{"prompt": "{"1" * 40}", "answer": "2"}}\n')
+    changes = {"train__eval_samples": 2, "train__steps": 1, "train__page": False, "data__eval_limit": 6}
+    run = train(tmp_path, data__eval_sets=f'["{file}", "sums"]', **changes)
+    rows = read_lines(run / "metrics.jsonl")
+    figures = {"accuracy", "ci_low", "ci_high", "pass@2", "truncated", "timeouts"}
+    for row in rows:
+        assert {f"eval/{name}{figure}" for name in ("", "own/", "sums/") for figure in figures} <= row.keys()
+    for words, message in (
+        ({"data__eval_sets": "math50"}, "did you mean 'math500'"),
+        ({"data__eval_sets": f'["{file}", "{file}"]'}, "two sets of the name own"),
+        ({"data__eval_sets": str(long)}, "longest prompt of long has 40 tokens; set data.max_prompt_tokens to that"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, **(changes | words))
 
 
 @pytest.mark.parametrize("budget", [20, 1000])
