@@ -222,4 +222,6 @@ def _other(source: str, config: Config, limit: int | None) -> EvalSet:
     reward = config.reward.kind if settled else fitting_reward(source, data.system, examples)
     name = Path(source).expanduser().name.partition(".")[0] if is_local(source) else source
     file = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    if file in SETS:
+        raise ValueError(f"{source} has the name of a set; give {file}={source} if it is that, else rename it")
     return EvalSet(file, name, source, examples[:limit], len(examples), reward, 1)

@@ -129,6 +129,7 @@ def test_any_source_is_a_set(tmp_path: Path) -> None:
     ("word", "message"),
     [
         ("math50", "no set is called 'math50'; did you mean 'math500'"),
+        ("{file}", "math500.jsonl has the name of a set; give math500="),
         ("mine={file}", "no set is called 'mine'; expected one of aime24"),
         ("gpqa_d={file}", "line 1: GPQA-D needs a column 'Incorrect Answer 1', got problem, answer"),
         ("olympiadbench={file}", "line 1: OlympiadBench needs a column 'final_answer', got problem, answer"),
