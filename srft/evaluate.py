@@ -21,10 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from srft.config import Config
@@ -39,7 +36,7 @@ from srft.evaluation.page import write_page
 from srft.evaluation.record import Answered, keep_settings, read_settings, taken
 from srft.evaluation.sets import SETS, EvalSet, read_set
 from srft.evaluation.subject import Subject, find_subject
-from srft.evaluation.summary import Table, make_tables, markdown, read_results, warnings
+from srft.evaluation.summary import make_tables, markdown, read_results, warnings
 from srft.policy.adapter import base_of, is_adapter
 from srft.policy.learner import Learner
 from srft.policy.model import load_tokenizer
@@ -48,7 +45,8 @@ from srft.policy.parallel import World
 from srft.prepare import choose_device, load_prepared
 from srft.record.environment import describe_environment
 from srft.record.files import write_atomically
-from srft.record.text import UNPRINTABLE, format_seconds
+from srft.record.text import format_seconds
+from srft.report.table import on_terminal, plain
 from srft.rewards.pool import RewardPool
 
 _EPILOG = f"""\
@@ -286,27 +284,10 @@ def _report(out: Path, subject: Subject, ks: Sequence[int]) -> None:
     page = write_page(out, title, tables, sentences, results, read_settings(out))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for table in tables:
-        console.print(_rich(table))
+        console.print(on_terminal(table))
     for sentence in sentences:
-        console.print(_text(sentence), soft_wrap=True)
-    console.print(_text(str(page)), soft_wrap=True)
-
-
-def _text(text: str) -> Text:
-    """Text as it stands: no markup, and no control characters."""
-    return Text(UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text))
-
-
-def _rich(table: Table) -> RichTable:
-    shown = RichTable(
-        box=SIMPLE_HEAD, pad_edge=False, title=table.title, caption=table.caption, title_justify="left",
-        caption_justify="left",
-    )  # fmt: skip
-    for place, heading in enumerate(table.columns):
-        shown.add_column(heading, justify="right" if place else "left")
-    for row in table.rows:
-        shown.add_row(*map(_text, row))
-    return shown
+        console.print(plain(sentence), soft_wrap=True)
+    console.print(plain(str(page)), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srft.evaluation.summary import SetResult, Table
+from srft.evaluation.summary import SetResult
 from srft.record.files import write_atomically
-from srft.report.page import document, paragraphs, safe
+from srft.report.page import document, paragraphs, safe, table
+from srft.report.table import Table
 
 _PAGE_CHARACTERS = 4_000_000  # what a browser shows without waiting
 _STATUS_WORDS = {
@@ -49,7 +50,9 @@ def write_page(
     parts = [_STYLE, f"<h1>{safe(title)}</h1>"]
     if sentences:
         parts.append(f'<div class="warn">{paragraphs(sentences)}</div>')
-    parts += [f'<h2>{safe(t.title)}</h2><p class="muted">{safe(t.caption)}</p>{_table(t)}' for t in tables]
+    parts += [
+        f'<h2>{safe(t.title)}</h2><p class="muted">{safe(t.caption)}</p>{table(t.columns, t.rows)}' for t in tables
+    ]
     stale = {path.name for path in folder.glob("answers-*.html")}
     problems = {
         result.name: [_problem(row, _seen(result, name)) for name, row in result.answered.rows.items()]
@@ -87,15 +90,6 @@ def _pages(texts: Sequence[str]) -> list[tuple[int, list[str]]]:
         pages[-1][1].append(text)
         size += len(text)
     return pages
-
-
-def _table(table: Table) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        numbers = "".join(f'<{tag} class="n">{safe(cell)}</{tag}>' for cell in cells[1:])
-        return f"<tr><{tag}>{safe(cells[0])}</{tag}>{numbers}</tr>"
-
-    body = "".join(line(row, "td") for row in table.rows)
-    return f'<div class="scroll"><table>{line(table.columns, "th")}{body}</table></div>'
 
 
 def _seen(result: SetResult, problem: str) -> float:

@@ -12,26 +12,11 @@ from srft.evaluation.overlap import USUAL_N
 from srft.evaluation.paper import ELSEWHERE, MATHEMATICS, TABLE_2, published
 from srft.evaluation.record import Answered, read_settings, tally_of
 from srft.evaluation.sets import SETS
+from srft.report.table import Table
+from srft.report.table import markdown as as_markdown
 
 _NONE = "–"
 _AS_IN_THE_PAPER = {"temperature": 0.6, "max_new_tokens": 8192}
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Args:
-        title: Its heading.
-        caption: What its numbers are.
-        columns: Headings; the first is of names, the others of numbers.
-        rows: As many texts each.
-    """
-
-    title: str
-    caption: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -191,9 +176,7 @@ def markdown(title: str, tables: Sequence[Table], sentences: Sequence[str]) -> s
         sentences: From ``warnings``.
     """
     parts = [f"# {title}", *(f"**Note:** {sentence}" for sentence in sentences)]
-    for table in tables:
-        lines = [table.columns, ["---", *("--:" for _ in table.columns[1:])], *table.rows]
-        parts += [f"## {table.title}", table.caption, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    parts += [as_markdown(table) for table in tables]
     return "\n\n".join(parts) + "\n"
 
 

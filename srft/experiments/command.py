@@ -10,19 +10,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from srft.disk import WriteError, writing
 from srft.experiments.findings import SUITE, read_findings
 from srft.experiments.page import render
 from srft.experiments.preview import preview
 from srft.experiments.suite import describe_suite, find_suite, plan_runs, read_suite, suite_names
-from srft.experiments.tables import Table, make_tables, markdown
+from srft.experiments.tables import make_tables, markdown
 from srft.record.files import write_atomically
-from srft.record.text import UNPRINTABLE
+from srft.report.table import on_terminal, plain
 from srft.stop import Stopped
 
 _EPILOG = """\
@@ -128,26 +125,9 @@ def _report(out: Path) -> None:
         figures = draw_figures(findings, out / "figures")
     write_atomically(out / "report.html", render(findings, tables, figures))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(_text(findings.title, style="bold"))
+    console.print(plain(findings.title, style="bold"))
     for table in tables:
-        console.print(_rich(table))
+        console.print(on_terminal(table))
     for warning in findings.warnings:
-        console.print(_text(f"Warning: {warning}"), soft_wrap=True)
-    console.print(_text(str(out / "report.html")), soft_wrap=True)
-
-
-def _text(text: str, style: str = "") -> Text:
-    """Text as it stands: no markup, and no control characters."""
-    return Text(UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text), style)
-
-
-def _rich(table: Table) -> RichTable:
-    shown = RichTable(
-        box=SIMPLE_HEAD, pad_edge=False, title=table.title, caption=table.caption, title_justify="left",
-        caption_justify="left",
-    )  # fmt: skip
-    for place, heading in enumerate(table.columns):
-        shown.add_column(heading, justify="right" if place else "left", no_wrap=place == 0)
-    for row in table.rows:
-        shown.add_row(*map(_text, row))
-    return shown
+        console.print(plain(f"Warning: {warning}"), soft_wrap=True)
+    console.print(plain(str(out / "report.html")), soft_wrap=True)

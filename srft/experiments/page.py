@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from srft.experiments.findings import Findings
-from srft.experiments.tables import Table
 from srft.report.page import captioned, document, paragraphs, safe, table
+from srft.report.table import Table
 
 
 def render(findings: Findings, tables: Sequence[Table], figures: Mapping[str, tuple[str, str, str]]) -> str:

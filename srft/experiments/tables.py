@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from srft.experiments.findings import BUDGETS, Arm, Findings, amount
 from srft.experiments.statistics import Estimate
+from srft.report.table import Table
+from srft.report.table import markdown as as_markdown
 
 _NONE = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Args:
-        title: Its heading.
-        caption: What its numbers are.
-        columns: Headings; the first is of names, the others of numbers.
-        rows: As many texts each.
-    """
-
-    title: str
-    caption: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 def make_tables(findings: Findings) -> list[Table]:
@@ -73,10 +57,7 @@ def markdown(findings: Findings, tables: Sequence[Table]) -> str:
     """
     parts = [f"# {findings.title}", findings.question, " ".join(findings.conditions)]
     parts += [f"**Warning:** {warning}" for warning in findings.warnings]
-    for table in tables:
-        lines = [table.columns, ["---", *("--:" for _ in table.columns[1:])], *table.rows]
-        parts += [f"## {table.title}", table.caption]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    parts += [as_markdown(table) for table in tables]
     parts.append("## Arms")
     parts.append("\n".join(f"- {arm.name}: {_code(arm.options)}" for arm in findings.arms))
     return "\n\n".join(parts) + "\n"
