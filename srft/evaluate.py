@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import sys
 
-from srft.stop import Stopped, StopSignals, leave_at_once
+from srft.stop import StopSignals, ends_in_a_line, leave_at_once
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds, in which a signal would end in a traceback of theirs
 
 import argparse
 import importlib.util
-import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -80,16 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     given = _parser().parse_intermixed_args(argv)
     transformers.utils.logging.disable_progress_bar()
-    try:
-        with StopSignals():
-            evaluate(given)
-    except (ValueError, EngineError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
-        print(f"{stopped}; the same command goes on from here", file=sys.stderr)
-        sys.exit(stopped.exit_code)
+    with ends_in_a_line(ValueError, EngineError, OSError), StopSignals():
+        evaluate(given)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -114,6 +115,27 @@ class StopSignals:
         # a terminal that closes may send several
         elif number != getattr(signal, "SIGHUP", None) and time.monotonic() - self._since >= ONE_SIGNAL_S:
             _leave(number)
+
+
+@contextmanager
+def ends_in_a_line(*errors: type[Exception]) -> Iterator[None]:
+    """Turn what ends a command that goes on where it was into a line and an exit status.
+
+    Args:
+        errors: Those of which the user is told; 2. A signal is 128 and its number.
+
+    Raises:
+        SystemExit: On one of them, or a signal.
+    """
+    try:
+        yield
+    except errors as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
+        print(f"{stopped}; the same command goes on from here", file=sys.stderr)
+        sys.exit(stopped.exit_code)
 
 
 def leave_at_once() -> None:

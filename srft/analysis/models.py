@@ -14,7 +14,6 @@ from srft.analysis.policies import (
     encode,
     load_policy,
     model_of,
-    prompt_text,
     refuse_other_words,
     sample,
     score,
@@ -27,6 +26,7 @@ from srft.config import Config
 from srft.data.examples import Example, load_examples
 from srft.dataset import read_problems
 from srft.options import load_config
+from srft.report.page import readable
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _own(word: str, label: str, config: Config, examples: Sequence[Example]) -> 
     prompts = encode(policy, examples)
     responses = sample(policy, prompts)
     return _Answers(
-        policy.tokenizer, [prompt_text(prompt.example.prompt) for prompt in prompts], responses,
+        policy.tokenizer, [readable(prompt.example.prompt) for prompt in prompts], responses,
         [token_texts(policy, one.response_ids) for one in responses],
         [each.logprobs for each in score(policy, responses)],
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srft.batch import Response, pack
 from srft.config import Config
 from srft.data.examples import Example
-from srft.data.messages import Message
 from srft.data.prompts import Prompt, build_prompts
 from srft.data.sampler import sample_seed
 from srft.data.templates import completion_text
@@ -173,13 +173,21 @@ def token_texts(policy: Policy, token_ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def prompt_text(prompt: str | list[Message]) -> str:
-    """Return a prompt as a person reads it.
+def mean_by_token(
+    found: Iterable[tuple[Sequence[str], np.ndarray, np.ndarray]], least: int
+) -> list[tuple[str, int, float, float]]:
+    """Return (token, times, mean of the first number, mean of the second) of each frequent token, as they come.
 
     Args:
-        prompt: Text, or the turns of a conversation.
+        found: Of each response its n tokens as texts, and two numbers of each, [n].
+        least: Times that a token must come up.
     """
-    return prompt if isinstance(prompt, str) else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for tokens, first, second in found:
+        for token, x, y in zip(tokens, first, second, strict=True):
+            pairs[token].append((float(x), float(y)))
+    means = {token: np.mean(both, axis=0) for token, both in pairs.items() if len(both) >= least}
+    return [(token, len(pairs[token]), float(x), float(y)) for token, (x, y) in means.items()]
 
 
 def refuse_other_words(label: str, tokenizer: PreTrainedTokenizerBase, other: Policy) -> None:

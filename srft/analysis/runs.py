@@ -19,7 +19,6 @@ from srft.analysis.policies import (
     encode,
     load_policy,
     model_of,
-    prompt_text,
     refuse_other_words,
     sample,
     start_of,
@@ -34,6 +33,7 @@ from srft.methods.srft import Method
 from srft.options import load_config
 from srft.policy.checkpoint import checkpoints_of, step_of
 from srft.record.history import RunRecord
+from srft.report.page import readable
 from srft.rollout import demonstration
 
 _MOST_POINTS = 20  # of a run, on the map
@@ -197,7 +197,7 @@ def _examples(story: Story) -> dict[str, Example]:
 
 
 def _told(name: str, example: Example | None, story: Story) -> list[str]:
-    words = "" if example is None else " ".join(prompt_text(example.prompt).split())
+    words = "" if example is None else " ".join(readable(example.prompt).split())
     answer = "" if example is None else str(example.answer)
     return [words[:160], name, answer[:40], history(story.held_out, name)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from matplotlib.ticker import NullFormatter
 
 from srft.analysis.page import Token, legend, response, table
 from srft.analysis.pictures import Picture
+from srft.analysis.policies import mean_by_token
 from srft.batch import Response
 from srft.report.drawing import BLUE, GREY, INK, VERMILLION
 
@@ -142,15 +142,8 @@ def by_token(shifts: Sequence[Shift]) -> list[tuple[str, int, float, float, floa
     Args:
         shifts: One at least.
     """
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for shift in shifts:
-        for token, before, after in zip(shift.tokens, shift.before, shift.after, strict=True):
-            found[token].append((float(before), float(after)))
-    rows = []
-    for token, pairs in found.items():
-        if len(pairs) >= _LEAST_TIMES:
-            before, after = np.mean(pairs, axis=0)
-            rows.append((token, len(pairs), float(after - before), float(before), float(after)))
+    means = mean_by_token(((shift.tokens, shift.before, shift.after) for shift in shifts), _LEAST_TIMES)
+    rows = [(token, times, after - before, before, after) for token, times, before, after in means]
     return sorted(rows, key=lambda row: -row[2])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,12 @@ from matplotlib.figure import Figure
 
 from srft.analysis.page import Token, legend, response, table
 from srft.analysis.pictures import Picture
-from srft.analysis.policies import Policy, encode, prompt_text, score, token_texts
+from srft.analysis.policies import Policy, encode, mean_by_token, score, token_texts
 from srft.batch import Response
 from srft.data.examples import Example
 from srft.methods.srft import Method
 from srft.report.drawing import BLUE, INK, VERMILLION
+from srft.report.page import readable
 from srft_kernels.presets import SRFT_PRESETS
 
 _SHOWN = 6  # responses of each kind
@@ -116,7 +116,7 @@ def weigh_samples(
     entropies = [each.entropy for each in score(policy, [one for _, one in read])]
     weights = weigh(method, entropies, [one.is_demo for _, one in read], logged)
     return [
-        Weighed(prompt_text(row["prompt"]), token_texts(policy, one.response_ids), one.is_demo, entropy, own, used)
+        Weighed(readable(row["prompt"]), token_texts(policy, one.response_ids), one.is_demo, entropy, own, used)
         for (row, one), entropy, (own, used) in zip(read, entropies, weights, strict=True)
     ]
 
@@ -127,15 +127,7 @@ def by_token(weighed: Sequence[Weighed]) -> list[tuple[str, int, float, float]]:
     Args:
         weighed: Of one kind.
     """
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for one in weighed:
-        for token, entropy, own in zip(one.tokens, one.entropy, one.own, strict=True):
-            found[token].append((float(entropy), float(own)))
-    rows = []
-    for token, pairs in found.items():
-        if len(pairs) >= _LEAST_TIMES:
-            entropy, own = np.mean(pairs, axis=0)
-            rows.append((token, len(pairs), float(entropy), float(own)))
+    rows = mean_by_token(((one.tokens, one.entropy, one.own) for one in weighed), _LEAST_TIMES)
     return sorted(rows, key=lambda row: row[2])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from srft.evaluation.summary import SetResult
 from srft.record.files import write_atomically
-from srft.report.page import document, paragraphs, safe, table
+from srft.report.page import document, paragraphs, readable, safe, table
 from srft.report.table import Table
 
 _PAGE_CHARACTERS = 4_000_000  # what a browser shows without waiting
@@ -103,7 +103,7 @@ def _problem(row: Mapping[str, Any], seen: float) -> str:
     right, judged = counts["right"], counts["judged"]
     kind = "plain" if 0 < right < judged or not judged else "right" if right else "wrong"
     sign = {"right": "✓", "wrong": "✗", "plain": "~"}[kind]
-    asked = _words(row["prompt"])
+    asked = readable(row["prompt"])
     opening = " ".join(asked.split())[:110]
     overlap = f'<span class="tag wrong">! {seen:.0%} in training</span> ' if seen else ""
     shown = "".join(_answer(number, answer, len(answers) == 1) for number, answer in enumerate(answers, start=1))
@@ -111,7 +111,7 @@ def _problem(row: Mapping[str, Any], seen: float) -> str:
         f'<details class="problem"><summary><span class="tag {kind}">{sign} {right} of {judged}</span> {overlap}'
         f"<b>{safe(row['id'])}</b> {safe(opening)}</summary>"
         f'<div class="prompt"><div class="text">{safe(asked)}</div><p class="muted">answer: '
-        f"{safe(_words(row['answer']))}</p></div>{shown}</details>"
+        f"{safe(readable(row['answer']))}</p></div>{shown}</details>"
     )
 
 
@@ -129,10 +129,3 @@ def _answer(number: int, answer: Mapping[str, Any], is_open: bool) -> str:
         f'<details class="answer"{" open" if is_open else ""}><summary>{tag} answer {number}, {answer["tokens"]} '
         f'tokens{cut}</summary>{said}<div class="text">{safe(answer["text"])}</div></details>'
     )
-
-
-def _words(value: Any) -> str:
-    """A prompt or an answer as text."""
-    if isinstance(value, list) and all(isinstance(turn, dict) and "content" in turn for turn in value):
-        return "\n\n".join(f"{turn.get('role', '')}: {turn['content']}" for turn in value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

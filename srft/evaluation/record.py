@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from srft.data.prompts import Prompt
 from srft.disk import writing
 from srft.evaluation.answers import Answer, tally
 from srft.evaluation.estimators import Tally
-from srft.record.files import json_line, open_json_lines, write_atomically, write_json_line
+from srft.record.files import json_line, locked, open_json_lines, write_atomically, write_json_line
 
 SETTINGS = "evaluation.json"
 
 
-@contextmanager
-def taken(folder: Path) -> Iterator[None]:
+def taken(folder: Path) -> AbstractContextManager[None]:
     """Keep other evaluations out of a folder for as long as the body runs; the lock goes with the process.
 
     Args:
@@ -32,17 +30,9 @@ def taken(folder: Path) -> Iterator[None]:
         ValueError: When another process has it.
         WriteError: When the disk refuses.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is writing to {folder}; wait for it to end, or set --out to another folder"
-            ) from None
-        yield
+    return locked(
+        folder, f"another process is writing to {folder}; wait for it to end, or set --out to another folder"
+    )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

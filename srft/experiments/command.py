@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,9 @@ from srft.experiments.page import render
 from srft.experiments.preview import preview
 from srft.experiments.suite import describe_suite, find_suite, plan_runs, read_suite, suite_names
 from srft.experiments.tables import make_tables, markdown
-from srft.record.files import write_atomically
+from srft.record.files import locked, write_atomically
 from srft.report.table import on_terminal, plain
-from srft.stop import Stopped
+from srft.stop import ends_in_a_line
 
 _EPILOG = """\
 section.key=value is for every arm and wins over its own options; a recipe takes the place of what the suite's arms have
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     given = parser.parse_intermixed_args(argv)
-    try:
+    with ends_in_a_line(ValueError, WriteError):
         if given.list:
             _list()
             return
@@ -46,13 +45,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             _report(out)
         elif not _run(given, out):
             sys.exit(1)
-    except (ValueError, WriteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
-        print(f"{stopped}; the same command goes on from here", file=sys.stderr)
-        sys.exit(stopped.exit_code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,9 +84,9 @@ def _run(given: argparse.Namespace, out: Path) -> bool:
         print(preview(suite, runs, out))
         return True
     # which imports all that a run needs, in seconds
-    from srft.experiments.runner import locked, make_runs
+    from srft.experiments.runner import make_runs
 
-    with locked(out):
+    with locked(out, f"another process runs a suite in {out}; wait for it, or set another --out"):
         write_atomically(out / SUITE, json.dumps(describe_suite(suite, runs), indent=1) + "\n")
         jobs = min(given.jobs or _default_jobs(), len(runs))
         results = make_runs(runs, out, jobs, max(1, _cores() // jobs))

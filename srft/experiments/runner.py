@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from srft.disk import writing
 from srft.experiments.board import Board
 from srft.experiments.children import Child
 from srft.experiments.results import Result, append_result, read_results, summarise
@@ -147,25 +144,3 @@ class _Signals:
             os.write(2, f"{signal.Signals(number).name}: {notice}\n".encode())
         elif time.monotonic() - self._since >= ONE_SIGNAL_S and number != getattr(signal, "SIGHUP", None):
             self._again = True
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keep a suite's folder to this process while the body runs.
-
-    Args:
-        out: The folder; created when missing.
-
-    Raises:
-        ValueError: When another process has it.
-        WriteError: When the disk refuses.
-    """
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process runs a suite in {out}; wait for it, or set another --out") from None
-        yield

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import FileIO
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from srft.disk import WriteError, writing
+
+LOCK = ".lock"
+"""File by which a process has a folder to itself."""
 
 
 def strict(value: object) -> Any:
@@ -150,3 +155,45 @@ def set_aside_after(path: Path, step: int) -> int:
     kept = [record for record in records if record["step"] <= step]
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
     return len(moved)
+
+
+def lock_folder(folder: Path) -> TextIO | None:
+    """Take a folder for this process, until the file that is returned is closed or the process ends, however it does.
+
+    Args:
+        folder: Made where there is none.
+
+    Returns:
+        The lock; None when another process has it.
+
+    Raises:
+        WriteError: When the disk refuses.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextmanager
+def locked(folder: Path, otherwise: str) -> Iterator[None]:
+    """Keep other processes out of a folder while the body runs.
+
+    Args:
+        folder: Made where there is none.
+        otherwise: What the error says.
+
+    Raises:
+        ValueError: When another process has it.
+        WriteError: When the disk refuses.
+    """
+    file = lock_folder(folder)
+    if file is None:
+        raise ValueError(otherwise)
+    with file:
+        yield

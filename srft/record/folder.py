@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from srft.config import Config
-from srft.disk import writing
 from srft.options import changed_keys, load_config_text
 from srft.policy.checkpoint import newest_checkpoint, read_state, whole_checkpoint
 from srft.policy.parallel import ALONE, World
+from srft.record.files import LOCK, lock_folder
 
-_LOCK = ".lock"
 METHOD_FILE = "method.py"
 """The file of a user's method as the run was started with it."""
 # options that may change when a run is resumed without making it another run
@@ -59,14 +57,14 @@ def run_folder(config: Config, world: World = ALONE) -> Iterator[tuple[Path, Pat
 @contextmanager
 def _taken_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
     folder, number = config.run_dir, 2
-    lock = _lock(folder)
+    lock = lock_folder(folder)
     if config.train.resume and lock is None:
         raise ValueError(f"another process is writing to {folder}; wait for it to end, or set another name")
     while not config.train.resume and (lock is None or (folder / "metrics.jsonl").exists()):
         if lock is not None:
             lock.close()
         folder = config.runs_dir / f"{config.name}-{number}"
-        lock = _lock(folder)
+        lock = lock_folder(folder)
         number += 1
     assert lock is not None
     try:
@@ -77,8 +75,8 @@ def _taken_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
         error.add_note(_what_is_safe(folder))
         raise
     finally:
-        if [path.name for path in folder.iterdir()] == [_LOCK]:
-            (folder / _LOCK).unlink()
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
             folder.rmdir()
             with suppress(OSError):  # refused where other runs are
                 folder.parent.rmdir()
@@ -116,18 +114,6 @@ def refuse_other_data(config: Config, now: dict[str, Any], checkpoint: Path | No
             f"data.eval={config.data.eval or config.data.train} does not hold the held-out rows that {checkpoint} was "
             "judged on; restore them, or set another name"
         )
-
-
-def _lock(folder: Path) -> TextIO | None:
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
 
 
 def _checkpoint(config: Config, folder: Path) -> Path | None:

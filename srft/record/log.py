@@ -252,7 +252,7 @@ class RunLog:
 
         Args:
             step: At which they were asked.
-            of: "training" or "held-out"; the two share no problem, though they may share ids.
+            of: "training", "held-out", or the name of a further set; they share no problem, though they may share ids.
             counts: From ``problems.trained_on``, or ``problems.Verdicts``.
         """
         write_json_line(self._problems_file, {"step": step, "of": of, "problems": counts})

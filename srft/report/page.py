@@ -300,11 +300,20 @@ def _tags(row: Mapping[str, Any]) -> str:
     return " ".join(tags)
 
 
-def _text(value: object) -> str:
-    """Return a prompt, completion or answer as escaped text, cut when it is very long."""
+def readable(value: object) -> str:
+    """Return a prompt, completion or answer as a person reads it: a conversation turn by turn; not escaped.
+
+    Args:
+        value: Text, the turns of a conversation, or whatever JSON has.
+    """
     if isinstance(value, list) and all(isinstance(turn, dict) and "content" in turn for turn in value):
-        value = "\n\n".join(f"{turn.get('role', '')}: {turn['content']}" for turn in value)
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        return "\n\n".join(f"{turn.get('role', '')}: {turn['content']}" for turn in value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _text(value: object) -> str:
+    """The words of a prompt, completion or answer, escaped, and cut when they are very long."""
+    text = readable(value)
     html = safe(text[:_MAX_CHARACTERS])
     more = len(text) - _MAX_CHARACTERS
     if more > 0:
