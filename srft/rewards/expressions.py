@@ -72,7 +72,7 @@ def _in_latex(text: str) -> str | None:
     return _DECIMALS.sub(_fraction, text)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1024)
 def parse(text: str) -> Any:
     """Return the sympy expression of a tidy text, unevaluated; None where it is none, or too large to work on.
 

@@ -185,10 +185,13 @@ def countdown(completion: str, answer: Any, row: dict[str, Any]) -> float:
     return float(not Counter(used) - available)
 
 
-@lru_cache(maxsize=256)
+# a problem has many completions, and those of one policy often say the same
+_read = lru_cache(maxsize=1024)(read)
+
+
 def _gold_answer(answer: str) -> Any:
     boxed = last_boxed(answer)
-    found = read(boxed[1] if boxed else answer)
+    found = _read(boxed[1] if boxed else answer)
     # a sentence can be copied but not judged
     if found is None or (isinstance(found, Words | Literal) and len(found.text.split()) > 8):
         raise BadGold(f"the answer cannot be read as mathematics or a few words: {answer!r:.200}")
@@ -220,7 +223,7 @@ def math(completion: str, answer: Any, row: dict[str, Any]) -> float:
     inner = last_boxed(answer)
     if squeeze(boxed[1]) == squeeze(inner[1] if inner else answer):
         return 1.0
-    found = read(boxed[1])
+    found = _read(boxed[1])
     return float(found is not None and same(gold, found))
 
 
