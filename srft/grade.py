@@ -1,4 +1,4 @@
-"""Grade a file of answers and completions: ``python -m srft.grade answers.jsonl``."""
+"""Grade a file of answers and completions, or the answers of a set: ``python -m srft.grade answers.jsonl``."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from srft.data.columns import has_column, lookup
 from srft.data.files import read_files
 from srft.disk import WriteError
+from srft.evaluation.golds import answer_of, check_golds, golds_of_file, golds_of_set, told
 from srft.record.files import json_line, write_atomically
 from srft.rewards.kinds import check_kind
 from srft.rewards.pool import RewardPool, RewardResult
 
 _BATCH = 4096  # completions handed to the pool at once
+_PAIRS = 300_000
 _FAULTS = {
     "bad_gold": "answers that cannot be read", "timeout": "timeouts", "error": "errors", "unjudged": "unjudged",
 }  # fmt: skip
@@ -31,11 +33,13 @@ class Columns:
         completion: Column or dotted path of the text, or of a list of texts.
         answer: Of the ground truth.
         expected: Of a verdict to compare with, true or false; None where there is none.
+        after: A text of which the last in the column stands before the answer; None where the column is the answer.
     """
 
     completion: str = "completion"
     answer: str = "answer"
     expected: str | None = None
+    after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,13 @@ def grade_file(path: str, kind: str, columns: Columns, *, workers: int = 2, dead
     items: list[tuple[str, Any, dict[str, Any]]] = []
     places: list[tuple[str, bool | None]] = []
     for place, row in read_files(path, "test", None):
-        for column in filter(None, (columns.completion, columns.answer, columns.expected)):
+        for column in filter(None, (columns.completion, columns.expected)):
             if not has_column(row, column):
                 raise ValueError(
                     f"{place}: no column {column!r}, got {', '.join(row)}; name them by --completion, --answer and "
                     "--expected"
                 )
+        answer = answer_of(place, row, columns.answer, columns.after)
         said = lookup(row, columns.completion)
         texts = said if isinstance(said, list) else [said]
         if wrong := [text for text in texts if not isinstance(text, str)]:
@@ -88,7 +93,7 @@ def grade_file(path: str, kind: str, columns: Columns, *, workers: int = 2, dead
         expected = lookup(row, columns.expected) if columns.expected else None
         if expected is not None and expected not in (0, 1):
             raise ValueError(f"{place}: {columns.expected} is true, false, 1 or 0, got {expected!r:.80}")
-        items += [(text, lookup(row, columns.answer), row) for text in texts]
+        items += [(text, answer, row) for text in texts]
         places += [(place, None if expected is None else bool(expected))] * len(texts)
     results: list[RewardResult] = []
     with RewardPool(kind, workers, deadline_s) as pool:
@@ -123,34 +128,96 @@ def summary(grades: Sequence[Grade]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Grade a file, print what came of it, and write each verdict where that is asked for.
+    """Grade files or the answers of sets, print what came of it, and write each verdict where that is asked for.
 
     Args:
         argv: Command-line arguments without the program's name; None takes those of the process.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m srft.grade", description="Grade a file of answers and completions."
-    )
-    parser.add_argument("file", help="jsonl, json, csv, parquet or arrow")
-    parser.add_argument("--kind", default="math", help="verifier, as reward.kind has them (default: math)")
-    parser.add_argument("--completion", default="completion", help="column, or dotted path, of the text or texts")
-    parser.add_argument("--answer", default="answer", help="column of the ground truth")
-    parser.add_argument("--expected", help="column of a verdict to compare with")
-    parser.add_argument("--workers", type=int, default=2, help="processes that judge (default: 2)")
-    parser.add_argument("--deadline", type=float, default=5.0, help="seconds for one completion (default: 5)")
-    parser.add_argument("--out", type=Path, help="write the verdicts to this jsonl")
-    given = parser.parse_args(argv)
-    columns = Columns(given.completion, given.answer, given.expected)
+    given = _parser().parse_args(argv)
     try:
-        grades = grade_file(given.file, given.kind, columns, workers=given.workers, deadline_s=given.deadline)
-        if given.out is not None:
-            rows = ({"place": g.place, "value": g.result.value, "status": g.result.status, "message": g.result.message}
-                    for g in grades)  # fmt: skip
-            write_atomically(given.out, "".join(map(json_line, rows)))
+        if given.gold:
+            _grade_golds(given)
+        else:
+            _grade_files(given)
     except (ValueError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m srft.grade",
+        description="Grade files of answers and completions; or, with --gold, the answers of sets against themselves "
+        "and each other.",
+    )
+    parser.add_argument("files", nargs="+", metavar="file", help="jsonl, json, csv, parquet, arrow; with --gold a set")
+    parser.add_argument(
+        "--gold", action="store_true",
+        help="each answer of a set, as of srft.evaluate, as a completion of its own problem and of the others",
+    )  # fmt: skip
+    parser.add_argument("--kind", help="verifier, as reward.kind has them (default: math, or the set's)")
+    parser.add_argument(
+        "--completion", action="append", metavar="COLUMN",
+        help="column, or dotted path, of the text or texts; again for another (default: completion)",
+    )  # fmt: skip
+    parser.add_argument("--answer", metavar="COLUMN", help="column of the ground truth (default: answer, or the set's)")
+    parser.add_argument("--answer-after", metavar="TEXT", help="what stands before the answer in its column")
+    parser.add_argument(
+        "--expected", action="append", metavar="COLUMN", help="column of a verdict to compare with, one a --completion"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=_PAIRS,
+        help=f"of --gold, most pairs of a set's answers, drawn where it has more (default: {_PAIRS})",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, default=2, help="processes that judge (default: 2)")
+    parser.add_argument("--deadline", type=float, default=5.0, help="seconds for one completion (default: 5)")
+    parser.add_argument("--out", type=Path, help="write the verdicts to this jsonl")
+    return parser
+
+
+def _grade_files(given: argparse.Namespace) -> None:
+    completions = given.completion or ["completion"]
+    expected = given.expected or [None] * len(completions)
+    if len(expected) != len(completions):
+        raise ValueError(f"give --expected as often as --completion, {len(completions)} times, got {len(expected)}")
+    grades: list[Grade] = []
+    for file in given.files:
+        for completion, verdict in zip(completions, expected, strict=True):
+            columns = Columns(completion, given.answer or "answer", verdict, given.answer_after)
+            found = grade_file(
+                file, given.kind or "math", columns, workers=given.workers, deadline_s=given.deadline
+            )
+            if len(completions) > 1:
+                found = [replace(grade, place=f"{grade.place}, {completion}") for grade in found]
+            grades += found
+    if given.out is not None:
+        rows = ({"place": g.place, "value": g.result.value, "status": g.result.status, "message": g.result.message}
+                for g in grades)  # fmt: skip
+        write_atomically(given.out, "".join(map(json_line, rows)))
     print("\n".join(summary(grades)))
+
+
+def _grade_golds(given: argparse.Namespace) -> None:
+    if given.completion or given.expected or given.out:
+        raise ValueError("--gold takes the answers themselves; leave out --completion, --expected and --out")
+    if given.answer is None and (given.kind or given.answer_after):
+        raise ValueError("--gold takes a set with the verifier that it has; for a file of your own give --answer, too")
+    if given.pairs < 0:
+        raise ValueError(f"--pairs is 0 or more, got {given.pairs}")
+    for word in given.files:
+        if given.answer is None:
+            kind, golds = golds_of_set(word)
+        else:
+            kind = given.kind or "math"
+            golds = golds_of_file(word, kind, given.answer, given.answer_after)
+
+        def say(done: int, of: int, name: str = word) -> None:
+            print(f"{name}: {done} of {of} pairs", file=sys.stderr)
+
+        check = check_golds(
+            golds, kind, most=given.pairs, workers=given.workers, deadline_s=given.deadline, say=say
+        )
+        print("\n".join([f"{word}, {kind}:", *told(check)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -139,8 +139,9 @@ SETS = {
 
 
 def read_set(
-    word: str, config: Config, *, seed: int = 0, limit: int | None = None, instruction: str | None = None
-) -> EvalSet:
+    word: str, config: Config, *, seed: int = 0, limit: int | None = None, instruction: str | None = None,
+    use_demo: bool = False,
+) -> EvalSet:  # fmt: skip
     """Read a set.
 
     Args:
@@ -152,6 +153,7 @@ def read_set(
         limit: Most problems, from the start, or None; of a generated task, how many there are.
         instruction: What follows the question of a named set; None takes ``BOX`` or ``LETTER_BOX``, and nothing where
             ``data.system`` asks for a box already.
+        use_demo: Whether demonstrations are read; named sets have none.
 
     Raises:
         ValueError: On an unknown name, a source that cannot be read, or a row that lacks something.
@@ -168,7 +170,7 @@ def read_set(
             f"no set is called {word!r}; {hint}expected one of {', '.join([*SETS, *BUILTIN_TASKS])}, "
             "reasoning_gym:<task>, a file or a hub id, owner/name"
         )
-    return _other(word, config, limit)
+    return _other(word, config, limit, use_demo)
 
 
 def _named(
@@ -209,14 +211,15 @@ def _put(question: Question, rng: random.Random) -> tuple[str, Any]:
     return f"{question.text}\n\n" + "\n".join(lines), _LETTERS[order.index(question.answer)]
 
 
-def _other(source: str, config: Config, limit: int | None) -> EvalSet:
+def _other(source: str, config: Config, limit: int | None, use_demo: bool) -> EvalSet:
     """Any source, read and judged as training would."""
     data = config.data
     own = source in (data.train, data.eval)
     is_generated = source in BUILTIN_TASKS or source.startswith(REASONING_GYM)
     examples = load_examples(
         source, split=data.eval_split, columns=data.columns if own else None, seed=0,
-        limit=limit if is_generated else None, task=data.task if own else None, use_demo=False, bad_rows=data.bad_rows,
+        limit=limit if is_generated else None, task=data.task if own else None, use_demo=use_demo,
+        bad_rows=data.bad_rows,
     )  # fmt: skip
     settled = own and config.reward.kind != "auto"
     reward = config.reward.kind if settled else fitting_reward(source, data.system, examples)

@@ -88,6 +88,82 @@ def test_what_cannot_be_graded_is_told(graded: Path, tmp_path: Path, capsys: pyt
     assert summary(grades)[:2] == ["0 of 1 right, 0.0%", "1 answers that cannot be read"]
 
 
+def test_several_completions_of_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each column with the verdict of its own, and an answer that stands at the end of a worked one."""
+    path = tmp_path / "said.jsonl"
+    rows = [{"gold": "2 + 3\nA: 5", "a": {"text": "A: 5", "ok": 1}, "b": {"text": "A: 6", "ok": True}}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [str(path), "--kind", "numeric", "--answer", "gold", "--answer-after", "A: ", "--workers", "1"]
+    both = ["--completion", "a.text", "--expected", "a.ok", "--completion", "b.text"]
+    main([*words, *both, "--expected", "b.ok"])
+    assert capsys.readouterr().out.splitlines() == [
+        "1 of 2 right, 50.0%", "1 of 2 as expected, 50.00%", f"  {path}, line 1, b.text: wrong, expected the other"
+    ]  # fmt: skip
+    for wrong, message in (
+        ([*words, *both], "give --expected as often as --completion, 2 times, got 1"),
+        ([*words, "--answer-after", "A:: ", "--completion", "a.text"], "line 1: no 'A:: ' in column 'gold'"),
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_answers_of_a_set_against_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both figures; what is not right against itself, and what two texts are taken to be the same as, are named."""
+    path = tmp_path / "own.jsonl"
+    prose = "it depends on how one looks at the thing itself"
+    answers = ["5", "30", prose, "x=5", "30^\\circ", "5", "-2,1", "(-2,1)"]
+    path.write_text("".join(json.dumps({"problem": "?", "answer": answer}) + "\n" for answer in answers))
+    main(["--gold", str(path), "--workers", "1"])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:2] == [f"{path}, math:", "7 of 8 right against themselves, 87.5%"]
+    assert shown[2].startswith(f"  own.jsonl:2: `{prose}` bad_gold the answer cannot be read")
+    assert shown[3:] == [
+        "5 of 30 pairs of different texts earn a reward",
+        "  own.jsonl:0 `5`, own.jsonl:3 `x=5`: both ways, read as 5 | x = 5",
+        "  own.jsonl:1 `30`, own.jsonl:4 `30^\\circ`: both ways, read as 30 | 30 degree",
+        "  own.jsonl:6 `-2,1`, own.jsonl:7 `(-2,1)`: where `-2,1` is asked for, read as bare {-2, 1} | (-2, 1)",
+    ]
+
+
+def test_a_demonstration_is_graded_where_more_than_the_answer_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of Countdown, whose answer is a target; the second row's does not reach its own."""
+    path = tmp_path / "own.jsonl"
+    rows = [{"nums": [2, 3], "target": 5, "answer": "2+3"}, {"nums": [4, 3], "target": 7, "answer": "4-3"}]
+    path.write_text("".join(json.dumps(row | {"solution": "Take all."}) + "\n" for row in rows))
+    main(["--gold", str(path), "--workers", "1"])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [
+        f"{path}, countdown:", "1 of 2 right against themselves, 50.0%", "  own.jsonl:1: `7` earns nothing",
+        "0 of 2 pairs of different texts earn a reward",
+    ]  # fmt: skip
+
+
+def test_answers_of_a_file_without_a_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a column, what stands before the answer there, and a verifier."""
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps({"said": f"2+3 so A: {text}"}) + "\n" for text in ("1000", "1,000", "7")))
+    words = ["--gold", str(path), "--answer", "said", "--workers", "1", "--kind", "numeric"]
+    main([*words, "--answer-after", "A: "])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "3 of 3 right against themselves, 100.0%", "2 of 6 pairs of different texts earn a reward",
+        f"  {path}, line 1 `1000`, {path}, line 2 `1,000`: both ways",
+    ]  # fmt: skip
+    main([*words, "--answer-after", "A: ", "--pairs", "5"])
+    assert capsys.readouterr().out.splitlines()[2].endswith("of 5 pairs of different texts drawn from 6 earn a reward")
+    for wrong, message in (
+        (["--gold", str(path), "--kind", "numeric"], "for a file of your own give --answer, too"),
+        ([*words, "--completion", "said"], "leave out --completion, --expected and --out"),
+        ([*words, "--pairs", "-1"], "--pairs is 0 or more, got -1"),
+        (["--gold", "math50"], "did you mean 'math500'"),
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert message in capsys.readouterr().err
+
+
 def read(name: str) -> EvalSet:
     return read_set(f"{name}={file_of(FILES[name])}", load_config([]))
 
