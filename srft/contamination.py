@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.n < 5:
             raise ValueError(f"--n is at least 5, got {given.n}: fewer words in a row are in any text")
         problems = questions(read_set(given.set, load_config([])))
-        shared = overlaps(problems, training_texts(given.train, given.split), given.n)
+        (shared,) = overlaps([problems], training_texts(given.train, given.split), given.n)
         if given.out is not None:
             write_atomically(given.out, "".join(json_line(asdict(overlap)) for overlap in shared))
     except (ValueError, WriteError) as error:

@@ -30,7 +30,7 @@ from srft.engine.base import Engine, EngineError, Sampling
 from srft.engine.sampling import prompt_format
 from srft.engine.start import start_engine
 from srft.evaluation.answering import Drawing, answer_all, as_prompts, room_for, unreadable
-from srft.evaluation.overlap import USUAL_N, overlaps, questions, training_texts
+from srft.evaluation.overlap import contamination
 from srft.evaluation.page import write_page
 from srft.evaluation.record import Answered, keep_settings, read_settings, taken
 from srft.evaluation.sets import SETS, EvalSet, read_set
@@ -191,6 +191,7 @@ def _keep(
     if trained_on is None:
         known = [config.data.train, *filter(None, [config.data.demos])]
         trained_on = [source for source in known if is_local(source) and Path(source).expanduser().exists()]
+    shared = contamination([one.chosen for one in asked], trained_on, read_settings(out).get("sets", {}))
     keep_settings(
         out,
         {
@@ -201,7 +202,7 @@ def _keep(
         {
             one.chosen.name: {
                 "title": one.chosen.title, "source": one.chosen.source, "rows": one.chosen.rows,
-                "left_out": one.left_out, "overlaps": _overlaps(one.chosen, trained_on),
+                "left_out": one.left_out, **shared[one.chosen.name],
                 "asked": {
                     "samples": one.drawing.samples, "max_new_tokens": one.drawing.sampling.max_new_tokens,
                     "temperature": temperature, "batch": one.drawing.batch, "reward": one.chosen.reward,
@@ -211,15 +212,6 @@ def _keep(
         },
         {"model": subject.label, **describe_environment()},
     )  # fmt: skip
-
-
-def _overlaps(chosen: EvalSet, trained_on: Sequence[str]) -> dict[str, dict[str, float]]:
-    """By training set, the share of a problem's words in a row that stand in it, of the problems that have any."""
-    problems = questions(chosen)
-    return {
-        source: {overlap.id: round(overlap.share, 4) for overlap in overlaps(problems, training_texts(source), USUAL_N)}
-        for source in trained_on
-    }
 
 
 def _wants_vllm(config: Config) -> bool:

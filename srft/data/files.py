@@ -50,7 +50,7 @@ def read_files(source: str, split: str, limit: int | None) -> list[PlacedRow]:
     Raises:
         ValueError: Naming the file, and the line or row, of what is missing or cannot be read.
     """
-    files = _find(source, split)
+    files = find_files(source, split)
     rows: list[PlacedRow] = []
     for path in files:
         if limit is not None and len(rows) >= limit:
@@ -85,7 +85,16 @@ def _is_of_split(file: Path, folder: Path, split: str) -> bool:
     return _SPLIT_WORDS.get(split, split) in _splits(file, folder)
 
 
-def _find(source: str, split: str) -> list[Path]:
+def find_files(source: str, split: str) -> list[Path]:
+    """Return a file, the files of a folder, or those that a glob names, in the order of their names.
+
+    Args:
+        source: Path or glob.
+        split: Which files of a folder to take, where their names or folders say to which split they belong.
+
+    Raises:
+        ValueError: Naming what is missing, or is no data file.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return _of_folder(path, split)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from srft.data.examples import load_examples
+from srft.data.files import find_files, is_local
 from srft.data.messages import Message
 from srft.evaluation.sets import SETS, EvalSet
 
@@ -32,6 +36,43 @@ class Overlap:
     share: float
     row: str
     words: str
+
+
+def contamination(
+    sets: Sequence[EvalSet], sources: Sequence[str], before: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return by set what an evaluation keeps of its overlaps; a training set is read once, and only where it must be.
+
+    "overlaps" has by training set the shares of the problems that have any, and "compared" a digest of problems and
+    training set: its files by size and time, any other by its name alone.
+
+    Args:
+        sets: What is evaluated.
+        sources: Training sets, as of ``data.train``.
+        before: By set, what was returned for it before; a training set and problems that are the same are not compared
+            again.
+
+    Raises:
+        ValueError: When a training set cannot be read.
+    """
+    kept: dict[str, dict[str, Any]] = {chosen.name: {"overlaps": {}, "compared": {}} for chosen in sets}
+    for source in dict.fromkeys(sources):
+        files = find_files(source, "train") if is_local(source) else []
+        places = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        new: dict[str, list[tuple[str, str]]] = {}
+        for chosen in sets:
+            problems, old = questions(chosen), before.get(chosen.name, {})
+            facts = json.dumps([USUAL_N, places, problems])
+            compared = hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+            kept[chosen.name]["compared"][source] = compared
+            if old.get("compared", {}).get(source) == compared:
+                kept[chosen.name]["overlaps"][source] = old["overlaps"][source]
+            else:
+                new[chosen.name] = problems
+        shared = overlaps(list(new.values()), training_texts(source), USUAL_N) if new else []
+        for name, found in zip(new, shared, strict=True):
+            kept[name]["overlaps"][source] = {overlap.id: round(overlap.share, 4) for overlap in found}
+    return kept
 
 
 def words_of(text: str) -> list[str]:
@@ -68,33 +109,47 @@ def training_texts(source: str, split: str = "train") -> Iterator[tuple[str, str
         yield from ((example.id, demo) for demo in example.demos)
 
 
-def overlaps(problems: Sequence[tuple[str, str]], training: Iterable[tuple[str, str]], n: int) -> list[Overlap]:
-    """Return the problems that share n words in a row with a training set, those with the largest share first.
+def overlaps(
+    sets: Sequence[Sequence[tuple[str, str]]], training: Iterable[tuple[str, str]], n: int
+) -> list[list[Overlap]]:
+    """Return of each set the problems that share n words in a row with a training set, the largest share first.
 
     A problem of fewer than n words is one n-gram; one of fewer than five is passed over. What stands in more than two
-    and a tenth of the problems, such as an instruction, is none of theirs.
+    and a tenth of the problems of a set, such as an instruction, is none of theirs.
 
     Args:
-        problems: Id and text of each.
-        training: Id and text of every prompt and demonstration.
+        sets: Of each, id and text of its problems.
+        training: Id and text of every prompt and demonstration, gone through once.
         n: Words of an n-gram, >= 5.
     """
     assert n >= _FEWEST
-    own = [_grams(words, min(n, len(words))) for words in (words_of(text) for _, text in problems)]
-    common = {gram for gram, count in Counter(g for grams in own for g in grams).items() if count > _often(problems)}
-    own = [[gram for gram in grams if gram not in common] for grams in own]
-    wanted: dict[_Gram, list[int]] = defaultdict(list)
-    for place, grams in enumerate(own):
-        for gram in grams:
-            wanted[gram].append(place)
+    own = [_own_grams(problems, n) for problems in sets]
+    wanted: dict[_Gram, list[dict[_Gram, set[str]]]] = defaultdict(list)
+    found: list[list[dict[_Gram, set[str]]]] = [[defaultdict(set) for _ in problems] for problems in sets]
+    for many, hits in zip(own, found, strict=True):
+        for grams, of_problem in zip(many, hits, strict=True):
+            for gram in grams:
+                wanted[gram].append(of_problem)
     lengths = {len(gram) for gram in wanted}
-    found: list[dict[_Gram, set[str]]] = [defaultdict(set) for _ in problems]
     for name, text in training:
         words = words_of(text)
         for length in lengths:
             for gram in zip(*(words[start:] for start in range(length)), strict=False):
-                for place in wanted.get(gram, ()):
-                    found[place][gram].add(name)
+                for of_problem in wanted.get(gram, ()):
+                    of_problem[gram].add(name)
+    return [_shared(*parts) for parts in zip(sets, own, found, strict=True)]
+
+
+def _own_grams(problems: Sequence[tuple[str, str]], n: int) -> list[list[_Gram]]:
+    """Of each problem the n-grams that are its own."""
+    own = [_grams(words, min(n, len(words))) for words in (words_of(text) for _, text in problems)]
+    common = {gram for gram, count in Counter(g for grams in own for g in grams).items() if count > _often(problems)}
+    return [[gram for gram in grams if gram not in common] for grams in own]
+
+
+def _shared(
+    problems: Sequence[tuple[str, str]], own: list[list[_Gram]], found: list[dict[_Gram, set[str]]]
+) -> list[Overlap]:
     shared = []
     for (name, _), grams, hits in zip(problems, own, found, strict=True):
         if hits:

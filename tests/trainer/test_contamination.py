@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from srft.contamination import main
+from srft.evaluation import overlap
 from srft.evaluation.overlap import Overlap, overlaps, questions, words_of
 from srft.evaluation.sets import read_set
 from srft.options import load_config
@@ -26,7 +28,7 @@ def test_shares_are_those_of_a_search_in_plain_text() -> None:
     problems = [(f"p{i}", " ".join(sentence(i))) for i in range(6)]
     training = [("t0", "Oh " + " ".join(sentence(1)[4:25])), ("t1", " ".join(sentence(2) + sentence(9))),
                 ("t1", " ".join(sentence(1)[:12])), ("t2", " ".join(sentence(3)[:7]))]  # fmt: skip
-    found = {o.id: o for o in overlaps(problems, training, 8)}
+    found = {o.id: o for o in overlaps([problems], training, 8)[0]}
     texts = [f" {text.lower()} " for _, text in training]
     for name, text in problems:
         words = text.split()
@@ -50,16 +52,46 @@ def test_short_problems_and_instructions() -> None:
     training = [("t", "so one two three four five six, and seven eight nine ten")]
     whole, part, tiny = "One two, three four five six!", "two three four nine five", "one two three four"
     short = [("whole", whole), ("part", part), ("tiny", tiny)]
-    assert overlaps(short, training, 13) == [Overlap("whole", 1.0, "t", "one two three four five six")]
+    assert overlaps([short], training, 13) == [[Overlap("whole", 1.0, "t", "one two three four five six")]]
     asked = "one two three four five six"
     many = [(f"p{i}", f"{asked} {' '.join(sentence(i, 9))}") for i in range(4)]
-    assert overlaps(many, training, 6) == []
-    assert [o.id for o in overlaps(many[:2], training, 6)] == ["p0", "p1"]
+    none, two = overlaps([many, many[:2]], training, 6)
+    assert none == [] and [o.id for o in two] == ["p0", "p1"]
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def test_a_training_set_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all sets of an evaluation, and not again until it or the problems are others."""
+    known, other = " ".join(sentence(1)), " ".join(sentence(2))
+    rows = [{"problem": known, "answer": "1"}, {"problem": other, "answer": "2"}]
+    file, train = write(tmp_path / "eval.jsonl", rows), tmp_path / "train.jsonl"
+    write(train, [{"problem": known, "answer": "1"}])
+    sets = [read_set(f"math500={file}", load_config([]), limit=1), read_set(f"amc={file}", load_config([]))]
+    read: list[str] = []
+    load = overlap.load_examples
+
+    def counted(source: str, **options: Any) -> Any:
+        read.append(source)
+        return load(source, **options)
+
+    monkeypatch.setattr(overlap, "load_examples", counted)
+    sources = [str(train), str(train)]
+    first = overlap.contamination(sets, sources, {})
+    assert {name: kept["overlaps"] for name, kept in first.items()} == {
+        "math500": {str(train): {"math500:0": 1.0}}, "amc": {str(train): {"amc:0": 1.0}}
+    }  # fmt: skip
+    assert read == [str(train)]
+    as_written = json.loads(json.dumps(first))
+    assert overlap.contamination(sets, sources, as_written) == first and len(read) == 1
+    grown = [read_set(f"math500={file}", load_config([])), sets[1]]
+    assert overlap.contamination(grown, sources, as_written)["amc"] == first["amc"] and len(read) == 2
+    write(train, [{"problem": f"{known} {other}", "answer": "1"}])
+    changed = overlap.contamination(grown, sources, as_written)
+    assert changed["math500"]["overlaps"] == {str(train): {"math500:0": 1.0, "math500:1": 1.0}} and len(read) == 3
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
