@@ -18,6 +18,7 @@ from srft.data.judging import fitting_reward
 from srft.data.messages import is_missing
 from srft.data.sources import read_source
 from srft.data.tasks import BUILTIN_TASKS
+from srft.rewards.answers import last_boxed
 from srft.rewards.gym import REASONING_GYM
 
 BOX = "Reason step by step, and put your final answer within \\boxed{}."
@@ -84,10 +85,12 @@ class EvalSet:
 
 
 def _written(row: Row) -> Question:
-    """A problem whose answer is written: columns as MATH, AIME, AMC and Minerva have them."""
+    """A problem whose answer is written: columns as MATH, AIME, AMC and Minerva have them, or a box in a solution."""
     text = next((row[name] for name in ("problem", "question", "prompt") if name in row), None)
     if text is None:
         raise KeyError("problem, question or prompt")
+    if "answer" not in row and (boxed := last_boxed(str(row.get("solution", "")))):
+        return Question(str(text), boxed[1])
     return Question(str(text), row["answer"])
 
 
