@@ -84,6 +84,13 @@ class ModelConfig(Section):
     folder or hub id of a Hugging Face causal LM."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; unset: the model's own, or bytes as tokens for "tiny"."""
+    chat_template: str | None = Field(None, min_length=1)
+    """Chat template, as Jinja text, in place of the tokenizer's; saved with the model."""
+    rope_theta: float | None = Field(None, gt=0)
+    """Base of the rotary positions in place of the checkpoint's. It is in the config.json of whole models that the run
+    saves; adapters name their base as it is, and want the option again."""
+    max_position_embeddings: int | None = Field(None, gt=0)
+    """Tokens that a sequence may have in place of the checkpoint's number; saved likewise."""
     reference: str | None = None
     """Folder or hub id of the model that a reference KL is to, with the policy's tokenizer; unset: the policy as the
     run starts, of which a policy without adapters keeps a copy."""
@@ -104,6 +111,12 @@ class ModelConfig(Section):
     lora: LoraConfig = LoraConfig()
     tiny: TinyConfig = TinyConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
+
+    @property
+    def edits(self) -> dict[str, float]:
+        """What stands in the checkpoint's configuration instead of its own numbers, by name."""
+        named = {"rope_theta": self.rope_theta, "max_position_embeddings": self.max_position_embeddings}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 class EngineConfig(Section):
@@ -260,7 +273,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> Config:
-        train, tiny = self.train, self.model.tiny
+        train = self.train
         if train.prompts_per_step % train.updates_per_step:
             raise ValueError(
                 f"train.prompts_per_step={train.prompts_per_step} does not divide into "
@@ -322,10 +335,21 @@ class Config(Section):
                 f'method.name="{method.name}" compares the rollouts of one prompt; '
                 f"train.rollouts_per_prompt must be at least {method.fewest_rollouts}"
             )
-        if self.model.name == "tiny" and tiny.hidden_size % (2 * tiny.num_heads):
+        return self
+
+    @model_validator(mode="after")
+    def _tiny_is_built_to_measure(self) -> Config:
+        tiny = self.model.tiny
+        if self.model.name != "tiny":
+            return self
+        if tiny.hidden_size % (2 * tiny.num_heads):
             raise ValueError(
                 f"model.tiny.num_heads={tiny.num_heads} must divide model.tiny.hidden_size={tiny.hidden_size} "
                 "into heads of even width"
+            )
+        for name, value in self.model.edits.items():
+            raise ValueError(
+                f'model.{name}={value} edits a checkpoint\'s, and model.name="tiny" is built to fit; unset it'
             )
         return self
 

@@ -197,7 +197,7 @@ def _keep(
         {
             "weights": subject.weights, "temperature": temperature, "seed": given.seed,
             "engine": "vllm" if _wants_vllm(config) else "hf", "dtype": str(config.engine_dtype).removeprefix("torch."),
-            "stop": config.rollout.stop,
+            "stop": config.rollout.stop, "rope_theta": config.model.rope_theta,
         },
         {
             one.chosen.name: {

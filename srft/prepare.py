@@ -31,7 +31,7 @@ from srft.policy.frozen import Frozen, load_frozen
 from srft.policy.learner import Learner
 from srft.policy.loading import fill, skeleton
 from srft.policy.lora import adapters, fill_adapters, without_adapters
-from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy
+from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy, read_config
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import World, joined
 from srft.policy.proof import Proof, prove
@@ -116,7 +116,9 @@ def prepared(config: Config) -> Iterator[Run]:
     """
     refuse_absent(config)
     config = with_local_model(config)
-    tokenizer, problems = load_tokenizer(config.model), read_problems(config)
+    tokenizer = load_tokenizer(config.model)
+    _refuse_few_positions(config)
+    problems = read_problems(config)
     with (
         joined(config, choose_device(config)) as world,
         StopSignals(world.largest if world.size > 1 else None) as stop,
@@ -251,6 +253,21 @@ def load_policy(
     return Learner(config, model, tokenizer, make_optimizer(model, config), world, frozen=frozen), proof
 
 
+def _refuse_few_positions(config: Config) -> None:
+    name = config.model.name
+    if name == "tiny":
+        return
+    text = read_config(base_of(name) if is_adapter(name) else name, config.model).get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    # dynamic NTK goes on beyond them by design
+    scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
+    if positions is not None and config.longest_sequence > positions and not scaled:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {config.longest_sequence} and model.name={name} has "
+            f"positions for {positions} tokens; lower them, or set model.max_position_embeddings and model.rope_theta"
+        )
+
+
 def _keeps_start(config: Config) -> bool:
     """Whether a copy of the policy as the run starts is its reference; under new adapters the policy itself is that."""
     options = config.model
@@ -329,10 +346,9 @@ def load_prepared(
     base = base_of(source) if source is not None and is_adapter(source) else source
     if base is None:
         model = build_tiny(config.model, tokenizer, config.longest_sequence, config.train.seed)
-    elif world.mesh is None:
-        model = load_model(base, trust_remote_code=remote)
     else:
-        model = skeleton(base, trust_remote_code=remote)
+        load = load_model if world.mesh is None else skeleton
+        model = load(base, trust_remote_code=remote, config=read_config(base, config.model))
     rows = model.get_input_embeddings().num_embeddings
     if folder is None and len(tokenizer) > rows:
         raise ValueError(

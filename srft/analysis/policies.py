@@ -21,6 +21,7 @@ from srft.dataset import make_prompts, read_problems, warm_starts
 from srft.engine.hf import HfEngine
 from srft.engine.sampling import make_sampling, prompt_format
 from srft.models import with_local_model
+from srft.policy.adapter import is_adapter
 from srft.policy.checkpoint import newest_checkpoint
 from srft.policy.forwards import packed_forward
 from srft.policy.model import load_tokenizer
@@ -91,7 +92,11 @@ def load_policy(source: str, label: str, config: Config) -> Policy:
     Raises:
         ValueError: When it cannot be read.
     """
-    named = config.model.model_copy(update={"name": source, "tokenizer": None, "reference": None})
+    other = {"name": source, "tokenizer": None, "reference": None}
+    if source != config.model.name and not is_adapter(source):
+        # a whole model has in its files what the run put in place of its checkpoint's
+        other |= {"rope_theta": None, "max_position_embeddings": None, "chat_template": None}
+    named = config.model.model_copy(update=other)
     config = with_local_model(config.model_copy(update={"model": named}))
     tokenizer = load_tokenizer(config.model)
     model = load_prepared(config, tokenizer, None, World(device=choose_device(config)))

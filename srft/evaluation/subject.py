@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from srft.config import Config
 from srft.models import NAMES, with_local_model
 from srft.options import load_config
 from srft.policy.adapter import base_of, is_adapter
 from srft.policy.checkpoint import newest_checkpoint
-from srft.policy.model import in_short
+from srft.policy.model import read_config
 
 _BLOCK = 2**24
 
@@ -86,11 +84,7 @@ def _default_out(name: str) -> Path:
 
 def _subject(label: str, config: Config, out: Path) -> Subject:
     source = config.model.name
-    base = base_of(source) if is_adapter(source) else source
-    try:
-        shape = AutoConfig.from_pretrained(base, trust_remote_code=config.model.trust_remote_code)
-    except Exception as error:  # a damaged file fails in the library with whatever it happens to raise
-        raise ValueError(f"cannot read the model {source!r}: {in_short(error)}") from error
+    shape = read_config(base_of(source) if is_adapter(source) else source, config.model)
     positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
     folder = Path(source)
     weights = _digest(folder) if folder.is_dir() else str(getattr(shape, "_commit_hash", None))

@@ -32,12 +32,15 @@ from srft.policy.tensor_files import open_slices
 from srft.policy.weights import named_weights, own_part, own_rows
 
 
-def skeleton(source: str | Path, *, trust_remote_code: bool) -> PreTrainedModel:
+def skeleton(
+    source: str | Path, *, trust_remote_code: bool, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
     """Build the model of a checkpoint without its weights: parameters on the meta device, buffers as they will be.
 
     Args:
         source: Folder or hub id.
         trust_remote_code: Run Python code shipped with the checkpoint.
+        config: What it is configured by; None takes its own.
 
     Returns:
         The model that ``load_model`` gives, in fp32 and evaluation mode, for ``fill`` to fill in.
@@ -46,7 +49,7 @@ def skeleton(source: str | Path, *, trust_remote_code: bool) -> PreTrainedModel:
         ValueError: When its configuration cannot be read, or its weights are quantized.
     """
     try:
-        shape = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        shape = config or AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         if getattr(shape, "quantization_config", None) is not None:
             raise ValueError("its weights are quantized, and ranks train from fp32, bf16 or fp16 alone")
         with _parameters_on_meta():

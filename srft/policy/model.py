@@ -48,7 +48,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     source = config.tokenizer or config.name
     if source == "tiny":
-        return byte_tokenizer()
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = config.chat_template
+        return tokenizer
     if is_adapter(source) and not (Path(source) / "tokenizer_config.json").is_file():
         source = base_of(source)
     try:
@@ -58,6 +60,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = kind.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a damaged file fails in the libraries below with whatever they happen to raise
         raise ValueError(f"cannot load a tokenizer from {source!r}: {in_short(error)}") from error
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer {source!r} names no end-of-sequence token; set eos_token in its tokenizer_config.json"
@@ -108,18 +112,49 @@ def build_tiny(
         return AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
 
 
-def load_model(source: str | Path, *, trust_remote_code: bool) -> PreTrainedModel:
+def read_config(source: str | Path, options: ModelConfig) -> PretrainedConfig:
+    """Read the configuration of a checkpoint, and put the options' numbers in place of its own.
+
+    Args:
+        source: Folder or hub id.
+        options: The model section of the configuration.
+
+    Raises:
+        ValueError: When it cannot be read, or has not what the options are for.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # as for the tokenizer
+        raise ValueError(f"cannot load a causal LM from {str(source)!r}: {in_short(error)}") from error
+    if not options.edits:
+        return config
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"model.{next(iter(options.edits))} is for unscaled rotary positions of one base, and {str(source)!r} "
+            f"({text.model_type}) has rope_parameters={rope or None}; unset it, and edit the config.json of a copy"
+        )
+    text.rope_parameters = {**rope, "rope_theta": options.rope_theta or rope["rope_theta"]}
+    text.max_position_embeddings = options.max_position_embeddings or text.max_position_embeddings
+    return config
+
+
+def load_model(
+    source: str | Path, *, trust_remote_code: bool, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
     """Load a Hugging Face causal LM with fp32 weights from safetensors.
 
     Args:
         source: Folder or hub id.
         trust_remote_code: Run Python code shipped with the checkpoint.
+        config: What it is configured by; None takes its own.
 
     Raises:
         ValueError: When it cannot be read.
     """
     try:
-        shape = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        shape = config or AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_pretrained(
             source,
             config=shape,

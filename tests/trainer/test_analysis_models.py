@@ -12,7 +12,17 @@ import torch
 
 from srft.analysis.command import main
 from srft.analysis.map import Point, distance, draw_map, thinned
-from srft.analysis.policies import Policy, encode, model_of, refuse_other_words, sample, score, start_of, token_texts
+from srft.analysis.policies import (
+    Policy,
+    encode,
+    load_policy,
+    model_of,
+    refuse_other_words,
+    sample,
+    score,
+    start_of,
+    token_texts,
+)
 from srft.analysis.shift import Shift, by_token, draw_histograms, histogram, make_shifts, summarise
 from srft.analysis.weights import Weighed, weigh
 from srft.analysis.weights import summarise as summarise_weights
@@ -233,3 +243,16 @@ def test_where_a_run_began_and_what_it_came_to(run: Path, tmp_path: Path) -> Non
     assert start_of(small_config(tmp_path)) == "tiny"
     assert start_of(small_config(tmp_path, model__name=str(run / "model"))) == str(run / "model")
     assert start_of(small_config(tmp_path, model__warm_start__max_steps=1)) is None
+
+
+def test_positions_and_template_are_those_of_the_runs_checkpoint_alone(tmp_path: Path) -> None:
+    """Another model, such as a reference, is as its own files say."""
+    for name in ("own", "other"):
+        plain_model(vocab=259).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    config = small_config(
+        tmp_path, model__name=tmp_path / "own", model__rope_theta=40000, model__chat_template="{{ messages }}"
+    )
+    own, other = (load_policy(str(tmp_path / name), name, config) for name in ("own", "other"))
+    assert own.model.config.rope_parameters["rope_theta"] == 40000 and own.tokenizer.chat_template == "{{ messages }}"
+    assert other.model.config.rope_parameters["rope_theta"] == 10000 and other.tokenizer.chat_template is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,19 @@ from torch import Tensor
 from srft.batch import Batch, pack
 from srft.config import ModelConfig
 from srft.options import load_config
-from srft.policy.model import build_tiny, byte_tokenizer, head_of, load_tokenizer, prepare_policy
+from srft.policy.loading import skeleton
+from srft.policy.model import (
+    build_tiny,
+    byte_tokenizer,
+    head_of,
+    load_model,
+    load_tokenizer,
+    prepare_policy,
+    read_config,
+)
 from srft.policy.parallel import ALONE
 from tests.trainer.architectures import build
+from tests.trainer.runs import train
 from tests.trainer.tiny import (
     CPU,
     flat_gradient,
@@ -197,3 +209,78 @@ def test_missing_tokenizer_is_one_line() -> None:
     """A folder that does not exist is an error that names it."""
     with pytest.raises(ValueError, match="no/such/folder"):
         load_tokenizer(tiny_config("model.name=no/such/folder").model)
+
+
+EDITS = ("model.rope_theta=40000", "model.max_position_embeddings=256")
+
+
+def saved(folder: Path) -> Path:
+    """A checkpoint of 64 positions, with a tokenizer of bytes."""
+    plain_model(vocab=259).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_positions_are_those_of_the_options(tmp_path: Path) -> None:
+    """Whole and as a skeleton, the model is that of a copy whose config.json says so, to the last bit."""
+    folder, copy = saved(tmp_path / "own"), saved(tmp_path / "copy")
+    settings = json.loads((copy / "config.json").read_text())
+    settings["rope_parameters"]["rope_theta"], settings["max_position_embeddings"] = 40000.0, 256
+    (copy / "config.json").write_text(json.dumps(settings))
+    config = read_config(folder, tiny_config(f"model.name={folder}", *EDITS).model)
+    model, expected = (
+        load_model(source, trust_remote_code=False, config=given) for source, given in ((folder, config), (copy, None))
+    )
+    assert model.config.to_diff_dict() | {"_name_or_path": ""} == expected.config.to_diff_dict() | {"_name_or_path": ""}
+    tokens = torch.arange(60)[None]
+    assert torch.equal(model(tokens).logits, expected(tokens).logits)
+    assert not torch.equal(model(tokens).logits, load_model(folder, trust_remote_code=False)(tokens).logits)
+    bare = skeleton(folder, trust_remote_code=False, config=config)
+    (name, turns), *_ = [(n, b) for n, b in bare.named_buffers() if n.endswith("inv_freq")]
+    assert torch.equal(turns, dict(expected.named_buffers())[name]) and bare.config.max_position_embeddings == 256
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", {}), ("gemma3_text", {}), ("mamba", {}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}}),
+    ],
+)  # fmt: skip
+def test_positions_of_other_kinds_are_refused(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Learned ones, two bases, none, scaled ones: one line that names the option and the model."""
+    transformers.AutoConfig.for_model(kind, **settings).save_pretrained(tmp_path)
+    for edit in EDITS:
+        with pytest.raises(ValueError, match=rf"^{edit.partition('=')[0]} is for unscaled rotary.*\({kind}\)"):
+            read_config(tmp_path, tiny_config(f"model.name={tmp_path}", edit).model)
+    read_config(tmp_path, tiny_config(f"model.name={tmp_path}").model)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_the_built_in_model_has_no_checkpoint_to_edit(edit: str) -> None:
+    """It is built with what a run needs."""
+    with pytest.raises(ValueError, match=f"{edit.partition('=')[0]}.*is built to fit; unset it"):
+        load_config([edit])
+
+
+def test_more_tokens_than_positions_are_refused(tmp_path: Path) -> None:
+    """Before the data are read; with as many as the options give, the run goes on to the data."""
+    words = {"model__name": saved(tmp_path / "own"), "data__train": tmp_path / "none.jsonl"}
+    longer = {**words, "rollout__max_new_tokens": 33}
+    with pytest.raises(ValueError, match="= 65 and model.name=.* positions for 64 tokens; .* set model.max"):
+        train(tmp_path, **longer)
+    for fits in (words, {**longer, "model__max_position_embeddings": 65}):
+        with pytest.raises(ValueError, match="no such data file"):
+            train(tmp_path, **fits)
+
+
+def test_a_chat_template_takes_the_place_of_the_tokenizers(tmp_path: Path) -> None:
+    """Of a checkpoint's and of the bytes; it is kept with the tokenizer."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "theirs"
+    tokenizer.save_pretrained(tmp_path / "own")
+    assert load_tokenizer(tiny_config(f"model.name={tmp_path / 'own'}").model).chat_template == "theirs"
+    for name in ("tiny", tmp_path / "own"):
+        tokenizer = load_tokenizer(tiny_config(f"model.name={name}", "model.chat_template={{ messages }}").model)
+        tokenizer.save_pretrained(tmp_path / "kept")
+        assert load_tokenizer(tiny_config(f"model.name={tmp_path / 'kept'}").model).chat_template == "{{ messages }}"
