@@ -330,6 +330,6 @@ _REMEDIES: dict[AlarmName, str] = {
     "likelihood-blow-up": "Lower the term on wrong rollouts (train.term_scales.rollout_negative of srft), or take the "
     "form with a ratio (method.self_rollout=ratio).",
     "ratio-tail": "Make fewer updates of a step (train.updates_per_step), or lower train.lr.",
-    "engine-mismatch": "Let both compute in one precision (engine.dtype, model.compute_dtype); until then rollouts are "
-    "another policy's.",
+    "engine-mismatch": "Let both compute in one precision (engine.dtype, model.compute_dtype), or with rollout.max_lag "
+    "lower train.lr; until then rollouts are another policy's.",
 }

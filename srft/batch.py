@@ -11,7 +11,7 @@ from torch import Tensor
 from srft.data.prompts import Prompt
 
 IGNORE_INDEX = -100
-SCORES = ("old_logprobs", "old_entropy", "ref_logprobs", "teacher_logprobs")
+SCORES = ("old_logprobs", "old_entropy", "ref_logprobs", "teacher_logprobs", "importance")
 """What a response may have of each of its tokens, found by models before the update."""
 
 
@@ -39,6 +39,9 @@ class Response:
         teacher_prompt_ids: What the teacher reads in place of ``prompt_ids``; None: the same.
         prefix_tokens: Tokens of a demonstration with which a rollout begins; fewer than it has.
         prefix_advantage: Filled in by the method: the advantage of these tokens.
+        version: Of a rollout, the weights that sampled it: steps they were trained for.
+        importance: How often each token counts where an older policy sampled it, 1 on those of a demonstration; None
+            where rollouts are always of the current policy.
     """
 
     prompt_ids: list[int]
@@ -59,6 +62,8 @@ class Response:
     teacher_prompt_ids: list[int] | None = None
     prefix_tokens: int = 0
     prefix_advantage: float = 0.0
+    version: int = 0
+    importance: Tensor | None = None
 
     @property
     def parts(self) -> list[tuple[bool, int]]:
@@ -89,6 +94,31 @@ class Group:
     rollouts: list[Response] = field(default_factory=list)
     demos: list[Response] = field(default_factory=list)
     max_new_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A step's judged groups.
+
+    Args:
+        step: The step that learns from them.
+        groups: This rank's.
+        gave_way: Those in whose place some of them came.
+        seconds: What making them took beside training; None where training waited for all of it, or it is not known.
+    """
+
+    step: int
+    groups: list[Group]
+    gave_way: list[Group]
+    seconds: float | None = None
+
+    def copy(self) -> Sampled:
+        """Return the same, to be learned from, which fills in responses."""
+        return replace(self, groups=list(map(_copied, self.groups)), gave_way=list(map(_copied, self.gave_way)))
+
+
+def _copied(group: Group) -> Group:
+    return replace(group, rollouts=[replace(s) for s in group.rollouts], demos=[replace(s) for s in group.demos])
 
 
 @dataclass(frozen=True)
@@ -137,6 +167,8 @@ class Batch:
         is_empty: It has one sequence that counts for nothing, with which a rank keeps step with the others.
         ref_logprobs: [N] fp32 of the reference model, or None where the method does not need them.
         teacher_logprobs: [N] fp32 of the teacher, 0 on demonstrations, or None where the method has none.
+        importance: [N] fp32, how often a token counts that an older policy sampled, 1 on demonstrations; None where
+            all rollouts are of the policy before the step.
     """
 
     input_ids: Tensor
@@ -156,6 +188,7 @@ class Batch:
     old_entropy: Tensor | None = None
     ref_logprobs: Tensor | None = None
     teacher_logprobs: Tensor | None = None
+    importance: Tensor | None = None
 
     def responses(self) -> Iterator[tuple[Response, slice]]:
         """Give each sequence with the place of its counted tokens in the [N] vectors."""
@@ -272,6 +305,7 @@ def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
         old_entropy=known("old_entropy"),
         ref_logprobs=known("ref_logprobs"),
         teacher_logprobs=known("teacher_logprobs"),
+        importance=known("importance"),
     )
 
 

@@ -11,8 +11,9 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from srft.alarms import AlarmConfig, AlarmNames
 from srft.data.config import DataConfig
-from srft.methods import DEFAULT, BaseMethod, absolute_name, find_method
+from srft.methods import DEFAULT, BaseMethod, absolute_name, find_method, method_names
 from srft.section import Section, one_or_more
+from srft.tiny import TinyConfig, WarmStartConfig
 
 
 def _separated(value: object) -> object:
@@ -25,34 +26,6 @@ def _method(value: object) -> object:
         return value
     name = str(value.get("name", DEFAULT))
     return find_method(name).model_validate({**value, "name": absolute_name(name)})
-
-
-class WarmStartConfig(Section):
-    """A short supervised start for a model built from scratch; its result is cached."""
-
-    max_steps: int = Field(400, ge=0)
-    """Steps after which it ends in any case; 0 turns it off."""
-    until_accuracy: float = Field(0.25, gt=0, le=1)
-    """It ends once greedy accuracy on held-out problems reaches this."""
-    batch_size: int = Field(128, gt=0)
-    """Demonstrations per step."""
-    lr: float = Field(2e-3, gt=0)
-    """AdamW learning rate."""
-
-
-class TinyConfig(Section):
-    """Shape of the model built from scratch when model.name is "tiny" (Qwen2 architecture)."""
-
-    hidden_size: int = Field(128, gt=0)
-    """Width of the residual stream."""
-    num_layers: int = Field(2, gt=0)
-    """Transformer blocks."""
-    num_heads: int = Field(4, gt=0)
-    """Attention heads; must divide hidden_size."""
-    intermediate_size: int = Field(512, gt=0)
-    """Width of the gated MLP."""
-    tie_embeddings: bool = True
-    """Share the embedding with the head."""
 
 
 class LoraConfig(Section):
@@ -152,6 +125,14 @@ class RolloutConfig(Section):
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(one_or_more)] = []
     """Texts that end a completion, such as "</answer>"; it is kept up to the end of the text. Beside them, the end
     tokens of the tokenizer, of the model's generation_config and of the chat template end it."""
+    max_lag: int = Field(0, ge=0)
+    """Steps by which the policy that samples may be behind the one that learns. 0: each step's rollouts are its own.
+    1: they are made while the step before is trained. More: they wait, which is no faster; it shows what staleness
+    does. Rollouts are then weighted by how likely they still are; one process alone."""
+    is_cap: float = Field(2.0, ge=1)
+    """With max_lag > 0: largest such weight of a token, p / p of the engine."""
+    is_mode: Literal["truncate", "mask"] = "truncate"
+    """With max_lag > 0: a token above is_cap counts is_cap times ("truncate"), or not at all ("mask")."""
 
 
 class RewardConfig(Section):
@@ -310,6 +291,12 @@ class Config(Section):
             raise ValueError(
                 f'method.name="{method.name}" needs neither rollouts nor demonstrations, so it would learn nothing; '
                 "set its needs_rollouts or needs_demos to True"
+            )
+        if self.rollout.max_lag and not (method.takes_lag and method.needs_rollouts):
+            able = ", ".join(name for name in method_names() if find_method(name).takes_lag)
+            raise ValueError(
+                f'rollout.max_lag={self.rollout.max_lag}, but method.name="{method.name}" with these options does not '
+                f"weight rollouts of an older policy; set rollout.max_lag=0, or take one of {able}"
             )
         if self.model.reference is not None and not self.wants_reference:
             raise ValueError(

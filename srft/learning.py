@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from srft.batch import SCORES, Batch, Group, Response, Totals, count, empty_batch, pack
+from srft.importance import weigh
 from srft.methods import Figure, Kind, UpdateInfo, assign_advantages
 from srft.policy.exchange import Exchange
 from srft.policy.forwards import packed_forward
@@ -49,9 +50,12 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
         Exchange(world, assign_advantages(part, config.method)) for part in _parts(learner, groups)
     ]
     held = [s for exchange in exchanges for s in exchange.held]
-    if len(exchanges) > 1:
+    behind = config.rollout.max_lag > 0 and any(not s.is_demo for s in held)
+    if len(exchanges) > 1 or behind:
         remember_old_logprobs(learner, held)
+    if len(exchanges) > 1:
         remember_frozen(learner, held)
+    lag = weigh(held, step, config.rollout.is_cap, config.rollout.is_mode) if behind else {}
     filled = [exchange.held for exchange in exchanges if world.largest(len(exchange.held))]
     every = config.train.grad_terms_every
     apart = measure_terms(learner, filled[0], step) if filled and every and step % every == 0 else {}
@@ -64,7 +68,7 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
     if not figures:
         return {}
     made = {"updates/made": len(figures), "tokens/trained": int(world.sum([sum(map(len, held))])[0])}
-    return combined(figures) | apart | made
+    return combined(figures) | apart | made | lag
 
 
 def _parts(learner: Learner, groups: list[Group]) -> list[list[Group]]:

@@ -101,6 +101,9 @@ class BaseMethod(Section, ABC):
     """Whether its teacher reads a demonstration with the prompt of a rollout, as ``show`` words it."""
     terms: ClassVar[Mapping[str, Kind]] = {}
     """Terms of its loss that have a scale of their own, and what each learns from: likelihood or rewards."""
+    takes_lag: ClassVar[bool] = False
+    """Whether its loss multiplies what rollouts count by ``Batch.importance``, as ``token_weights`` does on request, so
+    that they may be of an older policy (``rollout.max_lag``); and no step of it goes by what the one before noted."""
     fewest_rollouts: ClassVar[int] = 1
     """Fewest rollouts of a prompt that it can learn from, where it needs any."""
     curves: ClassVar[tuple[Curves, ...]] = ()

@@ -18,9 +18,8 @@ from srft.data.prompts import Prompt
 from srft.data.sampler import StepSampler
 from srft.dataset import Prompts, make_prompts, read_problems, warm_starts
 from srft.engine.sampling import describe_ends, make_sampling
-from srft.engine.start import engine_bytes, start_engine
+from srft.engine.start import cores_divided, engine_bytes, start_engine
 from srft.evaluation.held_out import FurtherSet, further_sets
-from srft.method import StepInfo
 from srft.models import with_local_model
 from srft.options import to_toml
 from srft.planning.speed import Speed
@@ -41,9 +40,11 @@ from srft.record.history import RunRecord, load_record
 from srft.record.log import NoLog, RunLog
 from srft.record.progress import Progress
 from srft.record.trackers import open_trackers, refuse_absent
+from srft.record.waiting import Waiting
 from srft.report.build import build_report
 from srft.rewards.pool import RewardPool
 from srft.rollout import Actor, refuse_long_lessons
+from srft.rollouts import Rollouts, describe_lag
 from srft.stop import StopSignals
 from srft.sync import WeightSync
 from srft.warm_start import cached_start, keep_start, warm_start
@@ -57,8 +58,8 @@ class Run:
     Args:
         world: The ranks that make it together.
         prompts: What it asks.
-        sampler: Draws the prompts of each step, and demonstrations of a set of their own.
-        actor: Answers them, and judges the answers.
+        actor: Answers it, and judges the answers.
+        rollouts: Each step's, drawn, answered and judged.
         learner: Moves the policy.
         sync: Brings the policy to the actor's engine.
         stop: Signals wait from the first moved weight of a step until ``release``.
@@ -70,8 +71,8 @@ class Run:
 
     world: World
     prompts: Prompts
-    sampler: StepSampler
     actor: Actor
+    rollouts: Rollouts
     learner: Learner
     sync: WeightSync
     stop: StopSignals
@@ -79,26 +80,6 @@ class Run:
     log: RunLog | NoLog
     speed: Speed
     further: list[FurtherSet] = field(default_factory=list)
-
-    def draw(self, now: StepInfo) -> tuple[list[Prompt], list[Prompt]]:
-        """Return the prompts of the next step and, where they are a set of their own, its demonstrations.
-
-        Args:
-            now: The step.
-        """
-        config = self.learner.config
-        _, wants_demos = config.method.asks(now)
-        count = config.train.prompts_per_step
-        asked, shown = self.sampler.next(count, count * config.train.demos_per_prompt * wants_demos)
-        return [self.prompts.train[i] for i in asked], [self.prompts.demos[i] for i in shown]
-
-    def draw_more(self, number: int) -> list[Prompt]:
-        """Return further prompts, the same on every rank.
-
-        Args:
-            number: How many.
-        """
-        return [self.prompts.train[i] for i in self.sampler.next(number, 0)[0]]
 
 
 @contextmanager
@@ -139,21 +120,27 @@ def prepared(config: Config) -> Iterator[Run]:
         # a step is abandoned without a trace until its first update moves the weights, and finished from then on
         learner.optimizer.register_step_pre_hook(lambda *_: stop.hold())
         sampler = StepSampler(len(prompts.train), len(prompts.demos), config.train.seed)
-        progress = Progress(run_dir, learner, sampler, data)
+        waiting = Waiting(prompts.train, prompts.demos)
+        progress = Progress(run_dir, learner, sampler, data, waiting)
         progress.restore(checkpoint)
         with (
-            closing(start_engine(learner, run_dir / "engine")) as engine,
+            cores_divided(config, world) as threads,
+            closing(start_engine(learner, run_dir / "engine", threads)) as engine,
             _record(config, run_dir, progress, world) as log,
-            progress.saved_when_stopped(),
         ):
-            if config.method.file_text and world.is_first:
-                write_atomically(run_dir / METHOD_FILE, config.method.file_text)
-            log.say(f"{describe_step(learner, prompts.note)} {describe_ends(sampling, tokenizer)}")
-            log.say(proof.sentence())
-            sync = WeightSync(learner.model, engine, _probe(prompts.train, config), config, world)
             actor = Actor(engine, sampling, tokenizer, pool, world)
-            log.say(worst_case(learner))
-            yield Run(world, prompts, sampler, actor, learner, sync, stop, progress, log, speed, further)
+            rollouts = Rollouts(learner, prompts, sampler, actor, waiting, threads)
+            # a batch that is being made is waited for once the last whole step is saved
+            with closing(rollouts), progress.saved_when_stopped():
+                if config.method.file_text and world.is_first:
+                    write_atomically(run_dir / METHOD_FILE, config.method.file_text)
+                log.say(f"{describe_step(learner, prompts.note)} {describe_ends(sampling, tokenizer)}")
+                if config.rollout.max_lag:
+                    log.say(describe_lag(config, threads))
+                log.say(proof.sentence())
+                sync = WeightSync(learner.model, engine, _probe(prompts.train, config), config, world)
+                log.say(worst_case(learner))
+                yield Run(world, prompts, actor, rollouts, learner, sync, stop, progress, log, speed, further)
 
 
 def _refuse_differences(config: Config, data: dict[str, Any], world: World) -> None:

@@ -189,7 +189,7 @@ def _rollout(actor: Actor, prompt: Prompt, begin: list[int], completion: Complet
         truncated=completion.finish == "length" or len(completion.token_ids) > room,
         rollout_logprobs=[0.0] * len(begin) + completion.logprobs[:room],
         text=completion_text(actor.tokenizer, response_ids, prompt.opened, actor.sampling.stop),
-        prefix_tokens=len(begin),
+        prefix_tokens=len(begin), version=completion.version,
     )  # fmt: skip
 
 

@@ -37,7 +37,6 @@ from srft.prepare import Run, prepared
 from srft.record.metrics import Clock, group_metrics, sample_rows
 from srft.record.problems import Verdicts, trained_on
 from srft.rewards.pool import Judge
-from srft.rollout import judge, resample, roll_out
 from srft.sync import CanaryError
 
 
@@ -62,24 +61,22 @@ def fit(config: Config) -> None:
         for step in range(run.progress.step + 1, train.steps + 1):
             clock, is_last = Clock(run.world, step), step == train.steps
             torch.manual_seed(sample_seed(train.seed, step, "torch", run.world.rank))
-            with clock("rollout"):
-                now = run.learner.now(step)
-                prompts, shown = run.draw(now)
-                groups = roll_out(config, run.actor, prompts, now, shown)
-            with clock("reward"):
-                judge(groups, run.actor.pool)
-            with clock("rollout"):
-                gave_way = resample(config, run.actor, groups, run.draw_more, now)
+            sampled = run.rollouts.take(step, clock)
+            groups = sampled.groups
             run.stop.agree()
             with clock("train"):
                 figures = learn(run.learner, groups, step)
             if not figures:
                 run.log.say(f"Step {step}: no sample was judged, or the method took none, so nothing was learned.")
+            with clock("rollout"):
+                run.rollouts.wait()
             with clock("sync"):
                 canary = run.sync.push(step)
             run.log.samples(step, sample_rows(groups))
             run.log.problems(step, "training", trained_on(groups, run.world))
-            row = {"step": step, **canary, **figures, **group_metrics(groups, run.world, gave_way)}
+            row = {"step": step, **canary, **figures, **group_metrics(groups, run.world, sampled.gave_way)}
+            if sampled.seconds is not None:
+                row["time/ahead"] = sampled.seconds
             row["engine/restarts"] = run.actor.engine.restarts
             if step % train.eval_every == 0 or is_last:
                 run.progress.reached(step, unlogged=row | clock.seconds())

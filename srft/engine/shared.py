@@ -29,6 +29,8 @@ class SharedEngine:
         world: The ranks.
         ranks_per_engine: Ranks of a group, neighbours; divides their number.
         most_restarts: How often engines may be started again in this run, all together, >= 0.
+        keeps_weights: Give an engine that is started again those of the last update, kept in the CPU's memory, not
+            ``weights``; for a policy that is trained while the engine samples.
 
     Raises:
         EngineError: When an engine cannot be started.
@@ -41,8 +43,11 @@ class SharedEngine:
         world: World,
         ranks_per_engine: int,
         most_restarts: int,
+        *,
+        keeps_weights: bool = False,
     ) -> None:
         self._start, self._weights, self._world, self._most = start, weights, world, most_restarts
+        self._keeps = keeps_weights
         self._first = world.rank - world.rank % ranks_per_engine
         self._runs_it = world.rank == self._first
         self._members = range(self._first, self._first + ranks_per_engine)
@@ -90,6 +95,9 @@ class SharedEngine:
             Elsewhere: As ``generate``.
         """
         self.version = version
+        if self._keeps:
+            kept = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in named_tensors]
+            self._weights, named_tensors = (lambda: kept), kept
         self._until_served(self._together(partial(self._send, named_tensors, self._runs_it)))
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +22,40 @@ from srft.policy.parallel import World
 from srft.policy.weights import whole_tensors
 
 
-def start_engine(learner: Learner, folder: Path) -> Engine:
+@contextmanager
+def cores_divided(config: Config, world: World) -> Iterator[int | None]:
+    """While entered, half of this process's threads are the engine's where it samples while the trainer computes.
+
+    Two pools of threads that share cores are several times slower than one each of its own.
+
+    Args:
+        config: The whole configuration.
+        world: The ranks.
+
+    Yields:
+        Threads of the engine; None where it and the trainer take turns, or compute on a GPU.
+    """
+    if not config.rollout.max_lag or world.device.type == "cuda":
+        yield None
+        return
+    every = torch.get_num_threads()
+    engine = max(1, every // 2)
+    torch.set_num_threads(max(1, every - engine))
+    try:
+        yield engine
+    finally:
+        torch.set_num_threads(every)
+
+
+def start_engine(learner: Learner, folder: Path, threads: int | None = None) -> Engine:
     """Start the rollout engine of a run on the policy's current weights; every rank of the run must.
 
     Args:
         learner: Holds the policy.
         folder: For the engine's log and the model that it loads, where it has a process of its own. The first rank
             writes that model once for all of them.
+        threads: Of an engine with a process of its own; None: half the cores, or the environment's OMP_NUM_THREADS, and
+            of several ranks as many as wait for it.
 
     Raises:
         ValueError: When vLLM is asked for and not installed, or ``engine.ranks_per_engine`` does not fit the ranks.
@@ -38,9 +67,11 @@ def start_engine(learner: Learner, folder: Path) -> Engine:
     if kind == "hf":
         return start_in_process(learner, config.engine_dtype)
     export_model(folder / "model", learner.model, learner.tokenizer, world)
-    start = partial(_start_vllm, learner, folder, sharing)
+    threads = _threads(sharing) if world.size > 1 else threads
+    start = partial(_start_vllm, learner, folder, threads)
     weights = partial(whole_tensors, learner.model, config.engine_dtype)
-    return SharedEngine(start, weights, world, sharing, config.engine.restarts)
+    lags = config.rollout.max_lag > 0
+    return SharedEngine(start, weights, world, sharing, config.engine.restarts, keeps_weights=lags)
 
 
 def _kind(config: Config, world: World) -> str:
@@ -85,7 +116,7 @@ def _ranks_per_engine(learner: Learner, kind: str) -> int:
     return sharing
 
 
-def _start_vllm(learner: Learner, folder: Path, sharing: int) -> Engine:
+def _start_vllm(learner: Learner, folder: Path, threads: int | None) -> Engine:
     from srft.engine.vllm import VllmEngine
 
     config, world = learner.config, learner.world
@@ -95,7 +126,7 @@ def _start_vllm(learner: Learner, folder: Path, sharing: int) -> Engine:
         max_model_len=config.longest_sequence,
         python=config.engine.python,
         gpu_memory_utilization=config.engine.gpu_memory_utilization,
-        num_threads=_threads(sharing) if world.size > 1 else None,
+        num_threads=threads,
         visible_devices=_own_device(world) if world.size > 1 else None,
         log_path=folder / (f"vllm-{world.rank}.log" if world.rank else "vllm.log"),
         tokenizer=learner.tokenizer if config.rollout.stop else None,

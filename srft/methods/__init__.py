@@ -99,7 +99,9 @@ def group_advantages(rewards: Sequence[float], divide_by_std: bool) -> list[floa
     return (centred / (values.std() + 1e-6) if divide_by_std else centred).tolist()
 
 
-def token_weights(batch: Batch, update: UpdateInfo, how: Aggregation, *, together: bool = False) -> Tensor:
+def token_weights(
+    batch: Batch, update: UpdateInfo, how: Aggregation, *, together: bool = False, importance: bool = False
+) -> Tensor:
     """Turn an aggregation into a factor of each token, for a term that is divided by the number of tokens of its kind.
 
     A weight of 1 gives the mean over tokens. The other aggregations divide by something else, which their weights
@@ -113,6 +115,8 @@ def token_weights(batch: Batch, update: UpdateInfo, how: Aggregation, *, togethe
             sequences of their token sums divided by ``max_new_tokens``; "sum", the sum over all tokens divided by
             ``max_new_tokens``, however many sequences there are.
         together: Rollouts and demonstrations are one kind, rather than counted apart.
+        importance: For terms of rollouts: those that an older policy sampled count by ``Batch.importance``. The
+            denominators stay.
 
     Returns:
         [N] fp32.
@@ -135,7 +139,8 @@ def token_weights(batch: Batch, update: UpdateInfo, how: Aggregation, *, togethe
 
     parts = [part for response in batch.sequences for part in response.parts]
     weights = torch.tensor([weight(*part) for part in parts], dtype=torch.float32)
-    return weights.repeat_interleave(torch.tensor([tokens for _, tokens in parts])).to(batch.labels.device)
+    weights = weights.repeat_interleave(torch.tensor([tokens for _, tokens in parts])).to(batch.labels.device)
+    return weights if batch.importance is None or not importance else weights * batch.importance
 
 
 def sft_and_rl(

@@ -39,6 +39,7 @@ from srft.methods import (
 class Method(BaseMethod):
     """CHORD: (1 - mu) GRPO on rollouts + mu SFT on demonstrations, by a schedule of mu or by token."""
 
+    takes_lag: ClassVar[bool] = True
     fewest_rollouts: ClassVar[int] = 2
     terms: ClassVar[Mapping[str, Kind]] = {"policy": "rl", "sft": "sft"}
     curves: ClassVar[tuple[Curves, ...]] = (
@@ -97,7 +98,8 @@ class Method(BaseMethod):
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A clipped stream on rollouts, a likelihood stream on demonstrations."""
         totals, mu = update.totals, self.share(update.step)
-        rl_weights = token_weights(batch, update, self.rl_aggregation) * (1 - mu) / max(1, totals.rollout_tokens)
+        rl_weights = token_weights(batch, update, self.rl_aggregation, importance=True)
+        rl_weights = rl_weights * (1 - mu) / max(1, totals.rollout_tokens)
         sft_weights = token_weights(batch, update, self.sft_aggregation) * mu / max(1, totals.demo_tokens)
         return sft_and_rl(
             batch, update, rl_weights=rl_weights, sft_weights=sft_weights, entropy_coef=self.entropy_coef,

@@ -25,6 +25,7 @@ class Method(BaseMethod):
 
     needs_demos: ClassVar[bool] = False
     terms: ClassVar[Mapping[str, Kind]] = {"policy": "rl"}
+    takes_lag: ClassVar[bool] = True
     fewest_rollouts: ClassVar[int] = 2
 
     loss_type: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"
@@ -65,7 +66,7 @@ class Method(BaseMethod):
         return partial(
             linear_grpo_loss, advantages=advantages, old_logprobs=batch.old_logprobs,
             loss_type=self.loss_type, clip_low=self.clip_low, clip_high=self.clip_high,
-            entropy_coef=self.entropy_coef, cu_seqlens=batch.loss_cu_seqlens,
+            rollout_weights=batch.importance, entropy_coef=self.entropy_coef, cu_seqlens=batch.loss_cu_seqlens,
             ref_logprobs=batch.ref_logprobs, kl_coef=self.kl_coef,
             token_weights=token_weights(batch, update, self.aggregation) * update.scale("policy"),
             num_tokens=update.totals.rollout_tokens,

@@ -40,6 +40,7 @@ class Method(BaseMethod):
     """HPT: SFT on the demonstrations of prompts whose rollouts fail, policy gradient on the rollouts of others."""
 
     needs_paired_demos: ClassVar[bool] = True
+    takes_lag: ClassVar[bool] = True
     fewest_rollouts: ClassVar[int] = 2
     terms: ClassVar[Mapping[str, Kind]] = {"policy": "rl", "sft": "sft"}
     curves: ClassVar[tuple[Curves, ...]] = (RL_AND_SFT, DEMO_SHARE)
@@ -69,7 +70,7 @@ class Method(BaseMethod):
         totals, share = update.totals, demo_share(update)
         sft_weights = token_weights(batch, update, "sequence-mean") / max(1, totals.demo_tokens)
         # of a prompt the sum over its rollouts, where "constant" takes their mean
-        rl_weights = token_weights(batch, update, "constant") / max(1, totals.rollout_tokens)
+        rl_weights = token_weights(batch, update, "constant", importance=True) / max(1, totals.rollout_tokens)
         rl_weights = rl_weights * update.rollouts_per_prompt * (1 - share)
         return sft_and_rl(
             batch, update, rl_weights=rl_weights, sft_weights=sft_weights * self.sft_coef * share,

@@ -40,6 +40,7 @@ class Method(BaseMethod):
     """LUFFY: demonstrations in the group of the rollouts, with a shaped probability in place of a ratio."""
 
     needs_paired_demos: ClassVar[bool] = True
+    takes_lag: ClassVar[bool] = True
     curves: ClassVar[tuple[Curves, ...]] = (
         Curves(
             name="loss_components", title="Loss components", caption="The terms as they are added up.",
@@ -72,7 +73,7 @@ class Method(BaseMethod):
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A policy stream on rollouts, a shaped one on demonstrations."""
         tokens = max(1, update.totals.tokens)
-        weights = token_weights(batch, update, self.aggregation, together=True) / tokens
+        weights = token_weights(batch, update, self.aggregation, together=True, importance=True) / tokens
         return partial(
             linear_token_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,
             policy_weights=torch.where(batch.is_demo, 0.0, weights * update.scale("policy")),

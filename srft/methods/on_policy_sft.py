@@ -23,6 +23,7 @@ class Method(BaseMethod):
     """On-policy SFT: cross-entropy of right rollouts that fit, without a demonstration."""
 
     needs_demos: ClassVar[bool] = False
+    takes_lag: ClassVar[bool] = True
     terms: ClassVar[Mapping[str, Kind]] = {"sft": "sft"}
 
     aggregation: Aggregation = "token-mean"
@@ -38,7 +39,7 @@ class Method(BaseMethod):
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A likelihood stream on what was kept."""
         tokens = max(1, update.totals.rollout_tokens)
-        weights = token_weights(batch, update, self.aggregation) / tokens
+        weights = token_weights(batch, update, self.aggregation, importance=True) / tokens
         return partial(
             linear_token_loss, sft_weights=weights * update.scale("sft"),
             entropy_weights=torch.full_like(weights, self.entropy_coef / tokens) if self.entropy_coef else None,

@@ -43,6 +43,7 @@ from srft_kernels import linear_token_loss
 class Distillation(BaseMethod):
     """A teacher's say on rollouts, with SRFT's terms beside it: all but who the teacher is."""
 
+    takes_lag: ClassVar[bool] = True
     terms: ClassVar[Mapping[str, Kind]] = {"teacher": "rl", "rewards": "rl", "sft": "sft", "demo_rl": "rl"}
     curves: ClassVar[tuple[Curves, ...]] = (
         Curves(
@@ -119,7 +120,7 @@ class Distillation(BaseMethod):
         liking = (batch.teacher_logprobs - batch.old_logprobs).clamp(-self.bound, self.bound)
         rewards = self.rewards * update.scale("rewards") * batch.advantages
         advantages = self.teacher_coef * update.scale("teacher") * liking + rewards
-        weights = token_weights(batch, update, self.aggregation) / max(1, totals.rollout_tokens)
+        weights = token_weights(batch, update, self.aggregation, importance=True) / max(1, totals.rollout_tokens)
         of_demos = token_weights(batch, update, self.demo_aggregation) / max(1, totals.demo_tokens)
         sft_weights = torch.where(is_demo, of_demos * self.sft_coef * update.scale("sft"), 0.0)
         shaped_weights = torch.where(is_demo, of_demos * self.demo_rl_coef * update.scale("demo_rl"), 0.0)

@@ -57,6 +57,7 @@ class Method(BaseMethod):
     """Prefix-RFT: GRPO in which one rollout of a prompt goes on from the beginning of a demonstration."""
 
     needs_paired_demos: ClassVar[bool] = True
+    takes_lag: ClassVar[bool] = True
     fewest_rollouts: ClassVar[int] = 3
     terms: ClassVar[Mapping[str, Kind]] = {"policy": "rl", "prefix": "rl"}
     curves: ClassVar[tuple[Curves, ...]] = (
@@ -140,7 +141,7 @@ class Method(BaseMethod):
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A clipped stream on all tokens but those of a prefix that the policy is sure of."""
         tokens = max(1, update.totals.tokens)
-        weights = token_weights(batch, update, self.aggregation, together=True) / tokens
+        weights = token_weights(batch, update, self.aggregation, together=True, importance=True) / tokens
         of_kind = torch.where(batch.is_demo, update.scale("prefix"), update.scale("policy"))
         return partial(
             linear_token_loss, advantages=batch.advantages, old_logprobs=batch.old_logprobs,

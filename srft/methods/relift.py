@@ -43,6 +43,7 @@ class Method(BaseMethod):
     """ReLIFT: GRPO, and now and then an update of SFT on demonstrations of what no rollout solved."""
 
     needs_paired_demos: ClassVar[bool] = True
+    takes_lag: ClassVar[bool] = True
     fewest_rollouts: ClassVar[int] = 2
     terms: ClassVar[Mapping[str, Kind]] = {"policy": "rl", "sft": "sft"}
     curves: ClassVar[tuple[Curves, ...]] = (
@@ -88,7 +89,7 @@ class Method(BaseMethod):
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A policy stream on rollouts, a likelihood stream on demonstrations; an update has one of them."""
         totals = update.totals
-        rl_weights = token_weights(batch, update, self.rl_aggregation) / max(1, totals.rollout_tokens)
+        rl_weights = token_weights(batch, update, self.rl_aggregation, importance=True) / max(1, totals.rollout_tokens)
         sft_weights = token_weights(batch, update, self.sft_aggregation) / max(1, totals.demo_tokens)
         return sft_and_rl(
             batch, update, rl_weights=rl_weights, sft_weights=sft_weights, entropy_coef=self.entropy_coef,

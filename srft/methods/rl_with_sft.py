@@ -36,6 +36,7 @@ from srft.methods import (
 class Method(BaseMethod):
     """RL with an SFT loss: GRPO on rollouts + SFT on demonstrations, as they are."""
 
+    takes_lag: ClassVar[bool] = True
     fewest_rollouts: ClassVar[int] = 2
     terms: ClassVar[Mapping[str, Kind]] = {"policy": "rl", "sft": "sft"}
     curves: ClassVar[tuple[Curves, ...]] = (RL_AND_SFT,)
@@ -63,7 +64,7 @@ class Method(BaseMethod):
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A clipped stream on rollouts, a likelihood stream on demonstrations."""
         totals = update.totals
-        rl_weights = token_weights(batch, update, self.rl_aggregation) / max(1, totals.rollout_tokens)
+        rl_weights = token_weights(batch, update, self.rl_aggregation, importance=True) / max(1, totals.rollout_tokens)
         sft_weights = token_weights(batch, update, self.sft_aggregation) * self.sft_coef / max(1, totals.demo_tokens)
         return sft_and_rl(
             batch, update, rl_weights=rl_weights, sft_weights=sft_weights, entropy_coef=self.entropy_coef,

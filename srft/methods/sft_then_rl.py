@@ -70,6 +70,11 @@ class Method(Grpo):
         return self
 
     @property
+    def takes_lag(self) -> bool:  # type: ignore[override]
+        """Unless a plateau ends the first phase, in which the rollouts of the next step would have been asked for."""
+        return self.patience is None
+
+    @property
     def needs_demo_loss(self) -> bool:
         """Where the first phase waits for its plateau."""
         return self.patience is not None

@@ -119,6 +119,7 @@ class Method(BaseMethod):
         ),
     )  # fmt: skip
 
+    takes_lag: ClassVar[bool] = True
     terms: ClassVar[Mapping[str, Kind]] = {
         "demo_sft": "sft", "demo_rl": "rl", "rollout_positive": "rl", "rollout_negative": "rl",
     }  # fmt: skip
@@ -211,7 +212,7 @@ class Method(BaseMethod):
         """The fused SRFT loss."""
         preset = _PRESETS[self.preset]
         sft_weights = token_weights(batch, update, self.sft_aggregation or preset.sft_aggregation)
-        rl_weights = token_weights(batch, update, self.rl_aggregation or preset.rl_aggregation)
+        rl_weights = token_weights(batch, update, self.rl_aggregation or preset.rl_aggregation, importance=True)
         advantages = batch.advantages * torch.where(batch.is_demo, update.scale("demo_rl"), 1.0)
         of_token = self.weights == "entropy" and self.scope != "batch"
         sft, rl = (1.0, 1.0) if of_token else self._factors(update)

@@ -37,6 +37,7 @@ class Method(BaseMethod):
     """SuperRL: GRPO on prompts whose rollouts earn a reward, SFT on the demonstrations of the others."""
 
     needs_paired_demos: ClassVar[bool] = True
+    takes_lag: ClassVar[bool] = True
     fewest_rollouts: ClassVar[int] = 2
     terms: ClassVar[Mapping[str, Kind]] = {"policy": "rl", "sft": "sft"}
     curves: ClassVar[tuple[Curves, ...]] = (RL_AND_SFT, DEMO_SHARE)
@@ -62,7 +63,7 @@ class Method(BaseMethod):
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A clipped stream on rollouts, a likelihood stream on demonstrations, each by its prompts' share."""
         totals, share = update.totals, demo_share(update)
-        weights = token_weights(batch, update, "sequence-mean")
+        weights = token_weights(batch, update, "sequence-mean", importance=True)
         rl_weights = weights * (1 - share) / max(1, totals.rollout_tokens)
         sft_weights = weights * share / max(1, totals.demo_tokens)
         return sft_and_rl(

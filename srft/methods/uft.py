@@ -49,6 +49,7 @@ class Method(BaseMethod):
     """UFT: GRPO from a hint that grows shorter, and some likelihood of the hint."""
 
     needs_paired_demos: ClassVar[bool] = True
+    takes_lag: ClassVar[bool] = True
     fewest_rollouts: ClassVar[int] = 2
     terms: ClassVar[Mapping[str, Kind]] = {"policy": "rl", "sft": "sft"}
     curves: ClassVar[tuple[Curves, ...]] = (
@@ -128,7 +129,7 @@ class Method(BaseMethod):
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A policy stream on continuations, a likelihood stream on hints."""
         totals = update.totals
-        rl_weights = token_weights(batch, update, self.aggregation) / max(1, totals.rollout_tokens)
+        rl_weights = token_weights(batch, update, self.aggregation, importance=True) / max(1, totals.rollout_tokens)
         rl_weights = torch.where(batch.is_demo, 0.0, rl_weights)
         of_hint = self.hint_coef * update.scale("sft") / max(1, totals.demo_tokens)
         bonus = self.entropy_coef / max(1, totals.rollout_tokens)

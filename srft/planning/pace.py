@@ -142,7 +142,8 @@ def _forwards(shape: ModelShape, config: Config, teacher: ModelShape | None) -> 
     """How often the sequences of an update pass through a model of the policy's size without a backward pass."""
     method, train = config.method, config.train
     # the policy as it sampled, the mean entropy of the update, the reference
-    passes = float((train.updates_per_step > 1 or method.needs_old) + method.needs_entropy + method.needs_ref)
+    knows_old = train.updates_per_step > 1 or method.needs_old or config.rollout.max_lag > 0
+    passes = float(knows_old + method.needs_entropy + method.needs_ref)
     if method.taught_by is not None:
         rollouts = train.rollouts_per_prompt / sequences_a_prompt(config)
         size = 1.0 if teacher is None else teacher.products / shape.products

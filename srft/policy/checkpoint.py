@@ -12,11 +12,12 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +47,7 @@ class _Snapshot:
 
     step: int
     state: dict[str, Any]
+    texts: Mapping[str, str]
     files: dict[str, TensorFiles]
     parts: list[tuple[str, str, int, Tensor]]
 
@@ -74,7 +76,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._fault: BaseException | None = None
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], texts: Mapping[str, str] = MappingProxyType({})) -> None:
         """Write ``checkpoints/step_<step>``, after the one before.
 
         Where training goes on meanwhile, this returns when the weights and moments are copied.
@@ -82,6 +84,7 @@ class Checkpoints:
         Args:
             step: Steps done.
             state: Anything JSON holds.
+            texts: Further files, by name.
 
         Raises:
             WriteError: On the first rank, when the disk refuses on one of them, now or for the one before; what was
@@ -89,7 +92,7 @@ class Checkpoints:
             Elsewhere: On the other ranks then.
         """
         self.wait()
-        snapshot = self._snapshot(step, state)
+        snapshot = self._snapshot(step, state, texts)
         if not self._beside:
             self._write(snapshot)
             return
@@ -111,7 +114,7 @@ class Checkpoints:
         if fault is not None:
             raise fault
 
-    def _snapshot(self, step: int, state: dict[str, Any]) -> _Snapshot:
+    def _snapshot(self, step: int, state: dict[str, Any], texts: Mapping[str, str]) -> _Snapshot:
         files, parts = {}, []
         for stem, tensors in (_trained(self._learner.model), (_OPTIMIZER, _moments(self._learner))):
             held = [(name, tensor.detach()) for name, tensor in tensors]
@@ -120,7 +123,7 @@ class Checkpoints:
             for number, (name, tensor) in enumerate(held):
                 if (rows := self._to_write(tensor, number)) is not None:
                     parts.append((stem, name, *rows))
-        return _Snapshot(step, {"step": step, **state}, files, parts)
+        return _Snapshot(step, {"step": step, **state}, texts, files, parts)
 
     def _to_write(self, tensor: Tensor, number: int) -> tuple[int, Tensor] | None:
         """The rows of a tensor that this rank writes and the number of the first; replicas take turns."""
@@ -186,7 +189,8 @@ class Checkpoints:
         partial = start_folder(folder)
         (write_settings if adapted(self._learner.model) else write_config)(partial, self._learner.model)
         self._learner.tokenizer.save_pretrained(partial)
-        (partial / _STATE).write_text(json.dumps(snapshot.state))
+        for name, text in {_STATE: json.dumps(snapshot.state), **snapshot.texts}.items():
+            (partial / name).write_text(text)
         for files in snapshot.files.values():
             files.create(partial)
 

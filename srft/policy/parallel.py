@@ -175,8 +175,8 @@ def joined(config: Config, device: torch.device) -> Iterator[World]:
         device: "cpu", or "cuda" for the GPU of this rank's place on its machine.
 
     Raises:
-        ValueError: When ``train.ranks``, ``train.shard_ranks`` or ``train.vocab_parallel`` does not fit the number of
-            ranks.
+        ValueError: When ``train.ranks``, ``train.shard_ranks``, ``train.vocab_parallel`` or ``rollout.max_lag`` does
+            not fit the number of ranks.
         LostRank: When a collective fails because another rank is not there, or comes too late.
     """
     train, size = config.train, int(os.environ.get("WORLD_SIZE", "1"))
@@ -192,6 +192,11 @@ def joined(config: Config, device: torch.device) -> Iterator[World]:
         raise ValueError(
             f"train.vocab_parallel=true splits the head over all ranks, got {size // shard} replicas of {shard}; start "
             "several with train.ranks=N and leave train.shard_ranks unset, or set train.vocab_parallel=false"
+        )
+    if size > 1 and config.rollout.max_lag:
+        raise ValueError(
+            f"rollout.max_lag={config.rollout.max_lag} overlaps rollouts and training of one process, got {size} "
+            "ranks; set train.ranks=1, or rollout.max_lag=0"
         )
     if size == 1 and not train.cpu_offload:
         yield World(0, 1, device)

@@ -8,14 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from srft.batch import Sampled
 from srft.data.sampler import StepSampler
 from srft.disk import sync_to_disk, writing
 from srft.options import to_toml
 from srft.policy.checkpoint import Checkpoints, load_optimizer, read_state
 from srft.policy.learner import Learner
 from srft.record.log import RECORDS
+from srft.record.waiting import Waiting
 from srft.stop import Stopped
 
+_WAITING = "rollouts.jsonl"
 
 class Progress:
     """What a checkpoint needs besides the weights: a step that was not finished leaves no trace in it.
@@ -27,10 +30,14 @@ class Progress:
         learner: Holds the policy and its optimizer.
         sampler: Draws prompts and demonstrations; its state is noted after each step.
         data: From ``problems.data_state``, by which a resume tells other rows.
+        waiting: Batches made for later steps, noted with the sampler's state.
     """
 
-    def __init__(self, run_dir: Path, learner: Learner, sampler: StepSampler, data: dict[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, learner: Learner, sampler: StepSampler, data: dict[str, Any], waiting: Waiting
+    ) -> None:
         self._run_dir, self._learner, self._sampler, self._data = run_dir, learner, sampler, data
+        self._waiting = waiting
         self.step = 0
         """Steps done."""
         self.unlogged: dict[str, float] | None = None
@@ -38,6 +45,7 @@ class Progress:
         self._saved_step = 0
         self._checkpoints = Checkpoints(run_dir, learner)
         self._sampler_state = sampler.state_dict()
+        self._batches: list[Sampled] = []
         self._memory: dict[str, Any] = {}
 
     def restore(self, checkpoint: Path | None) -> None:
@@ -55,6 +63,8 @@ class Progress:
         self._sampler.load_state_dict(state["sampler"])
         self._learner.memory.update(state.get("memory", {}))
         load_optimizer(checkpoint, self._learner)
+        if (checkpoint / _WAITING).exists():
+            self._waiting.read((checkpoint / _WAITING).read_text())
         self.reached(state["step"], state["unlogged"])
         self._saved_step = self.step
 
@@ -66,6 +76,7 @@ class Progress:
             unlogged: Its row as far as it is known, None once ``metrics.jsonl`` has it.
         """
         self.step, self._sampler_state = step, self._sampler.state_dict()
+        self._batches = list(self._waiting.batches.values())
         self._memory = copy.deepcopy(self._learner.memory)
         self.unlogged = None if unlogged is None else dict(unlogged)
 
@@ -87,7 +98,8 @@ class Progress:
             "data": self._data,
             "start": self._learner.frozen.start,
         }
-        self._checkpoints.save(self.step, state)
+        texts = {_WAITING: self._waiting.lines(self._batches)} if self._batches else {}
+        self._checkpoints.save(self.step, state, texts)
         self._saved_step = self.step
 
     def _sync_record(self) -> None:

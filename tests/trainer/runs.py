@@ -135,3 +135,41 @@ def during_call(
             return original(*args, **kwargs)
 
     patch.setattr(owner, name, counted)
+
+
+# trainers, forks of one process that has imported all: each is told where to end itself, the n-th call of a function
+KILLED_AT = """
+import importlib, json, os, signal, sys
+from srft import train
+
+statuses = []
+for where, call, words in json.loads(sys.argv[1]):
+    if child := os.fork():
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        continue
+    module, _, name = where.rpartition(".")
+    owner = importlib.import_module(module)
+    original, calls = getattr(owner, name), 0
+
+    def deadly(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, deadly)
+    sys.argv[1:] = words
+    train.main()
+    os._exit(0)
+sys.exit(None if set(statuses) == {-signal.SIGKILL} else f"ended with {statuses}")
+"""
+
+
+def kill_runs(runs: list[tuple[str, int, list[str]]]) -> None:
+    """Train with each of these command lines and send SIGKILL at the n-th call of a function, a dotted path."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT, json.dumps(runs)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

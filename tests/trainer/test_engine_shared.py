@@ -59,9 +59,16 @@ class Scripted:
 class Ranks:
     """A shared engine on this rank, with what it was made of."""
 
-    def __init__(self, world: World, plans: list[dict[str, Exception]], per_engine: int = 1, most: int = 3) -> None:
+    def __init__(
+        self,
+        world: World,
+        plans: list[dict[str, Exception]],
+        per_engine: int = 1,
+        most: int = 3,
+        keeps: bool = False,
+    ) -> None:
         self.world, self.plans, self.engines, self.value = world, list(plans), [], 1.0
-        self.engine = SharedEngine(self.start, self.weights, world, per_engine, most)
+        self.engine = SharedEngine(self.start, self.weights, world, per_engine, most, keeps_weights=keeps)
 
     def start(self) -> Scripted:
         plan = self.plans.pop(0) if self.plans else {}
@@ -222,3 +229,14 @@ def test_one_process_replaces_its_engine_alike(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.splitlines() == [
         "it died; it is started again (1 of 3)", "no; it is started again (2 of 3)",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_engine_that_samples_while_the_policy_is_trained_keeps_its_weights(keeps: bool) -> None:
+    """Lost in a rollout after the policy has moved, it is given those of the last update if they are kept."""
+    ranks = Ranks(World(), [{"generate": EngineLost("it died")}], keeps=keeps)
+    ranks.update(2.0, 1)
+    ranks.value = 5.0
+    assert ranks.said(2) == expected(0, (2,), 6.0 if keeps else 15.0, 1)
+    ranks.update(3.0, 2)
+    assert ranks.said(1) == expected(0, (1,), 9.0, 2)

@@ -45,8 +45,8 @@ SESSIONS = [
     ("srft.sync.WeightSync.push", 1, 0),
     ("srft.train.evaluate", 1, 0),
     ("srft.record.log.RunLog.metrics", 1, 0),
-    ("srft.train.roll_out", 1, 0),
-    ("srft.train.judge", 1, 0),
+    ("srft.rollouts.roll_out", 1, 0),
+    ("srft.rollouts.judge", 1, 0),
     # the gradient of the first update is there, and abandoned; at that of the second the weights have moved
     ("torch.nn.utils.clip_grad_norm_", 1, 0),
     ("torch.nn.utils.clip_grad_norm_", 2, 1),

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tests.trainer.runs import (
     assert_same_run,
     command,
     environment,
+    kill_runs,
     read_lines,
     small_config,
     train,
@@ -86,37 +86,10 @@ def test_resume_without_a_checkpoint_starts_at_step_0(uninterrupted: Path, tmp_p
     assert_same_run(train(tmp_path, **RUN, train__resume=True), uninterrupted)
 
 
-# trainers, forks of one process that has imported all: each is told where to end itself, the n-th call of a function
-KILLED_AT = """
-import importlib, json, os, signal, sys
-from srft import train
-
-statuses = []
-for where, call, words in json.loads(sys.argv[1]):
-    if child := os.fork():
-        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        continue
-    module, _, name = where.rpartition(".")
-    owner = importlib.import_module(module)
-    original, calls = getattr(owner, name), 0
-
-    def deadly(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, deadly)
-    sys.argv[1:] = words
-    train.main()
-    os._exit(0)
-sys.exit(None if set(statuses) == {-signal.SIGKILL} else f"ended with {statuses}")
-"""
 MOMENTS = {
     "in-warm-start": ("srft.warm_start.update", 2),
     "warm-start-half-written": ("srft.policy.manifest._digest_of_list", 1),
-    "before-first-checkpoint": ("srft.train.judge", 2),
+    "before-first-checkpoint": ("srft.rollouts.judge", 2),
     "between-samples-and-metrics": ("srft.record.log.write_json_line", 7),
     # three of the warm start, then one a step: the gradient of step 3 is there and the weights are not moved yet
     "in-mid-step": ("torch.nn.utils.clip_grad_norm_", 6),
@@ -131,11 +104,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of runs that were killed at each of the moments."""
     folders = {moment: tmp_path_factory.mktemp(moment) for moment in MOMENTS}
     runs = [(*MOMENTS[moment], arguments(folder, **RUN)) for moment, folder in folders.items()]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT, json.dumps(runs)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    kill_runs(runs)
     return folders
 
 

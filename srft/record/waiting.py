@@ -1,0 +1,64 @@
+"""Batches that were made before the steps that learn from them: part of a checkpoint, as their policy is gone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from srft.batch import Group, Response, Sampled
+from srft.data.prompts import Prompt
+
+# what a response has before anything is learned from it, beside the tokens of its prompt
+_STORED = (
+    "response_ids", "is_demo", "truncated", "rollout_logprobs", "text", "reward", "status", "message",
+    "teacher_prompt_ids", "prefix_tokens", "version",
+)  # fmt: skip
+
+
+class Waiting:
+    """Judged batches by step, and how they are written.
+
+    Args:
+        prompts: Those that are learned from, in the order of the sampler.
+        demos: Those with demonstrations that are groups by themselves.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], demos: Sequence[Prompt]) -> None:
+        self._sets = {"train": prompts, "demos": demos}
+        self.batches: dict[int, Sampled] = {}
+        """Nothing is learned from these; steps learn from copies."""
+
+    def lines(self, batches: Iterable[Sampled]) -> str:
+        """Return batches as JSON Lines, a group each; numbers keep every bit.
+
+        Args:
+            batches: Of prompts of these sets.
+        """
+        place = {id(prompt): (name, i) for name, prompts in self._sets.items() for i, prompt in enumerate(prompts)}
+        return "".join(
+            json.dumps({"step": batch.step, "in": kind, "prompt": place[id(group.prompt)], **_group(group)}) + "\n"
+            for batch in batches
+            for kind in ("groups", "gave_way")
+            for group in getattr(batch, kind)
+        )
+
+    def read(self, lines: str) -> None:
+        """Take up the batches of a checkpoint.
+
+        Args:
+            lines: From ``lines``, with the same prompts.
+        """
+        for row in map(json.loads, lines.splitlines()):
+            batch = self.batches.setdefault(row["step"], Sampled(row["step"], [], []))
+            name, i = row["prompt"]
+            prompt = self._sets[name][i]
+            members = {kind: [Response(prompt.prompt_ids, **s) for s in row[kind]] for kind in ("rollouts", "demos")}
+            getattr(batch, row["in"]).append(Group(prompt, max_new_tokens=row["max_new_tokens"], **members))
+
+
+def _group(group: Group) -> dict[str, Any]:
+    members = {"rollouts": group.rollouts, "demos": group.demos}
+    return {"max_new_tokens": group.max_new_tokens} | {
+        kind: [{name: getattr(s, name) for name in _STORED} for s in of_kind] for kind, of_kind in members.items()
+    }

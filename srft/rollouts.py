@@ -1,0 +1,137 @@
+"""The judged groups of each step: made when it asks for them, or while the steps before it are trained."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+
+from srft.batch import Sampled
+from srft.config import Config
+from srft.data.prompts import Prompt
+from srft.data.sampler import StepSampler
+from srft.dataset import Prompts
+from srft.method import StepInfo
+from srft.policy.learner import Learner
+from srft.record.metrics import Clock
+from srft.record.waiting import Waiting
+from srft.rollout import Actor, judge, resample, roll_out
+
+
+class Rollouts:
+    """Draws prompts and has them answered and judged, ``rollout.max_lag`` steps before they are learned from.
+
+    With a lag of n >= 1 a thread makes one batch at a time, whole: that of step s by the policy after max(0, s - 1 - n)
+    steps, so that a run has the same rows every time. ``take(k)`` gives the engine step k + n, and ``wait`` takes it
+    back when step k is trained and the weights are to move. No batch sees new weights halfway. So a lag of 1 already
+    overlaps all that there is to overlap, and what is made is behind by n.
+
+    Args:
+        learner: What it learns from is asked for.
+        prompts: Those to draw from.
+        sampler: Draws them; its state is that of all batches made.
+        actor: Answers them, and judges the answers; between ``take`` and ``wait`` nobody else may use it.
+        waiting: Batches made; of a resumed run, those of its checkpoint.
+        threads: Of the engine, where it computes in this process beside training; None: as many as training.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        prompts: Prompts,
+        sampler: StepSampler,
+        actor: Actor,
+        waiting: Waiting,
+        threads: int | None = None,
+    ) -> None:
+        self._learner, self._prompts, self._sampler, self._actor = learner, prompts, sampler, actor
+        self._lag, self._waiting = learner.config.rollout.max_lag, waiting
+        self._maker = ThreadPoolExecutor(1, "rollouts", torch.set_num_threads, (threads or torch.get_num_threads(),))
+        self._made: Future[Sampled] | None = None
+
+    def take(self, step: int, clock: Clock) -> Sampled:
+        """Return a step's judged groups, and with a lag begin those of a later step.
+
+        Args:
+            step: Its number; each is taken once, in order.
+            clock: Has the seconds that training waits, as "rollout" and "reward".
+        """
+        if not self._lag:
+            return self._make(self._learner.now(step), clock)
+        with clock("rollout"):
+            # before the first step nothing is trained that could be waited for
+            for early in range(step, step + self._lag):
+                if early not in self._waiting.batches:
+                    self._begin(early)
+                    self.wait()
+            self._begin(step + self._lag)
+        return self._waiting.batches.pop(step).copy()
+
+    def wait(self) -> None:
+        """Wait until the batch that was begun is made; what went wrong with it is raised.
+
+        Raises:
+            EngineError: As ``Engine.generate``.
+            ValueError: What a verifier or the method raises.
+        """
+        if self._made is not None:
+            made = self._made.result()
+            self._made, self._waiting.batches[made.step] = None, made
+
+    def close(self) -> None:
+        """Wait until nobody uses the engine any more; what is being made then is made again by a run that goes on."""
+        self._maker.shutdown()
+
+    def _begin(self, step: int) -> None:
+        assert self._made is None
+        now = self._learner.now(step)
+        # what the step before notes must not depend on how far this one is
+        now = replace(now, memory=copy.deepcopy(now.memory))
+        self._made = self._maker.submit(self._make_beside, now)
+
+    def _make_beside(self, now: StepInfo) -> Sampled:
+        clock = Clock(step=now.step)
+        made = self._make(now, clock)
+        return replace(made, seconds=clock.seconds()["time/step"])
+
+    def _make(self, now: StepInfo, clock: Clock) -> Sampled:
+        config, actor = self._learner.config, self._actor
+        with clock("rollout"):
+            prompts, shown = self._draw(now)
+            groups = roll_out(config, actor, prompts, now, shown)
+        with clock("reward"):
+            judge(groups, actor.pool)
+        with clock("rollout"):
+            gave_way = resample(config, actor, groups, self._draw_more, now)
+        due = max(0, now.step - 1 - self._lag)
+        assert all(s.version == due for group in groups + gave_way for s in group.rollouts)
+        return Sampled(now.step, groups, gave_way)
+
+    def _draw(self, now: StepInfo) -> tuple[list[Prompt], list[Prompt]]:
+        """The prompts of the next step and, where they are a set of their own, its demonstrations."""
+        config = self._learner.config
+        _, wants_demos = config.method.asks(now)
+        count = config.train.prompts_per_step
+        asked, shown = self._sampler.next(count, count * config.train.demos_per_prompt * wants_demos)
+        return [self._prompts.train[i] for i in asked], [self._prompts.demos[i] for i in shown]
+
+    def _draw_more(self, number: int) -> list[Prompt]:
+        """Further prompts, the same on every rank."""
+        return [self._prompts.train[i] for i in self._sampler.next(number, 0)[0]]
+
+
+def describe_lag(config: Config, threads: int | None) -> str:
+    """Say in one sentence what is done at once.
+
+    Args:
+        config: The whole configuration, with a ``rollout.max_lag`` above 0.
+        threads: The engine's, from ``cores_divided``.
+    """
+    lag = config.rollout.max_lag
+    said = f"While a step is trained, the engine makes the rollouts of the step {lag} ahead"
+    if threads is not None:
+        ours = torch.get_num_threads()
+        said += f", with {threads} thread{'s' if threads > 1 else ''} beside training's {ours}"
+    return f"{said}; its weights are {lag} step{'s' if lag > 1 else ''} old then."
