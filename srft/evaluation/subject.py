@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from srft.config import Config
+from srft.config import Config, LoraConfig
 from srft.models import NAMES, with_local_model
 from srft.options import load_config
-from srft.policy.adapter import base_of, is_adapter
+from srft.policy.adapter import base_of, is_adapter, rank_of
 from srft.policy.checkpoint import newest_checkpoint
 from srft.policy.model import read_config
 
@@ -43,11 +43,14 @@ def find_subject(word: str, options: Sequence[str]) -> Subject:
     Args:
         word: Folder of a run, of which ``model/`` is taken or else the newest checkpoint; folder of a model, of a
             checkpoint or of adapters; a name of ``srft.models``; or a hub id.
-        options: Files and dotted overrides that win over what its run was trained with.
+        options: Files and dotted overrides that win over what its run was trained with, but for ``model.lora``:
+            adapters are as their folder has them, and a whole model has none.
 
     Raises:
         ValueError: When there is no such model, or an option is wrong.
     """
+    if lora := [option for option in options if option.startswith("model.lora.")]:
+        raise ValueError(f"adapters are evaluated as their folder has them; leave out {', '.join(lora)}")
     folder = Path(word).expanduser()
     if word in NAMES:
         config = with_local_model(load_config([*options, f"model.name={word}"]))
@@ -84,10 +87,15 @@ def _default_out(name: str) -> Path:
 
 def _subject(label: str, config: Config, out: Path) -> Subject:
     source = config.model.name
-    shape = read_config(base_of(source) if is_adapter(source) else source, config.model)
+    adapts = is_adapter(source)
+    base = base_of(source) if adapts else source
+    lora = LoraConfig(rank=rank_of(source) if adapts else 0)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"lora": lora})})
+    shape = read_config(base, config.model)
     positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
-    folder = Path(source)
-    weights = _digest(folder) if folder.is_dir() else str(getattr(shape, "_commit_hash", None))
+    commit = str(getattr(shape, "_commit_hash", None))
+    parts = [_digest(Path(part)) if Path(part).is_dir() else commit for part in dict.fromkeys([source, base])]
+    weights = " on ".join(parts)
     return Subject(label, config, weights, positions, out)
 
 

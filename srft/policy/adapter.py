@@ -70,6 +70,21 @@ def base_of(folder: str | Path) -> str:
     return base
 
 
+def rank_of(folder: str | Path) -> int:
+    """Return the rank of an adapter.
+
+    Args:
+        folder: For which ``is_adapter``.
+
+    Raises:
+        ValueError: When the folder does not say.
+    """
+    rank = _settings(Path(folder)).get("r")
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{Path(folder) / _CONFIG} must have a rank, r, of 1 or more, got {rank!r}")
+    return rank
+
+
 def named_adapters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield the adapters of a policy by the names that peft saves them under.
 

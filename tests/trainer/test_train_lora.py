@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 
+from srft import evaluate
+from srft.evaluation.subject import find_subject
 from srft.policy.manifest import damage
 from tests.trainer.runs import comparable_rows, read_lines, train
 
@@ -98,6 +100,24 @@ def test_a_base_that_is_gone_is_one_line(run: Path, tmp_path: Path) -> None:
     (orphan / "adapter_config.json").write_text(json.dumps(settings | gone))
     with pytest.raises(ValueError, match="is for the model in .*gone, which is not there; bring it back, or set"):
         train(tmp_path, **LORA, model__name=orphan)
+
+
+def test_adapters_are_evaluated_on_their_base(run: Path, tmp_path: Path) -> None:
+    """Of a run, in a folder of their own, and of a checkpoint; the merged model gives the same answers."""
+    alone, merged = tmp_path / "alone", tmp_path / "merged"
+    shutil.copytree(run / "model", alone)
+    shutil.copytree(run / "merged", merged)
+    places = {"run": run, "alone": alone, "merged": merged, "merged of run": run / "merged"}
+    places |= {"earlier": run / "checkpoints" / "step_000002", "base": base_of(run / "model")}
+    said = {}
+    for name, place in places.items():
+        words = ["chain", "--greedy", "--limit", "4", "--max-new-tokens", "16", "engine.kind=hf", "data.task.max_ops=3"]
+        evaluate.main([str(place), *words, "--out", str(tmp_path / name)])
+        said[name] = [row["answers"][0]["text"] for row in read_lines(tmp_path / name / "chain.jsonl")]
+    assert said["run"] == said["alone"] == said["merged"] == said["merged of run"]
+    assert said["run"] != said["earlier"] and said["earlier"] != said["base"] != said["run"]
+    with pytest.raises(ValueError, match="evaluated as their folder has them; leave out model.lora.rank=8"):
+        find_subject(str(alone), ["model.lora.rank=8"])
 
 
 @pytest.mark.vllm

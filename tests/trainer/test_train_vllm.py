@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from srft import evaluate
 from srft.policy.checkpoint import whole_checkpoint
 from tests.trainer.processes import descendants, marked_processes, state_and_parent
 from tests.trainer.runs import (
@@ -46,6 +48,20 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_step_samples_from_its_own_weights(untied: Path) -> None:
     """Four steps at a learning rate that moves the weights: engine and trainer agree to 1e-4 nats after each."""
     check(untied)
+
+
+def test_a_model_is_evaluated_by_vllm(untied: Path, tmp_path: Path) -> None:
+    """Its most likely answers are those of the engine in this process, but for one that a last bit may have turned."""
+    said = {}
+    for kind in ("vllm", "hf"):
+        words = ["chain", "--greedy", "--limit", "8", "--max-new-tokens", "32", "--out", str(tmp_path / kind)]
+        evaluate.main([str(untied), *words, f"engine.kind={kind}"])
+        rows = read_lines(tmp_path / kind / "chain.jsonl")
+        said[kind] = [(row["answers"][0]["text"], row["answers"][0]["finish"]) for row in rows]
+    assert sum(one == other for one, other in zip(said["vllm"], said["hf"], strict=True)) >= 7
+    assert len(set(said["vllm"])) > 2
+    assert json.loads((tmp_path / "vllm" / "evaluation.json").read_text())["asked"]["engine"] == "vllm"
+    assert not descendants(os.getpid())
 
 
 def test_texts_stop_and_a_tied_model_samples_from_its_own_weights(tmp_path: Path) -> None:
