@@ -167,7 +167,15 @@ def same(gold: Any, found: Any) -> bool:
     return type(gold) is type(found) and gold == found
 
 
+def _may_be_product(scalar: Scalar) -> bool:
+    """Whether a letter alone, outside of a text, follows the number: "6m" is six metres, or six times a variable."""
+    return scalar.quantity is not None and re.search(r"[^a-zA-Z\\][a-zA-Z]$", scalar.text.strip()) is not None
+
+
 def _same_scalar(gold: Scalar, found: Scalar) -> bool:
+    if _may_be_product(gold) and not (found.quantity and found.quantity.unit):
+        # a variable cannot be left out
+        gold = Scalar(gold.text)
     if gold.quantity is not None and found.quantity is not None:
         return gold.quantity.equals(found.quantity)
     if gold.unit and found.unit and gold.unit != found.unit:
