@@ -95,7 +95,8 @@ def _subject(label: str, config: Config, out: Path) -> Subject:
     positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
     commit = str(getattr(shape, "_commit_hash", None))
     parts = [_digest(Path(part)) if Path(part).is_dir() else commit for part in dict.fromkeys([source, base])]
-    weights = " on ".join(parts)
+    theta = config.model.rope_theta
+    weights = " on ".join(parts) + (f" with rope_theta={theta}" if theta else "")
     return Subject(label, config, weights, positions, out)
 
 
