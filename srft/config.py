@@ -122,6 +122,9 @@ class RolloutConfig(Section):
     """Sampling temperature; the loss divides the logits by the same number."""
     max_new_tokens: int = Field(64, gt=0)
     """Longest completion, in tokens; also the longest demonstration."""
+    min_new_tokens: int = Field(0, ge=0)
+    """Tokens that a completion has before it may end: until then end tokens are not drawn and texts of rollout.stop end
+    nothing. Not in evaluations."""
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(one_or_more)] = []
     """Texts that end a completion, such as "</answer>"; it is kept up to the end of the text. Beside them, the end
     tokens of the tokenizer, of the model's generation_config and of the chat template end it."""
@@ -271,6 +274,11 @@ class Config(Section):
             raise ValueError(
                 f"train.tokens_per_microbatch={train.tokens_per_microbatch} cannot hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens; raise it to at least that"
+            )
+        if self.rollout.min_new_tokens > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"rollout.min_new_tokens={self.rollout.min_new_tokens} is more than rollout.max_new_tokens="
+                f"{self.rollout.max_new_tokens}, which cuts a completion; lower the one or raise the other"
             )
         if self.engine.kind == "vllm" and not 0.01 <= self.rollout.temperature <= 2:
             raise ValueError(

@@ -20,12 +20,15 @@ class Sampling:
         stop_token_ids: Any of these ends a completion and stays in it as its last token.
         stop: A completion ends with the token that completes any of these in its text, which stays in it whole, with
             whatever else that token holds. Special tokens are no part of the text.
+        min_new_tokens: Tokens that a completion has before one of the above may end it, at most ``max_new_tokens``:
+            so many are drawn from all tokens but ``stop_token_ids``, and a text that these complete ends nothing.
     """
 
     temperature: float
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
     stop: tuple[str, ...] = ()
+    min_new_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class Completion:
     Args:
         token_ids: Sampled tokens, the one that ended it included when ``finish`` is "stop".
         logprobs: Natural-log probability of each token under the distribution it was drawn from, i.e.
-            softmax(logits / temperature); for greedy sampling, of softmax(logits).
+            softmax(logits / temperature); for greedy sampling, of softmax(logits). Among the first
+            ``Sampling.min_new_tokens`` the end tokens have no part in the softmax, so that the policy's own
+            log-probability is lower by -log(1 - p(end)) and a ratio of the two smaller than 1.
         finish: "stop" when a stop token was drawn or a stop text completed, "length" when the limit cut it.
         version: The weight version that produced it.
     """

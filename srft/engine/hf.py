@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 
 import torch
@@ -75,8 +76,8 @@ class HfEngine:
     def _sample(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
         device = self._model.device
         uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
-        stop = torch.tensor(sampling.stop_token_ids, device=device)
-        texts = StopTexts(self._tokenizer, sampling.stop) if sampling.stop else None
+        stop = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=device)
+        texts = StopTexts(self._tokenizer, sampling.stop, sampling.min_new_tokens) if sampling.stop else None
         said: list[list[int]] = [[] for _ in prompts]
         ids, mask, positions = _left_pad(prompts, self._pad_token_id, device)
         cache = DynamicCache(config=self._model.config)
@@ -91,6 +92,9 @@ class HfEngine:
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                 use_cache=True, logits_to_keep=1,
             ).logits[:, -1].float()  # fmt: skip
+            if t < sampling.min_new_tokens:
+                # a tokenizer may have more tokens than the model
+                logits[:, stop[stop < logits.shape[-1]]] = -math.inf
             token, logprob = _draw(logits, sampling.temperature, uniforms[alive, t])
             tokens[alive, t], logprobs[alive, t] = token, logprob
             newly = torch.isin(token, stop) & ~ended

@@ -35,7 +35,7 @@ def make_sampling(config: Config, tokenizer: PreTrainedTokenizerBase, model: Pre
     # code shipped with a checkpoint may build a model without a generation_config
     eos = getattr(model.generation_config, "eos_token_id", None)
     ends = stop_token_ids(prompt_format(config, tokenizer), eos, rollout.stop)
-    return Sampling(rollout.temperature, rollout.max_new_tokens, ends, tuple(rollout.stop))
+    return Sampling(rollout.temperature, rollout.max_new_tokens, ends, tuple(rollout.stop), rollout.min_new_tokens)
 
 
 def describe_ends(sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -46,4 +46,5 @@ def describe_ends(sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> str
         tokenizer: The policy's.
     """
     tokens = [str(tokenizer.convert_ids_to_tokens(i)) for i in sampling.stop_token_ids]
-    return f"A completion ends with {' or '.join([*tokens, *map(repr, sampling.stop)])}."
+    least = f", after {sampling.min_new_tokens} others at least" if sampling.min_new_tokens else ""
+    return f"A completion ends with {' or '.join([*tokens, *map(repr, sampling.stop)])}{least}."

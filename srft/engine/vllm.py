@@ -126,7 +126,7 @@ class VllmEngine:
                 texts without a tokenizer.
             EngineError: When vLLM fails.
         """
-        texts = StopTexts(self._tokenizer, sampling.stop) if sampling.stop else None
+        texts = StopTexts(self._tokenizer, sampling.stop, sampling.min_new_tokens) if sampling.stop else None
         if len(prompts) != len(seeds):
             raise ValueError(f"seeds must have one list per prompt, got {len(seeds)} for {len(prompts)}")
         if sampling.temperature != 0 and not _MIN_TEMPERATURE <= sampling.temperature <= _MAX_TEMPERATURE:
@@ -136,6 +136,9 @@ class VllmEngine:
             )
         if sampling.max_new_tokens <= 0:
             raise ValueError(f"max_new_tokens must be > 0, got {sampling.max_new_tokens}")
+        least, most = sampling.min_new_tokens, sampling.max_new_tokens
+        if not 0 <= least <= most:
+            raise ValueError(f"min_new_tokens must be in [0, max_new_tokens={most}], got {least}")
         if any(not 0 <= seed < 2**63 for row in seeds for seed in row):
             raise ValueError("every seed must be in [0, 2**63); reduce it modulo 2**63")
         self._check_tokens("prompt", prompts, self.max_model_len - 1)
@@ -145,6 +148,7 @@ class VllmEngine:
             seeds=seeds,
             temperature=sampling.temperature,
             max_new_tokens=sampling.max_new_tokens,
+            min_new_tokens=sampling.min_new_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             stop=list(sampling.stop),
         )

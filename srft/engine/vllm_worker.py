@@ -189,6 +189,8 @@ def _generate(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
                 SamplingParams(
                     temperature=request["temperature"],
                     max_tokens=request["max_new_tokens"],
+                    # beside the stop tokens, vLLM keeps the end token of the model from being drawn until then
+                    min_tokens=request["min_new_tokens"],
                     stop_token_ids=request["stop_token_ids"],
                     # only the caller's stop tokens stop
                     ignore_eos=True,

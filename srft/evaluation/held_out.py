@@ -76,7 +76,7 @@ def evaluate(
     """Answer every held-out problem and judge the answers: greedily, once, or several times by sampling.
 
     Args:
-        actor: Holds the policy to evaluate; the temperature of its sampling is replaced.
+        actor: Holds the policy to evaluate; the temperature of its sampling is replaced, and answers end when they end.
         prompts: The problems.
         samples: Answers to each; a single one is the most likely one.
         temperature: At which several are drawn.
@@ -88,7 +88,7 @@ def evaluate(
         of several answers that of resampled problems) and ``eval/pass@n``, over the answers that were judged and absent
         where none was; ``eval/truncated`` and ``eval/timeouts``, shares of the answers; all in [0, 1].
     """
-    sampling = replace(actor.sampling, temperature=temperature if samples > 1 else 0.0)
+    sampling = replace(actor.sampling, temperature=temperature if samples > 1 else 0.0, min_new_tokens=0)
     own = draw_answers(replace(actor, sampling=sampling), actor.world.own(prompts), samples, seed)
     tallies = [t for part in actor.world.gather([tally(answers) for answers in own]) for t in part]
     figures: dict[str, float] = {}

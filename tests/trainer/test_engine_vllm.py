@@ -157,6 +157,52 @@ def test_only_given_tokens_stop(served: tuple) -> None:
     assert last.finish == "stop" and len(last.token_ids) == 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.5], ids=lambda t: f"T{t}")
+def test_nothing_ends_before_the_least_number_of_tokens(served: tuple, temperature: float) -> None:
+    """Stop tokens are not drawn among them, and log-probabilities are of the other tokens alone, as those of hf are."""
+    model, engine = served
+    ends = (EOS, *range(9, 40))
+    (found,) = engine.generate(PROMPTS[:1], Sampling(temperature, 12, ends, (), 5), [list(range(32))])
+    lost = 0.0
+    for c in found:
+        assert len(c.token_ids) > 5 and not set(c.token_ids[:5]) & set(ends)
+        assert (c.token_ids[-1] in ends) == (c.finish == "stop")
+        with torch.no_grad():
+            every = model(torch.tensor([PROMPTS[0] + c.token_ids])).logits[0, len(PROMPTS[0]) - 1 : -1].float()
+        every = (every / (temperature or 1.0)).log_softmax(-1)
+        places = torch.arange(len(c.token_ids)), torch.tensor(c.token_ids)
+        own = every[places]
+        every[:5, ends] = -torch.inf
+        expected = every.log_softmax(-1)[places]
+        assert (expected - torch.tensor(c.logprobs)).abs().max() < FP32_BOUND
+        lost = max(lost, float((expected - own).max()))
+    assert lost > 0.01
+    assert temperature == 0 or min(len(c.token_ids) for c in found) == 6
+
+
+def test_texts_that_may_not_end_yet(served: tuple) -> None:
+    """What the first tokens complete is passed by; the next that is completed ends."""
+    model, engine = served
+    if not model.config.tie_word_embeddings:
+        pytest.skip("the engine of the untied model has no tokenizer")
+    seeds = [list(range(32))]
+    (free,) = engine.generate(PROMPTS[:1], Sampling(1.5, 20, ()), seeds)
+    ends = {c.token_ids[i] for c in free[:4] for i in (2, 7, 12)}
+    texts = tuple(f"w{i}" for i in ends)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(engine.model_dir)
+    (found,) = engine.generate(PROMPTS[:1], Sampling(1.5, 20, (), texts, 6), seeds)
+    early = 0
+    for whole, cut in zip(free, found, strict=True):
+        if EOS in whole.token_ids[:6]:
+            # which vLLM does not draw there although it ends nothing
+            continue
+        begun = [tokenizer.decode(whole.token_ids[:n], skip_special_tokens=True) for n in range(21)]
+        new = (n for n in range(7, 21) if any(t in begun[n][max(0, len(begun[6]) - len(t) + 1) :] for t in texts))
+        assert cut.token_ids == whole.token_ids[: next(new, 20)]
+        early += any(t in begun[6] for t in texts)
+    assert early
+
+
 def test_texts_stop(served: tuple) -> None:
     """A completion is the free one up to the token that completes a stop text, or a stop token, whichever is first."""
     model, engine = served
@@ -224,13 +270,14 @@ def test_update_is_exact(served: tuple, source: str, monkeypatch: pytest.MonkeyP
         (lambda e: e.generate([[1]], Sampling(1.0, 4, ()), []), "one list per prompt"),
         (lambda e: e.generate([[1]], Sampling(0.001, 4, ()), [[1]]), "temperature must be 0 or in"),
         (lambda e: e.generate([[1]], Sampling(1.0, 0, ()), [[1]]), "max_new_tokens must be > 0"),
+        (lambda e: e.generate([[1]], Sampling(1.0, 4, (), (), 5), [[1]]), r"min_new_tokens must be in \[0, max_new"),
         (lambda e: e.generate([[1]], Sampling(1.0, 4, ()), [[-1]]), "every seed must be in"),
         (lambda e: e.generate([[1] * MAX_LEN], Sampling(1.0, 4, ()), [[1]]), "1 to 191 tokens"),
         (lambda e: e.generate([[]], Sampling(1.0, 4, ()), [[1]]), "1 to 191 tokens"),
         (lambda e: e.generate([[VOCAB]], Sampling(1.0, 4, ()), [[1]]), "tokens must be in"),
         (lambda e: e.score([[1] * MAX_LEN]), "1 to 191 tokens"),
     ],
-    ids=["seeds", "temperature", "no-room", "negative-seed", "too-long", "empty", "vocabulary", "long-score"],
+    ids=["seeds", "temperature", "no-room", "least", "negative-seed", "too-long", "empty", "vocabulary", "long-score"],
 )
 def test_bad_calls_are_refused(served: tuple, call: Callable[[VllmEngine], object], message: str) -> None:
     """What vLLM would cut, clamp or crash on is a ValueError, and the engine goes on."""

@@ -94,6 +94,36 @@ def test_stop_token_ends_a_completion_and_stays() -> None:
     assert finishes == {"stop", "length"}
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_nothing_ends_before_the_least_number_of_tokens(temperature: float) -> None:
+    """So many are drawn without the stop tokens, whose log-probabilities are of the others alone; then they may end."""
+    model, stops = plain_model(), (1, 2, 3, 5, 8, 13, VOCAB + 40)
+    sampling = Sampling(temperature, 12, stops, min_new_tokens=5)
+    drawn = engine_of(policy(model)).generate(PROMPTS, sampling, [[10 * p + k for k in range(6)] for p in range(4)])
+    lengths, lost = set(), 0.0
+    for prompt, completions in zip(PROMPTS, drawn, strict=True):
+        for c in completions:
+            lengths.add(len(c.token_ids))
+            assert not set(c.token_ids[:5]) & set(stops) and (c.token_ids[-1] in stops) == (c.finish == "stop")
+            every = plain_logprobs(model, prompt + c.token_ids, temperature or 1.0)[len(prompt) - 1 :]
+            own = every[torch.arange(len(c.token_ids)), c.token_ids]
+            every[:5, stops[:-1]] = -torch.inf
+            every = every.log_softmax(-1)
+            expected = every[torch.arange(len(c.token_ids)), c.token_ids]
+            torch.testing.assert_close(torch.tensor(c.logprobs), expected, rtol=0, atol=1e-5)
+            lost = max(lost, float((expected - own)[:5].max()))
+            if temperature == 0:
+                assert c.token_ids == every.argmax(-1).tolist()
+    assert min(lengths) == 6 if temperature else min(lengths) > 5
+    assert lost > 0.01
+
+
+def test_all_of_a_batch_may_be_of_one_length() -> None:
+    """With as many at least as at most, as a measurement of speed wants it."""
+    (drawn,) = engine_of(plain_model()).generate([[5, 6]], Sampling(1.0, 9, STOPS, (), 9), [list(range(30))])
+    assert {(len(c.token_ids), c.finish) for c in drawn} == {(9, "length")}
+
+
 @pytest.mark.parametrize("max_batch", [64, 3, 1])
 def test_a_sample_depends_on_its_prompt_and_seed_alone(max_batch: int) -> None:
     """Batch mates, batch size and order change nothing; another seed does."""

@@ -89,6 +89,7 @@ def test_every_wrong_value_is_reported_at_once() -> None:
         (["train.prompts_per_step=32", "train.updates_per_step=5"], "take 30 prompts"),
         (["train.prompts_per_step=2", "train.updates_per_step=4"], "take 4 prompts"),
         (["train.tokens_per_microbatch=100"], "= 576 tokens"),
+        (["rollout.min_new_tokens=65"], "rollout.min_new_tokens=65 is more than rollout.max_new_tokens=64"),
         (["train.demos_per_prompt=0"], "demos_per_prompt=0; set it to 1"),
         (["method.name=sft", "train.demos_per_prompt=0"], "demos_per_prompt=0; set it to 1"),
         (["method.name=grpo", "data.corrupt_demos=0.3"], "but data.corrupt_demos=0.3 is set; unset it"),

@@ -56,6 +56,26 @@ def test_characters_of_several_tokens() -> None:
     assert [n for n in range(1, count + 1) if stops.completed(ids[:n])] == [count] == [stops.cut(ids)]
 
 
+@pytest.mark.parametrize(("least", "count"), [(0, 3), (2, 3), (3, 7), (6, 7), (7, None), (9, None)])
+def test_a_text_that_may_not_end_yet(least: int, count: int | None) -> None:
+    """Of two the first ends a completion whose last token comes after the least number of them, begun before or not."""
+    stops = StopTexts(pieces_tokenizer(), ["</answer>"], least)
+    ids = [PIECES.index(word) for word in "</ ans wer> a </ ans wer>".split()]
+    found = next((n for n in range(1, len(ids) + 1) if stops.completed(ids[:n])), None)
+    assert (found, stops.cut(ids)) == (count, count)
+
+
+def test_the_least_number_may_end_within_a_character() -> None:
+    """Its last byte completes it."""
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("aé", add_special_tokens=False)
+    assert len(ids) == 3
+    for least, count in ((2, 3), (3, None)):
+        stops = StopTexts(tokenizer, ["é"], least)
+        found = next((n for n in range(1, 4) if stops.completed(ids[:n])), None)
+        assert (found, stops.cut(ids)) == (count, count)
+
+
 def test_engine_without_a_tokenizer_refuses_stop_texts() -> None:
     """Nothing could read the text."""
     engine = HfEngine(plain_model(), dtype=torch.float32, pad_token_id=0, max_batch=4)
@@ -89,3 +109,21 @@ def test_engine_stops_at_a_text(max_batch: int) -> None:
         torch.testing.assert_close(torch.tensor(cut.logprobs), torch.tensor(whole.logprobs[:count]), rtol=0, atol=1e-5)
         finishes.add("length" if count == 25 else "text" if by_text < by_token else "token")
     assert finishes == {"length", "text", "token"}
+
+
+def test_engine_passes_texts_by_until_it_may_end() -> None:
+    """Each completion is the free one up to the first token after these that completes a stop text."""
+    tokenizer = char_tokenizer()
+    engine = HfEngine(
+        plain_model(vocab=len(tokenizer)), dtype=torch.float32, pad_token_id=2, max_batch=64, tokenizer=tokenizer
+    )
+    (free,) = engine.generate([[5, 6, 7]], Sampling(1.0, 24, ()), [list(range(16))])
+    texts = [[tokenizer.decode(c.token_ids[:n], skip_special_tokens=True) for n in range(25)] for c in free]
+    stops = tuple({text[-1][i] for text in texts[:3] for i in (2, 9, 14)})
+    (found,) = engine.generate([[5, 6, 7]], Sampling(1.0, 24, (), stops, 8), [list(range(16))])
+    early = 0
+    for whole, text, cut in zip(free, texts, found, strict=True):
+        count = next((n for n in range(9, 25) if set(text[n][len(text[8]) :]) & set(stops)), 24)
+        assert cut.token_ids == whole.token_ids[:count]
+        early += bool(set(text[8]) & set(stops))
+    assert early
