@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from srft.batch import SCORES, Batch, Group, Response, Totals, count, empty_batch, pack
 from srft.importance import weigh
-from srft.methods import Figure, Kind, UpdateInfo, assign_advantages
+from srft.methods import Figure, UpdateInfo, assign_advantages
 from srft.policy.exchange import Exchange
 from srft.policy.forwards import packed_forward
 from srft.policy.gradients import TermGradients
-from srft.policy.learner import Learner
+from srft.policy.learner import Learner, kind_scales, term_scales, with_gradient
 from srft.policy.model import compute
 from srft.policy.parallel import whole as whole_of
 from srft.policy.router import router_of, whole_load
@@ -32,7 +32,8 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
 
     Args:
         learner: Its policy is moved.
-        groups: This rank's, with rewards; their responses' advantages and entropies are filled in.
+        groups: This rank's, with rewards; their responses' advantages are filled in, and the entropies of those that
+            were in a forward pass.
         step: Sets the learning rate.
 
     Returns:
@@ -46,20 +47,20 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
     config, world, now = learner.config, learner.world, learner.now(step)
     if config.method.resets_optimizer(now):
         learner.optimizer.state.clear()
-    exchanges = [
-        Exchange(world, assign_advantages(part, config.method)) for part in _parts(learner, groups)
-    ]
+    taught = [assign_advantages(part, config.method) for part in _parts(learner, groups)]
+    counts = [_totals(learner, part) for part in taught]
+    exchanges = [Exchange(world, with_gradient(learner, part)) for part in taught]
     held = [s for exchange in exchanges for s in exchange.held]
-    behind = config.rollout.max_lag > 0 and any(not s.is_demo for s in held)
+    behind = config.rollout.max_lag > 0 and any(totals.rollout_tokens for totals in counts)
     if len(exchanges) > 1 or behind:
         remember_old_logprobs(learner, held)
     if len(exchanges) > 1:
         remember_frozen(learner, held)
     lag = weigh(held, step, config.rollout.is_cap, config.rollout.is_mode) if behind else {}
-    filled = [exchange.held for exchange in exchanges if world.largest(len(exchange.held))]
+    filled = [(one.held, totals) for one, totals in zip(exchanges, counts, strict=True) if totals.tokens]
     every = config.train.grad_terms_every
-    apart = measure_terms(learner, filled[0], step) if filled and every and step % every == 0 else {}
-    figures = [update(learner, part, step) for part in filled]
+    apart = measure_terms(learner, filled[0][0], step, filled[0][1]) if filled and every and step % every == 0 else {}
+    figures = [update(learner, part, step, totals) for part, totals in filled]
     for exchange in exchanges:
         exchange.return_entropies()
     if more := config.method.further(groups, now, world.gather):
@@ -87,13 +88,17 @@ def _parts(learner: Learner, groups: list[Group]) -> list[list[Group]]:
     return parts
 
 
-def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, Figure]:
+def update(
+    learner: Learner, sequences: list[Response], step: int, totals: Totals | None = None
+) -> dict[str, Figure]:
     """Make one optimizer update from these sequences, however many ranks and micro-batches they fill.
 
     Args:
         learner: Its policy is moved.
         sequences: This rank's, with rewards and advantages, perhaps none; their ``entropy`` is filled in.
         step: Sets the learning rate.
+        totals: Counts over all that the update learns from, where that is more than the sequences of all ranks: what
+            ``with_gradient`` left out. None: they are all.
 
     Returns:
         Losses, entropies, weights and the gradient norm, by metric name, the same on every rank.
@@ -104,10 +109,11 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
         ValueError: When the method's loss is no op.
     """
     config, model, optimizer = learner.config, learner.model, learner.optimizer
-    figures, _ = accumulate(learner, sequences, step)
+    totals = totals or _totals(learner, sequences)
+    figures, _ = accumulate(learner, sequences, step, totals=totals)
     norm = whole_of(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)).item()
     lr = config.train.lr * min(1.0, step / max(1, config.train.lr_warmup_steps))
-    lr *= max(_kind_scales(learner, _totals(learner, sequences)).values())
+    lr *= max(kind_scales(learner, totals).values())
     for group in optimizer.param_groups:
         group["lr"] = lr
     skipped = _skipped(learner, step, norm, figures["loss/total"].value)
@@ -118,7 +124,9 @@ def update(learner: Learner, sequences: list[Response], step: int) -> dict[str, 
     }  # fmt: skip
 
 
-def measure_terms(learner: Learner, sequences: list[Response], step: int) -> dict[str, float]:
+def measure_terms(
+    learner: Learner, sequences: list[Response], step: int, totals: Totals | None = None
+) -> dict[str, float]:
     """Compute the gradient of each term of the method's loss apart from the others, and compare them.
 
     The policy is left without a gradient, and its weights, moments and random numbers as they are.
@@ -127,6 +135,7 @@ def measure_terms(learner: Learner, sequences: list[Response], step: int) -> dic
         learner: Its policy is measured.
         sequences: As for ``update``.
         step: The method may ask for it.
+        totals: As for ``update``.
 
     Returns:
         ``grad/*`` as ``TermGradients.figures`` has it, before clipping and the learning rate; nothing for a method that
@@ -135,20 +144,25 @@ def measure_terms(learner: Learner, sequences: list[Response], step: int) -> dic
     kinds = learner.config.method.terms
     if not kinds:
         return {}
-    scales, none = term_scales(learner, _totals(learner, sequences)), dict.fromkeys(kinds, 0.0)
+    totals = totals or _totals(learner, sequences)
+    scales, none = term_scales(learner, totals), dict.fromkeys(kinds, 0.0)
     gradients = TermGradients(learner.model, learner.world)
     with torch.random.fork_rng():
-        accumulate(learner, sequences, step, scales=none)
+        accumulate(learner, sequences, step, none, totals)
         gradients.set_apart()
         for term, kind in kinds.items():
-            accumulate(learner, sequences, step, scales=none | {term: scales[term]})
+            accumulate(learner, sequences, step, none | {term: scales[term]}, totals)
             gradients.add(term, kind)
     learner.optimizer.zero_grad(set_to_none=True)
     return gradients.figures()
 
 
 def accumulate(
-    learner: Learner, sequences: list[Response], step: int, scales: Mapping[str, float] | None = None
+    learner: Learner,
+    sequences: list[Response],
+    step: int,
+    scales: Mapping[str, float] | None = None,
+    totals: Totals | None = None,
 ) -> tuple[dict[str, Figure], int]:
     """Compute the gradient of an update, the same whatever the ranks and micro-batches that share it.
 
@@ -158,6 +172,7 @@ def accumulate(
         step: The method may ask for it.
         scales: Factors of the terms of the method's loss, without the loss of routers; None: those of the options, and
             the whole loss.
+        totals: As for ``update``.
 
     Returns:
         The figures of the loss, and how many micro-batches each rank had.
@@ -170,7 +185,8 @@ def accumulate(
         remember_old_logprobs(learner, sequences)
     if _lack_scores(learner, sequences):
         remember_frozen(learner, sequences)
-    totals = _totals(learner, sequences)
+    given = _totals(learner, sequences)
+    totals = totals or given
     batches = micro_batches(learner, sequences, totals)
     entropy, entropies = mean_entropies(learner, batches) if config.method.needs_entropy else (None, {})
     router, dtype = router_of(config, model) if scales is None else None, config.compute_dtype
@@ -195,9 +211,11 @@ def accumulate(
         balance += aux.detach()
         outputs.append(out)
     figures = loss_metrics(config.method, batches, outputs, whole, world)
+    skipped = totals.tokens - given.tokens
+    figures["tokens/skipped"] = Figure(skipped / totals.tokens, weight=totals.tokens)
     if dead:
         own = sum(int(rows) for batch, rows in zip(batches, dead, strict=True) if not batch.is_empty)
-        figures["tokens/dead"] = Figure(world.sum([own])[0] / totals.tokens, weight=totals.tokens)
+        figures["tokens/dead"] = Figure((world.sum([own])[0] + skipped) / totals.tokens, weight=totals.tokens)
     if router is not None:
         (added,) = world.sum([balance.item()])
         figures["loss/router_aux"] = Figure(added)
@@ -209,36 +227,8 @@ def _totals(learner: Learner, sequences: list[Response]) -> Totals:
     return Totals(*map(int, learner.world.sum(astuple(count(sequences)))))
 
 
-def _kind_scales(learner: Learner, totals: Totals) -> dict[Kind, float]:
-    """``train.sft_lr_scale`` and ``train.rl_lr_scale``, of the kinds of terms that an update has."""
-    method, train = learner.config.method, learner.config.train
-    scales: dict[Kind, float] = {"sft": train.sft_lr_scale, "rl": train.rl_lr_scale}
-    if set(scales.values()) == {1.0}:
-        return scales
-    return {kind: scales[kind] for kind in method.kinds_in(totals)}
-
-
-def term_scales(learner: Learner, totals: Totals) -> dict[str, float]:
-    """Return the factor of each term of the method's loss, in an update with these counts.
-
-    The learning rate of the update is multiplied by the larger of ``train.sft_lr_scale`` and ``train.rl_lr_scale``
-    among the kinds that it has, and terms of the other kind by what is between them: AdamW does not see the scale of a
-    gradient, so that a factor of all terms would change nothing.
-
-    Args:
-        learner: Its configuration has the scales.
-        totals: Of the update, all ranks together.
-    """
-    method, kinds = learner.config.method, _kind_scales(learner, totals)
-    most = max(kinds.values())
-    return {
-        term: learner.config.train.term_scales.get(term, 1.0) * (kinds[kind] / most if kind in kinds else 1.0)
-        for term, kind in method.terms.items()
-    }
-
-
 def micro_batches(learner: Learner, sequences: list[Response], totals: Totals) -> list[Batch]:
-    """Pack this rank's sequences into as many micro-batches as every other rank has, some of them perhaps empty.
+    """Pack this rank's sequences into as many micro-batches as every other rank has, at least one; some may be empty.
 
     Args:
         learner: Its configuration says how large they may be.
@@ -251,7 +241,7 @@ def micro_batches(learner: Learner, sequences: list[Response], totals: Totals) -
     counts, known = zip(*learner.world.gather((len(batches), scores)), strict=True)
     return batches + [
         empty_batch(is_demo=not totals.rollout_sequences, scores=set().union(*known), device=device)
-        for _ in range(max(counts) - len(batches))
+        for _ in range(max(1, *counts) - len(batches))
     ]
 
 

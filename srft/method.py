@@ -156,6 +156,12 @@ class BaseMethod(Section, ABC):
         """
         return None
 
+    def __init_subclass__(cls) -> None:
+        """Take an inherited ``has_gradient`` away from a loss that it was not written for."""
+        super().__init_subclass__()
+        if "loss" in cls.__dict__ and "has_gradient" not in cls.__dict__:
+            cls.has_gradient = BaseMethod.has_gradient  # type: ignore[method-assign]
+
     def kinds_in(self, totals: Totals) -> set[Kind]:
         """Return the kinds of its terms that an update has: of both, one without rollouts, or demonstrations, has one.
 
@@ -240,6 +246,17 @@ class BaseMethod(Section, ABC):
         Args:
             group: Judged rollouts and demonstrations of one prompt, advantages 0; modified in place.
         """
+
+    def has_gradient(self, response: Response) -> bool:
+        """Return whether the loss may give a response a gradient; one that it cannot is in no forward pass.
+
+        It still counts in ``UpdateInfo.totals``, so that the gradient of the others is what it was. Yes is always
+        right, and is the answer for a loss that a subclass defines without this.
+
+        Args:
+            response: Of ``learn_from``, with its advantages.
+        """
+        return True
 
     @abstractmethod
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:

@@ -78,6 +78,10 @@ class Method(BaseMethod):
         """Compare the rollouts with each other; demonstrations are learned from whatever their reward."""
         return compared(group.rollouts, self.advantage_std) + judged(group.demos)
 
+    def has_gradient(self, response: Response) -> bool:
+        """Of demonstrations, of rollouts with an advantage, and of all with an entropy bonus."""
+        return response.is_demo or bool(response.advantage) or self.entropy_coef > 0
+
     def share(self, step: int) -> float:
         """Return mu, the share of SFT.
 

@@ -57,6 +57,10 @@ class Method(BaseMethod):
         """Compare the rollouts with each other."""
         return compared(group.rollouts, self.advantage_std)
 
+    def has_gradient(self, response: Response) -> bool:
+        """Where it has an advantage, or the entropy bonus or the KL are on."""
+        return bool(response.advantage) or self.entropy_coef > 0 or self.kl_coef > 0
+
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """The fused loss of this ``loss_type``."""
         advantages = batch.advantages

@@ -65,6 +65,10 @@ class Method(BaseMethod):
             return judged(group.demos)
         return compared(rollouts, self.advantage_std)
 
+    def has_gradient(self, response: Response) -> bool:
+        """Of demonstrations, of rollouts with an advantage, and of all with an entropy bonus."""
+        return response.is_demo or bool(response.advantage) or self.entropy_coef > 0
+
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A policy stream on rollouts, a likelihood stream on demonstrations, each by its prompts' share."""
         totals, share = update.totals, demo_share(update)

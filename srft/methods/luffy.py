@@ -70,6 +70,10 @@ class Method(BaseMethod):
         """Compare rollouts and demonstrations with each other."""
         return compared(group.rollouts + group.demos, self.advantage_std)
 
+    def has_gradient(self, response: Response) -> bool:
+        """Where it has an advantage, or there is an entropy bonus."""
+        return bool(response.advantage) or self.entropy_coef > 0
+
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A policy stream on rollouts, a shaped one on demonstrations."""
         tokens = max(1, update.totals.tokens)

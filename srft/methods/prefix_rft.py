@@ -138,6 +138,10 @@ class Method(BaseMethod):
             response.advantage = response.reward if self.continuation == "reward" else 0.0
         return members + begun
 
+    def has_gradient(self, response: Response) -> bool:
+        """Where it or its prefix has an advantage, or there is an entropy bonus."""
+        return bool(response.advantage or response.prefix_advantage) or self.entropy_coef > 0
+
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A clipped stream on all tokens but those of a prefix that the policy is sure of."""
         tokens = max(1, update.totals.tokens)

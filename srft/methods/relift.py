@@ -86,6 +86,10 @@ class Method(BaseMethod):
         now.memory["buffer"] = rest[-size:]
         return [Response(prompt, demo, True, False, [], "") for prompt, demo in newest]
 
+    def has_gradient(self, response: Response) -> bool:
+        """Of demonstrations, of rollouts with an advantage, and of all with an entropy bonus."""
+        return response.is_demo or bool(response.advantage) or self.entropy_coef > 0
+
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A policy stream on rollouts, a likelihood stream on demonstrations; an update has one of them."""
         totals = update.totals

@@ -113,6 +113,10 @@ class Method(Grpo):
         """Compare the rollouts where there are any; else learn the demonstrations, whatever their reward."""
         return super().learn_from(group) if group.rollouts else judged(group.demos)
 
+    def has_gradient(self, response: Response) -> bool:
+        """As in GRPO, and of demonstrations always."""
+        return response.is_demo or super().has_gradient(response)
+
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """GRPO where the update has rollouts, else cross-entropy."""
         if update.totals.rollout_tokens:

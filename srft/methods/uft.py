@@ -126,6 +126,10 @@ class Method(BaseMethod):
         """Compare the rollouts with each other."""
         return compared(group.rollouts, self.advantage_std)
 
+    def has_gradient(self, response: Response) -> bool:
+        """Where it has a hint or an advantage, or the entropy bonus or the KL are on."""
+        return response.prefix_tokens > 0 or bool(response.advantage) or self.entropy_coef > 0 or self.kl_coef > 0
+
     def loss(self, batch: Batch, update: UpdateInfo) -> Loss:
         """A policy stream on continuations, a likelihood stream on hints."""
         totals = update.totals

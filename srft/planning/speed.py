@@ -44,8 +44,8 @@ class Speed:
 
         Returns:
             The row, with ``speed/tokens_per_s`` of the step without evaluation, ``speed/mfu``, the share of the peak
-            of all devices' products that training reached, recomputation not counted, and ``speed/planned_s``, what
-            the plan allows for ``time/train`` of these tokens.
+            of all devices' products that training reached with what it took of these tokens, recomputation not
+            counted, and ``speed/planned_s``, what the plan allows for ``time/train`` of them.
         """
         tokens, seconds = row.get("tokens/step", 0), row.get("time/train", 0.0)
         figures = dict(row)
@@ -54,10 +54,14 @@ class Speed:
             figures["speed/tokens_per_s"] = tokens / whole
         if self._shape is None or self._layout is None or not tokens or seconds <= 0:
             return figures
-        flops = training_flops(self._shape, tokens, row["tokens/counted"], row["tokens/squared"])
+        if not (trained := row.get("tokens/trained", tokens)):
+            return figures
+        # a method may learn from a part of what was passed on, taken to be like the whole
+        taken = {key: row[key] * trained / tokens for key in ("tokens/step", "tokens/counted", "tokens/squared")}
+        flops = training_flops(self._shape, trained, taken["tokens/counted"], taken["tokens/squared"])
         figures["speed/mfu"] = flops / seconds / (self._layout.device.flops * self._size)
         if self._passes is not None:
-            figures["speed/planned_s"] = self._planned_seconds(self._shape, self._passes, self._layout, row)
+            figures["speed/planned_s"] = self._planned_seconds(self._shape, self._passes, self._layout, taken)
         return figures
 
     def _planned_seconds(

@@ -198,7 +198,9 @@ def loss_metrics(
         token, the method's own, and of rollouts the mismatch in nats and, where old log-probabilities are known, the
         ratio to them: ``ratio/tail``, the share of tokens with a ratio outside of [1/2, 2], and ``ratio/max``, the
         largest |log ratio| in nats. ``kl/reference`` and ``kl/teacher`` where there are such models: the mean of log p
-        - log p of theirs over rollout tokens, nats, an estimate of KL(policy || theirs). The same on every rank.
+        - log p of theirs over rollout tokens, nats, an estimate of KL(policy || theirs). The same on every rank. Losses
+        and shares are of all tokens of the update; all other means are over those of the micro-batches, which lack the
+        sequences that the loss gives no gradient, and are absent where there are none.
     """
     every = world.gather(_sums(batches, outputs))
     totals = update.totals
@@ -213,13 +215,13 @@ def loss_metrics(
         for name, value in terms.items()
         if not name.startswith(("sum_", "clip_")) and (value or method.terms.get(name) not in lacking)
     }
-    for kind, (source, tokens) in enumerate((("rollout", totals.rollout_tokens), ("demo", totals.demo_tokens))):
-        if tokens:
+    for kind, source in enumerate(("rollout", "demo")):
+        if tokens := sum(x.entropy[kind][1] for x in every):
             metrics[f"entropy/{source}"] = Figure(_mean([x.entropy[kind] for x in every]), weight=tokens)
     for name in sorted({name for of_rank in every for name in of_rank.distances}):
         parts = [of_rank.distances.get(name, (0.0, 0)) for of_rank in every]
-        if any(tokens for _, tokens in parts):
-            metrics[name] = Figure(_mean(parts), weight=totals.rollout_tokens)
+        if tokens := sum(tokens for _, tokens in parts):
+            metrics[name] = Figure(_mean(parts), weight=tokens)
     for kind, source in enumerate(("right", "wrong", "demo")):
         if tokens := sum(x.logprobs[kind][1] for x in every):
             metrics[f"logprob/{source}"] = Figure(_mean([x.logprobs[kind] for x in every]), weight=tokens)
@@ -227,8 +229,8 @@ def loss_metrics(
         metrics["ratio/tail"] = Figure(_mean([x.ratio_tail for x in every]), weight=tokens)
         metrics["ratio/max"] = Figure(_largest([x.largest_ratio for x in every]), "max")
     metrics |= _own_figures(method, terms, update, set(metrics))
-    if totals.rollout_tokens:
-        metrics["mismatch/mean"] = Figure(_mean([x.mismatch for x in every]), weight=totals.rollout_tokens)
+    if tokens := sum(x.mismatch[1] for x in every):
+        metrics["mismatch/mean"] = Figure(_mean([x.mismatch for x in every]), weight=tokens)
         metrics["mismatch/max"] = Figure(_largest([x.largest_mismatch for x in every]), "max")
     return metrics
 

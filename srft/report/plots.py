@@ -187,7 +187,7 @@ _FIRST = (
           "Mean reward of rollouts; accuracy on held-out prompts with its 95% interval.",
           _draw_accuracy, ("reward/mean", "eval/accuracy")),
     _curves("entropy", "Entropy by source",
-            "How undecided the policy is on its own rollouts and on the demonstrations.",
+            "How undecided the policy is on the rollouts and the demonstrations that it is trained on.",
             ENTROPY, "entropy (nats per token)"),
 )  # fmt: skip
 _LAST = (

@@ -77,18 +77,22 @@ def is_run(layout: str, case: str, dtype: torch.dtype) -> bool:
     return case in SOME.get(layout, CASES) and (spread or case == "experts" or dtype == torch.float64)
 
 
+def without_casts(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The model with norms that compute in the dtype they are given: Qwen2's own cast to fp32."""
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm):
+                setattr(parent, name, torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon))
+                getattr(parent, name).weight = norm.weight
+    return model
+
+
 def learner_for(case: str, dtype: torch.dtype, world: World, budget: int) -> Learner:
     """A small policy that computes in ``dtype`` from end to end."""
     options, kind = CASES[case]
     Config.compute_dtype = property(lambda _config: dtype)  # type: ignore[assignment,method-assign]
     config = tiny_config("train.lr=0.01", f"train.tokens_per_microbatch={budget}", *options)
-    model = build("qwen2-moe") if kind == "experts" else plain_model(tied=kind == "tied")
-    for parent in list(model.modules()):
-        for name, norm in list(parent.named_children()):
-            if isinstance(norm, transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm):
-                # its own casts to fp32, whatever it is given
-                setattr(parent, name, torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon))
-                getattr(parent, name).weight = norm.weight
+    model = without_casts(build("qwen2-moe") if kind == "experts" else plain_model(tied=kind == "tied"))
     prepare_policy(model.to(dtype), config.model, 64, world)
     return Learner(config, model, byte_tokenizer(), make_optimizer(model, config), world)
 

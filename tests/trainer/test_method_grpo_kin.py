@@ -224,4 +224,5 @@ def test_a_run_of_dapo(tmp_path: Path) -> None:
         assert row["groups/alike"] == pytest.approx(row["groups/resampled"] / asked), "in the end all have a contrast"
         right = row["reward/mean"] * 3 * asked
         assert right == pytest.approx(round(right), abs=1e-9), "of rewards of 0 and 1, whatever the length"
-        assert row["tokens/trained"] == row["tokens/step"]
+        # a reward that is lost to length may leave one of a group at its mean
+        assert (row["tokens/trained"] == row["tokens/step"]) == (row["tokens/skipped"] == 0)
