@@ -154,6 +154,7 @@ def evaluate(given: argparse.Namespace) -> None:
         starting = _Starting(config, tokenizer, asked, out, stack)
         for one in asked:
             answered, clock = Answered(out, one.chosen.name), time.monotonic()
+            _announce(one, answered)
             answer_all(one.drawing, answered, starting.engine, one.pool, tokenizer, _told(one.chosen.title, clock))
         _report(out, subject, given.k)
 
@@ -248,6 +249,17 @@ class _Starting:
             learner = Learner(config, model, tokenizer, make_optimizer(model, config), world)
             self._engine = self._stack.enter_context(closing(start_engine(learner, self._out / "engine")))
         return self._engine
+
+
+def _announce(one: Asked, answered: Answered) -> None:
+    """Say what is to come: on a slow machine the first batch takes long."""
+    drawing = one.drawing
+    if left := sum(prompt.example.id not in answered.rows for prompt in drawing.prompts):
+        print(
+            f"{one.chosen.title}: {left * drawing.samples} answers to draw, of at most "
+            f"{drawing.sampling.max_new_tokens} tokens each, up to {max(drawing.batch, drawing.samples)} together",
+            file=sys.stderr,
+        )
 
 
 def _told(title: str, since: float) -> Any:

@@ -71,9 +71,10 @@ def room_for(prompts: Sequence[Prompt], title: str, positions: int | None, asked
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
     room = _ALL if positions is None else positions - longest
     if room < (asked or 1):
+        remedy = "lower --max-new-tokens, or give a model with more" if room > 0 else "give a model with more"
         raise ValueError(
             f"the longest prompt of {title} has {longest} tokens and the model {positions} positions, which leaves "
-            f"{max(0, room)} for an answer; lower --max-new-tokens, or give a model with more"
+            f"{max(0, room)} for an answer; {remedy}"
         )
     return asked or min(usual, room)
 

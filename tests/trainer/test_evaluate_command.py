@@ -85,15 +85,20 @@ def test_killed_twice_and_resumed_is_uninterrupted(run: Path, tmp_path: Path) ->
     assert "| chain | 10 of 10 | avg@4 |" in (whole / "table.md").read_text()
 
 
-def test_what_is_there_is_not_made_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_there_is_not_made_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A second call makes table and page from it; another set joins them, and a larger limit goes on."""
     monkeypatch.chdir(tmp_path)
     words = [str(run), "chain", "--greedy", "--max-new-tokens", "4", "--out", "out"]
     command.main([*words, "--limit", "3"])
+    coming = "chain: 3 answers to draw, of at most 4 tokens each, up to 512 together"
+    assert capsys.readouterr().err.startswith(coming)
     first = (tmp_path / "out" / "chain.jsonl").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(command, "load_prepared", None)
         command.main([*words, "--limit", "3"])
+    assert "to draw" not in capsys.readouterr().err
     Path("math500.jsonl").write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
     command.main([str(run), "math500=math500.jsonl", *words[2:], "--instruction", ""])
     command.main([*words, "--limit", "5"])

@@ -284,5 +284,5 @@ def test_room_for_answers() -> None:
     assert room_for(prompts, "S", 576, 50, 8192) == 50
     with pytest.raises(ValueError, match="longest prompt of S has 100 tokens and the model 576 .* leaves 476"):
         room_for(prompts, "S", 576, 477, 8192)
-    with pytest.raises(ValueError, match="leaves 0 for an answer"):
+    with pytest.raises(ValueError, match="leaves 0 for an answer; give a model with more"):
         room_for(prompts, "S", 100, None, 8192)
