@@ -10,13 +10,12 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from srft.engine.asking import check_request, check_tokens, completed, in_pieces
 from srft.engine.base import Completion, EngineError, Sampling
 from srft.engine.child import Child, child_environment
 from srft.engine.stops import StopTexts
@@ -24,8 +23,6 @@ from srft.engine.stops import StopTexts
 _DTYPES = ("float32", "bfloat16", "float16")
 # weights travel in files of about this size, so the transfer needs little room next to the model
 _FILE_BYTES = 512 * 2**20
-# vLLM raises a temperature below the first and refuses one above the second
-_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 2.0
 
 
 class VllmEngine:
@@ -127,21 +124,7 @@ class VllmEngine:
             EngineError: When vLLM fails.
         """
         texts = StopTexts(self._tokenizer, sampling.stop, sampling.min_new_tokens) if sampling.stop else None
-        if len(prompts) != len(seeds):
-            raise ValueError(f"seeds must have one list per prompt, got {len(seeds)} for {len(prompts)}")
-        if sampling.temperature != 0 and not _MIN_TEMPERATURE <= sampling.temperature <= _MAX_TEMPERATURE:
-            raise ValueError(
-                f"temperature must be 0 or in [{_MIN_TEMPERATURE}, {_MAX_TEMPERATURE}] for vLLM, "
-                f"got {sampling.temperature}"
-            )
-        if sampling.max_new_tokens <= 0:
-            raise ValueError(f"max_new_tokens must be > 0, got {sampling.max_new_tokens}")
-        least, most = sampling.min_new_tokens, sampling.max_new_tokens
-        if not 0 <= least <= most:
-            raise ValueError(f"min_new_tokens must be in [0, max_new_tokens={most}], got {least}")
-        if any(not 0 <= seed < 2**63 for row in seeds for seed in row):
-            raise ValueError("every seed must be in [0, 2**63); reduce it modulo 2**63")
-        self._check_tokens("prompt", prompts, self.max_model_len - 1)
+        check_request(prompts, sampling, seeds, self.max_model_len, self._vocab_size)
         reply = self._child.call(
             "generate",
             prompts=prompts,
@@ -152,13 +135,7 @@ class VllmEngine:
             stop_token_ids=list(sampling.stop_token_ids),
             stop=list(sampling.stop),
         )
-        drawn: list[Completion] = []
-        for token_ids, logprobs, finish in reply["completions"]:
-            # vLLM reads text piece by piece, and may go on past a stop text that only the whole shows
-            count = texts.cut(token_ids) if texts is not None else None
-            ended: Literal["stop", "length"] = "length" if finish == "length" and count is None else "stop"
-            drawn.append(Completion(token_ids[:count], logprobs[:count], ended, self.version))
-        rest = iter(drawn)
+        rest = (completed(ids, logprobs, end, texts, self.version) for ids, logprobs, end in reply["completions"])
         return [[next(rest) for _ in row] for row in seeds]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -176,8 +153,8 @@ class VllmEngine:
         """
         try:
             self._child.call("update")
-            for batch in _batches(named_tensors):
-                self._send_file(batch)
+            for piece in in_pieces(named_tensors, _FILE_BYTES):
+                self._send_file(piece)
             self._child.call("update_end")
         except BaseException:
             self.close()
@@ -194,7 +171,7 @@ class VllmEngine:
             ValueError: On an empty or too long sequence, or a token outside the vocabulary.
             EngineError: When vLLM fails.
         """
-        self._check_tokens("sequence", sequences, self.max_model_len - 1)
+        check_tokens("sequence", sequences, self.max_model_len, self._vocab_size)
         scores = iter(self._child.call("score", sequences=[s for s in sequences if len(s) > 1])["scores"])
         return [next(scores) if len(sequence) > 1 else [] for sequence in sequences]
 
@@ -202,8 +179,8 @@ class VllmEngine:
         """Ask the process to end, then kill its whole group; safe to call twice."""
         self._child.close()
 
-    def _send_file(self, batch: dict[str, Tensor]) -> None:
-        need = sum(tensor.nbytes for tensor in batch.values())
+    def _send_file(self, piece: dict[str, Tensor]) -> None:
+        need = sum(tensor.nbytes for tensor in piece.values())
         # vLLM may still map the previous file while it collects the tensors of one layer
         folder = next((f for f in self.folders if shutil.disk_usage(f).free > 2 * need), None)
         if folder is None:
@@ -212,23 +189,11 @@ class VllmEngine:
                 f"{', '.join(str(f.parent) for f in self.folders)}; free some, or set TMPDIR"
             )
         path = folder / "weights.safetensors"
-        save_file(batch, path)
+        save_file(piece, path)
         try:
             self._child.call("update_file", path=str(path))
         finally:
             path.unlink(missing_ok=True)
-
-    def _check_tokens(self, what: str, rows: list[list[int]], longest: int) -> None:
-        for row in rows:
-            if not row or len(row) > longest:
-                raise ValueError(
-                    f"every {what} must have 1 to {longest} tokens (max_model_len={self.max_model_len}), "
-                    f"got {len(row)}"
-                )
-            if min(row) < 0 or max(row) >= self._vocab_size:
-                raise ValueError(
-                    f"tokens must be in [0, {self._vocab_size}), got {min(row)} to {max(row)} in a {what}"
-                )
 
 
 def _check_arguments(
@@ -250,18 +215,3 @@ def _check_arguments(
             raise ValueError(f"{name} must be > 0, got {seconds}")
     if not (model_dir / "config.json").is_file() or not any(model_dir.glob("*.safetensors")):
         raise ValueError(f"{model_dir} must hold config.json and *.safetensors; save the model there")
-
-
-def _batches(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterable[dict[str, Tensor]]:
-    batch: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in named_tensors:
-        # a copy, since a file cannot hold two names of one memory
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
-        if batch and size + copy.nbytes > _FILE_BYTES:
-            yield batch
-            batch, size = {}, 0
-        batch[name] = copy
-        size += copy.nbytes
-    if batch:
-        yield batch

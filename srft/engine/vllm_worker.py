@@ -35,7 +35,7 @@ _PROGRESS_S = 0.5
 # prompt tokens that one step on CPU may take; vLLM's own default there
 _CPU_TOKENS_PER_STEP = 4096
 # the first warns that there is no chat template without a tokenizer, the second that tied heads and rotary
-# tables are not part of an update; ``_update`` itself checks that every weight came
+# tables are not part of an update; ``replace_weights`` checks that every weight came
 _FALSE_ALARMS = ("vllm.renderers.base", "vllm.model_executor.model_loader.reload.layerwise")
 
 
@@ -244,32 +244,39 @@ def _incoming_tensors(request_fd: int, reply_fd: int) -> Iterator[tuple[str, tor
 
 
 def _update(llm: LLM, request_fd: int, reply_fd: int) -> dict[str, Any]:
-    loaded: set[str] = set()
-
-    def watch_load(model: Any) -> None:
-        load_weights = model.load_weights
-
-        def load_and_note(weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
-            names = load_weights(weights)
-            loaded.update(names)
-            return names
-
-        model.load_weights = load_and_note
-
-    def finish(model: torch.nn.Module) -> list[str]:
-        del model.load_weights
-        _repack_heads(model)
-        return sorted({name for name, _ in model.named_parameters()} - loaded)
-
-    llm.apply_model(watch_load)
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _incoming_tensors(request_fd, reply_fd)})
-    (missing,) = llm.apply_model(finish)
-    if missing:
-        # vLLM itself only logs this and serves a mix of old and new weights
-        raise ValueError(f"the update lacks {', '.join(missing)}; send every weight of the checkpoint")
+    llm.collective_rpc(replace_weights, args=(_incoming_tensors(request_fd, reply_fd),))
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM could not drop its prefix cache after the update")
     return {}
+
+
+def replace_weights(worker: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Give the model of a worker new weights, all of them; keys and values made with the old ones stay in the cache.
+
+    Args:
+        worker: vLLM's, with the model or a part of it.
+        tensors: Every weight, whole, named as in the checkpoint.
+
+    Raises:
+        ValueError: When some are missing; the model then is a mix of old and new ones.
+    """
+    model = worker.get_model()
+    load_weights, loaded = model.load_weights, set()
+
+    def load_and_note(weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+        names = load_weights(weights)
+        loaded.update(names)
+        return names
+
+    model.load_weights = load_and_note
+    try:
+        worker.reload_weights(weights_iterator=tensors)
+    finally:
+        del model.load_weights
+    _repack_heads(model)
+    if missing := sorted({name for name, _ in model.named_parameters()} - loaded):
+        # vLLM itself only logs this and serves a mix of old and new weights
+        raise ValueError(f"the update lacks {', '.join(missing)}; send every weight of the checkpoint")
 
 
 def _repack_heads(model: torch.nn.Module) -> None:
