@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from srft.alarms import AlarmConfig, AlarmNames
 from srft.data.config import DataConfig
+from srft.engine_config import EngineConfig
 from srft.methods import DEFAULT, BaseMethod, absolute_name, find_method, method_names
 from srft.section import Section, one_or_more
 from srft.tiny import TinyConfig, WarmStartConfig
@@ -90,29 +91,6 @@ class ModelConfig(Section):
         """What stands in the checkpoint's configuration instead of its own numbers, by name."""
         named = {"rope_theta": self.rope_theta, "max_position_embeddings": self.max_position_embeddings}
         return {name: value for name, value in named.items() if value is not None}
-
-
-class EngineConfig(Section):
-    """What samples the rollouts."""
-
-    kind: Literal["auto", "hf", "vllm"] = "auto"
-    """"hf" samples in this process, "vllm" in a process of its own; "auto" is vllm on a GPU where
-    it is installed, else hf."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the engine's weights; "auto" follows model.compute_dtype."""
-    max_batch: int = Field(512, gt=0)
-    """hf: sequences sampled at once."""
-    python: str | None = None
-    """vllm: interpreter that runs the engine, for an environment of its own; unset: this one."""
-    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
-    """vllm: share of the GPU's memory the engine may take."""
-    ranks_per_engine: int | None = Field(None, gt=0)
-    """vllm: neighbouring ranks that share an engine; unset: one each on GPUs, one for all of a machine without."""
-    deadline_s: float = Field(600.0, gt=0)
-    """vllm: seconds without a new token, in which nothing is heard of the engine, before it is ended as hung."""
-    restarts: int = Field(3, ge=0)
-    """vllm: how often engines that died or hung are started again, given the weights and asked again, before the run is
-    ended."""
 
 
 class RolloutConfig(Section):
@@ -280,7 +258,7 @@ class Config(Section):
                 f"rollout.min_new_tokens={self.rollout.min_new_tokens} is more than rollout.max_new_tokens="
                 f"{self.rollout.max_new_tokens}, which cuts a completion; lower the one or raise the other"
             )
-        if self.engine.kind == "vllm" and not 0.01 <= self.rollout.temperature <= 2:
+        if self.engine.kind in ("vllm", "http") and not 0.01 <= self.rollout.temperature <= 2:
             raise ValueError(
                 f"vLLM samples at temperatures between 0.01 and 2, got rollout.temperature={self.rollout.temperature}"
             )

@@ -41,6 +41,7 @@ from srft.policy.learner import Learner
 from srft.policy.model import load_tokenizer
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import World
+from srft.policy.weights import whole_tensors
 from srft.prepare import choose_device, load_prepared
 from srft.record.environment import describe_environment
 from srft.record.files import write_atomically
@@ -171,7 +172,7 @@ def _asked(
     ends = stop_token_ids(prompt_format(config, tokenizer), _end_tokens(config), config.rollout.stop)
     sampling = Sampling(temperature, longest, ends, tuple(config.rollout.stop))
     samples = 1 if given.greedy else given.samples or chosen.samples
-    batch = given.batch or (2048 if _wants_vllm(config) else config.engine.max_batch)
+    batch = given.batch or (config.engine.max_batch if _kind(config) == "hf" else 2048)
     return Asked(chosen, Drawing(prompts, samples, sampling, given.seed, batch), pool, left_out)
 
 
@@ -197,7 +198,7 @@ def _keep(
         out,
         {
             "weights": subject.weights, "temperature": temperature, "seed": given.seed,
-            "engine": "vllm" if _wants_vllm(config) else "hf", "dtype": str(config.engine_dtype).removeprefix("torch."),
+            "engine": _kind(config), "dtype": str(config.engine_dtype).removeprefix("torch."),
             "stop": config.rollout.stop, "rope_theta": config.model.rope_theta,
         },
         {
@@ -215,10 +216,10 @@ def _keep(
     )  # fmt: skip
 
 
-def _wants_vllm(config: Config) -> bool:
+def _kind(config: Config) -> str:
     if config.engine.kind != "auto":
-        return config.engine.kind == "vllm"
-    return choose_device(config).type == "cuda" and importlib.util.find_spec("vllm") is not None
+        return config.engine.kind
+    return "vllm" if choose_device(config).type == "cuda" and importlib.util.find_spec("vllm") is not None else "hf"
 
 
 class _Starting:
@@ -234,7 +235,7 @@ class _Starting:
             update={
                 "data": config.data.model_copy(update={"max_prompt_tokens": prompt}),
                 "rollout": config.rollout.model_copy(update={"max_new_tokens": completion}),
-                "engine": config.engine.model_copy(update={"kind": "vllm" if _wants_vllm(config) else "hf"}),
+                "engine": config.engine.model_copy(update={"kind": _kind(config)}),
             }
         )
         self._tokenizer, self._out, self._stack = tokenizer, out, stack
@@ -243,11 +244,13 @@ class _Starting:
     def engine(self) -> Engine:
         if self._engine is None:
             config, tokenizer = self._config, self._tokenizer
-            # a model that only goes to vLLM's own process leaves the GPU to that
-            world = World() if config.engine.kind == "vllm" else World(device=choose_device(config))
+            # a model that only goes to vLLM leaves the GPU to that
+            world = World(device=choose_device(config)) if config.engine.kind == "hf" else World()
             model = load_prepared(config, tokenizer, None, world)
             learner = Learner(config, model, tokenizer, make_optimizer(model, config), world)
             self._engine = self._stack.enter_context(closing(start_engine(learner, self._out / "engine")))
+            if config.engine.kind == "http":  # the others read the model when they start
+                self._engine.update_weights(whole_tensors(model, config.engine_dtype), 0)
         return self._engine
 
 

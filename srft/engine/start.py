@@ -1,12 +1,15 @@
-"""Where engines are started: an engine is its own file, a branch here, and its options in ``config.EngineConfig``."""
+"""Where engines are started: an engine is its own file, a branch here, and its options in ``engine_config``."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -33,9 +36,9 @@ def cores_divided(config: Config, world: World) -> Iterator[int | None]:
         world: The ranks.
 
     Yields:
-        Threads of the engine; None where it and the trainer take turns, or compute on a GPU.
+        Threads of the engine; None where it and the trainer take turns, compute on a GPU, or it is on servers.
     """
-    if not config.rollout.max_lag or world.device.type == "cuda":
+    if not config.rollout.max_lag or world.device.type == "cuda" or config.engine.kind == "http":
         yield None
         return
     every = torch.get_num_threads()
@@ -58,7 +61,8 @@ def start_engine(learner: Learner, folder: Path, threads: int | None = None) -> 
             of several ranks as many as wait for it.
 
     Raises:
-        ValueError: When vLLM is asked for and not installed, or ``engine.ranks_per_engine`` does not fit the ranks.
+        ValueError: When vLLM is asked for and not installed, ``engine.ranks_per_engine`` does not fit the ranks, or a
+            server of ``engine.urls`` does not fit the policy.
         EngineError: When it cannot be started.
     """
     config, world = learner.config, learner.world
@@ -66,9 +70,13 @@ def start_engine(learner: Learner, folder: Path, threads: int | None = None) -> 
     sharing = _ranks_per_engine(learner, kind)
     if kind == "hf":
         return start_in_process(learner, config.engine_dtype)
-    export_model(folder / "model", learner.model, learner.tokenizer, world)
-    threads = _threads(sharing) if world.size > 1 else threads
-    start = partial(_start_vllm, learner, folder, threads)
+    if kind == "http":
+        starts = count()
+        start = lambda: _meet_servers(learner, folder, again=next(starts) > 0)  # noqa: E731
+    else:
+        export_model(folder / "model", learner.model, learner.tokenizer, world)
+        threads = _threads(sharing) if world.size > 1 else threads
+        start = partial(_start_vllm, learner, folder, threads)
     weights = partial(whole_tensors, learner.model, config.engine_dtype)
     lags = config.rollout.max_lag > 0
     return SharedEngine(start, weights, world, sharing, config.engine.restarts, keeps_weights=lags)
@@ -81,14 +89,16 @@ def _kind(config: Config, world: World) -> str:
 
 
 def engine_bytes(config: Config, model: PreTrainedModel, world: World) -> int:
-    """Return what an engine will take of the memory of a rank's GPU: vLLM's share, or a copy of the policy; 0 on a CPU.
+    """Return what an engine will take of the memory of a rank's GPU: vLLM's share, or a copy of the policy.
+
+    On a CPU, and of servers, 0.
 
     Args:
         config: The whole configuration.
         model: The policy.
         world: The ranks.
     """
-    if world.device.type != "cuda":
+    if world.device.type != "cuda" or config.engine.kind == "http":
         return 0
     if _kind(config, world) == "vllm":
         return int(config.engine.gpu_memory_utilization * torch.cuda.mem_get_info(world.device)[1])
@@ -102,6 +112,8 @@ def _ranks_per_engine(learner: Learner, kind: str) -> int:
     2.3 GB and was slower than one (two replicas on two cores).
     """
     asked, world = learner.config.engine.ranks_per_engine, learner.world
+    if kind == "http":  # the first rank gives the servers their weights, and asks them for all
+        return world.size
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     sharing = asked or (here if kind == "vllm" and world.device.type == "cpu" else 1)
     if kind == "hf" and sharing > 1:
@@ -133,6 +145,33 @@ def _start_vllm(learner: Learner, folder: Path, threads: int | None) -> Engine:
         seed=config.train.seed,
         trust_remote_code=config.model.trust_remote_code,
         deadline_s=config.engine.deadline_s,
+    )
+
+
+def _meet_servers(learner: Learner, folder: Path, again: bool) -> Engine:
+    from srft.engine.http import HttpEngine
+
+    config, model = learner.config, learner.model
+    assert config.engine.weights_dir is not None
+    text = model.config.get_text_config()
+    # the name of this run's own folder: that of an earlier start of the run, which was killed, is removed with it
+    place = f"{socket.gethostname()}:{folder.resolve()}"
+    return HttpEngine(
+        config.engine.urls,
+        weights_dir=config.engine.weights_dir,
+        owner=f"{config.name}-{zlib.crc32(place.encode()):08x}",
+        model={
+            # fully_shard puts a class of its own in front, named after the model's
+            "architecture": type(model).__name__.removeprefix("FSDP"),
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "num_hidden_layers": text.num_hidden_layers,
+        },
+        dtype=str(config.engine_dtype).removeprefix("torch."),
+        max_model_len=config.longest_sequence,
+        tokenizer=learner.tokenizer if config.rollout.stop else None,
+        deadline_s=config.engine.deadline_s,
+        patience_s=config.engine.deadline_s if again else 0.0,
     )
 
 

@@ -133,7 +133,7 @@ def plan_memory(
     moments = _moments(shape, passes, config, layout, rows)
     if teacher is not None:
         moments["forward of the teacher"] = _teaching(teacher, config, layout, rows)
-    if not uses_vllm(config, layout.device):
+    if not uses_vllm(config, layout.device) and config.engine.kind != "http":
         sequences = min(config.engine.max_batch, config.train.prompts_per_step * config.train.rollouts_per_prompt)
         wide = config.engine_dtype.itemsize / 2
         moments["rollout"] = {"keys and values": int(sequences * config.longest_sequence * shape.kv_bytes * wide)}
@@ -163,7 +163,7 @@ def splits_head(config: Config, layout: Layout) -> bool:
 def _engine(shape: ModelShape, config: Config, layout: Layout) -> tuple[dict[str, int], int]:
     """What the engine takes of each device, and what of that is left for keys and values."""
     weights = shape.parameters * config.engine_dtype.itemsize
-    if not config.method.needs_rollouts:
+    if not config.method.needs_rollouts or config.engine.kind == "http":
         return {}, 1
     if not uses_vllm(config, layout.device):
         return {"engine's copy of the weights": weights}, 1

@@ -151,7 +151,7 @@ def test_what_is_measured_is_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_an_engine_takes(monkeypatch: pytest.MonkeyPatch, memory: Memory) -> None:
-    """A share of the GPU, or a copy of the policy in its dtype; nothing of it on a CPU."""
+    """A share of the GPU, or a copy of the policy in its dtype; nothing of it on a CPU, or for servers elsewhere."""
     model = policy(plain_model())
     size = sum(p.numel() for p in model.parameters())
     vllm = tiny_config("engine.kind=vllm", "engine.gpu_memory_utilization=0.3")
@@ -159,3 +159,5 @@ def test_what_an_engine_takes(monkeypatch: pytest.MonkeyPatch, memory: Memory) -
     assert engine_bytes(tiny_config("engine.kind=hf"), model, GPU) == 4 * size
     assert engine_bytes(tiny_config("engine.kind=hf", "model.compute_dtype=bfloat16"), model, GPU) == 2 * size
     assert engine_bytes(vllm, model, World()) == 0
+    servers = tiny_config("engine.kind=http", "engine.urls=http://a:1", "engine.weights_dir=/w")
+    assert engine_bytes(servers, model, GPU) == 0

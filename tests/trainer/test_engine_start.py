@@ -26,13 +26,13 @@ def sharing(world: World, kind: str, *options: str) -> int:
     ("world", "kind", "here", "expected"),
     [
         (World(0, 4, CPU), "vllm", None, 4), (World(0, 4, CPU), "vllm", "2", 2), (World(0, 4, CPU), "hf", None, 1),
-        (World(1, 4, GPU), "vllm", None, 1), (World(0, 1, CPU), "vllm", None, 1),
+        (World(1, 4, GPU), "vllm", None, 1), (World(0, 1, CPU), "vllm", None, 1), (World(0, 4, GPU), "http", "2", 4),
     ],
 )  # fmt: skip
 def test_ranks_without_gpus_share_an_engine(
     world: World, kind: str, here: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of one machine; ranks on GPUs, and those that sample in their own process, do not."""
+    """All of one machine; ranks on GPUs, and those that sample in their own process, do not; all of them, servers."""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if here is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)

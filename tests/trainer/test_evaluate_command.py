@@ -17,7 +17,9 @@ import torch
 from srft import evaluate as command
 from srft.evaluation import record
 from srft.evaluation.subject import find_subject
-from tests.trainer.runs import read_lines, train
+from srft.policy.model import build_tiny, byte_tokenizer
+from tests.trainer.fake_server import serving
+from tests.trainer.runs import read_lines, small_config, train
 
 ASKED = ["chain", "--samples", "4", "--k", "2", "--limit", "10", "--batch", "16", "--max-new-tokens", "6"]
 FILES = ("chain.jsonl", "table.md")
@@ -117,6 +119,19 @@ def test_greedy_is_what_the_run_measured(run: Path, tmp_path: Path) -> None:
     cut = sum(row["tally"]["cut"] for row in rows) / len(rows)
     last = read_lines(run / "metrics.jsonl")[-1]
     assert (right, cut) == (last["eval/accuracy"], last["eval/truncated"])
+
+
+def test_servers_answer_alike(run: Path, tmp_path: Path) -> None:
+    """One that was started with other weights is given those of the run."""
+    config = small_config(tmp_path)
+    other = build_tiny(config.model, byte_tokenizer(), config.longest_sequence, 5)
+    words = [str(run), "chain", "--greedy", "--max-new-tokens", "8", "--limit", "3"]
+    command.main([*words, "--out", str(tmp_path / "here")])
+    with serving(other, max_model_len=512) as (server,):
+        urls = ["engine.kind=http", f"engine.urls={server.url}", f"engine.weights_dir={tmp_path / 'weights'}"]
+        command.main([*words, *urls, "--out", str(tmp_path / "there")])
+        assert len(server.asked) == 3 and server.loads == 1
+    assert read_lines(tmp_path / "there" / "chain.jsonl") == read_lines(tmp_path / "here" / "chain.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from pydantic import BaseModel
 from srft.config import Config
 from srft.options import changed_keys, help_text, load_config, load_config_text, to_toml
 
+SERVERS = ["engine.kind=http", "engine.urls=http://a:1", "engine.weights_dir=/w"]
+
 
 def all_options(section: type[BaseModel], path: str = "") -> list[str]:
     """Dotted names of every option."""
@@ -64,6 +66,8 @@ def test_unknown_option_names_the_nearest(argument: str, hint: str) -> None:
         ("data.columns=5", "data.columns"),
         ("rollout.stop=[[1]]", "rollout.stop"),
         ("rollout.stop=['']", "rollout.stop"),
+        ("engine.urls=gpu1:8000", "engine.urls"),
+        ("engine.urls=https://gpu1:8000", "engine.urls"),
     ],
 )
 def test_wrong_value_names_the_option_and_what_it_got(argument: str, option: str) -> None:
@@ -96,6 +100,12 @@ def test_every_wrong_value_is_reported_at_once() -> None:
         (["method.name=grpo", "data.demos=chain"], "but data.demos=chain is set; unset it"),
         (["method.name=luffy", "data.demos=chain"], "those of data.demos=chain are not"),
         (["method.name=grpo", "train.rollouts_per_prompt=1"], "must be at least 2"),
+        (["engine.kind=http"], "engine.kind=http wants engine.urls and engine.weights_dir, too"),
+        (["engine.urls=http://a:1"], "engine.urls=['http://a:1'] is for engine.kind=http, got engine.kind=auto"),
+        (["engine.weights_dir=/w", "engine.kind=hf"], "engine.weights_dir=/w is for engine.kind=http, got engine.kin"),
+        ([*SERVERS, "engine.urls=['http://a:1','http://a:1']"], "names a server twice; name each once"),
+        ([*SERVERS, "engine.ranks_per_engine=2"], "with engine.kind=http all ranks share the servers; leave it unset"),
+        ([*SERVERS, "rollout.temperature=2.5"], "vLLM samples at temperatures between 0.01 and 2"),
         (["model.tiny.num_heads=3"], "model.tiny.num_heads=3 must divide model.tiny.hidden_size=128"),
     ],
 )

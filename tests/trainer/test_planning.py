@@ -190,6 +190,22 @@ def test_an_engine_that_has_no_room_does_not_fit() -> None:
     assert small.peak < 80 * GIB and small.engine_cache < 0 and not small.fits
 
 
+def test_servers_take_nothing_of_the_trainers_devices() -> None:
+    """No copy of the weights, no share of the memory, no keys and values."""
+    config = load_config(["recipes/qwen2.5-math-7b.toml"])
+    shape, passes = shape_of(config), BodyPasses(*[Held(0, 0)] * 4, flops=0, moved=0)
+    of = {
+        kind: plan_memory(
+            shape, passes, config.model_copy(update={"engine": config.engine.model_copy(update={"kind": kind})}),
+            Layout(H100, 64), 1024,
+        )
+        for kind in ("vllm", "hf", "http")
+    }  # fmt: skip
+    engines = {kind: set(memory.standing) - set(of["http"].standing) for kind, memory in of.items()}
+    assert all(engines[kind] for kind in ("vllm", "hf")) and "rollout" in of["hf"].moments
+    assert "rollout" not in of["http"].moments and not any("engine" in part for part in of["http"].standing)
+
+
 def test_mixtures_of_experts_are_refused() -> None:
     """Their work depends on where tokens go."""
     from transformers import AutoConfig

@@ -1,0 +1,58 @@
+"""The options of engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from srft.section import Section, one_or_more
+
+_URL = r"^http://[^/?#@\s]+(/[^?#\s]*)?$"
+
+
+class EngineConfig(Section):
+    """What samples the rollouts."""
+
+    kind: Literal["auto", "hf", "vllm", "http"] = "auto"
+    """"hf" samples in this process, "vllm" in a process of its own, "http" on servers that run already; "auto" is vllm
+    on a GPU where it is installed, else hf."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the engine's weights; "auto" follows model.compute_dtype."""
+    max_batch: int = Field(512, gt=0)
+    """hf: sequences sampled at once."""
+    python: str | None = None
+    """vllm: interpreter that runs the engine, for an environment of its own; unset: this one."""
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
+    """vllm: share of the GPU's memory the engine may take."""
+    ranks_per_engine: int | None = Field(None, gt=0)
+    """vllm: neighbouring ranks that share an engine; unset: one each on GPUs, one for all of a machine without."""
+    urls: Annotated[list[Annotated[str, Field(pattern=_URL)]], BeforeValidator(one_or_more)] = []
+    """http: the servers, such as ["http://gpu1:8000", "http://gpu2:8000"], each a `vllm serve` for this run alone."""
+    weights_dir: Path | None = None
+    """http: folder that the trainer writes and every server reads, under the same path: one or two copies of the
+    policy."""
+    deadline_s: float = Field(600.0, gt=0)
+    """vllm: seconds without a new token, in which nothing is heard of the engine, before it is ended as hung; http:
+    seconds in which a server answers no question to its end, before the others are asked."""
+    restarts: int = Field(3, ge=0)
+    """vllm: how often engines that died or hung are started again, given the weights and asked again, before the run is
+    ended; http: how often all servers may be lost, for at most deadline_s."""
+
+    @model_validator(mode="after")
+    def _servers_fit_the_kind(self) -> EngineConfig:
+        given = {"urls": self.urls, "weights_dir": self.weights_dir}
+        if self.kind == "http":
+            if lacking := [f"engine.{name}" for name, value in given.items() if not value]:
+                raise ValueError(f"engine.kind=http wants {' and '.join(lacking)}, too")
+            if len(set(self.urls)) < len(self.urls):
+                raise ValueError(f"engine.urls={self.urls} names a server twice; name each once")
+            if self.ranks_per_engine is not None:
+                raise ValueError(
+                    f"engine.ranks_per_engine={self.ranks_per_engine}, but with engine.kind=http all ranks share the "
+                    "servers; leave it unset"
+                )
+        elif useless := [f"engine.{name}={value}" for name, value in given.items() if value]:
+            raise ValueError(f"{' and '.join(useless)} is for engine.kind=http, got engine.kind={self.kind}; unset it")
+        return self
