@@ -117,6 +117,24 @@ def test_a_run_that_loses_its_engines_learns_the_same(
     assert "vLLM failed in update: its process died (SIGKILL); it is started again (2 of 3)" in said
 
 
+def test_an_engine_lost_beside_training_learns_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a lag, an engine killed in the batch of step 3 is replaced and given the weights which that batch is of."""
+    lags = RUN | {"rollout__max_lag": 1, "train__eval_every": 2}
+    expected = train(tmp_path / "undisturbed", **lags)
+    with pytest.MonkeyPatch.context() as patch:
+        # step 0's evaluation, the batches of steps 1 and 2, and this one, while step 2 moves the weights
+        during_call(patch, "srft.engine.vllm.VllmEngine.generate", 4, killed_in_it)
+        run = train(tmp_path / "killed", **lags)
+    assert "vLLM failed in generate: its process died (SIGKILL); it is started again" in capsys.readouterr().err
+    rows, undisturbed = comparable_rows(run), comparable_rows(expected)
+    assert [row.pop("engine/restarts", None) for row in rows] == [None, 0, 1, 1, 1]
+    assert [row.pop("engine/restarts", None) for row in undisturbed] == [None, 0, 0, 0, 0]
+    assert rows == undisturbed and [row["lag/max"] for row in rows[1:]] == [0, 1, 1, 1]
+    assert weights(run) == weights(expected)
+
+
 def test_ended_trainer_leaves_no_process(tmp_path: Path) -> None:
     """SIGTERM in mid-run, to every process as a scheduler sends it: what was trained is saved, nobody is left.
 
