@@ -18,7 +18,7 @@ from srft.section import Section
 
 AlarmName = Literal[
     "entropy-collapse", "entropy-blow-up", "reward-plateau", "sudden-drop", "length-explosion", "likelihood-blow-up",
-    "ratio-tail", "engine-mismatch",
+    "ratio-tail", "engine-mismatch", "stale-rollouts",
 ]  # fmt: skip
 ALARMS: tuple[AlarmName, ...] = get_args(AlarmName)
 
@@ -35,7 +35,7 @@ _BEYOND_CHANCE = 8.0
 _RECENT_EVALS = 10
 _WATCHED = (
     "entropy/rollout", "reward/mean", "reward/std", "eval/accuracy", "eval/ci_low", "eval/ci_high", "length/mean",
-    "length/truncated", "logprob/wrong", "ratio/tail", "mismatch/mean", "grad/cosine",
+    "length/truncated", "logprob/wrong", "ratio/tail", "mismatch/mean", "lag/is_ess", "grad/cosine",
 )  # fmt: skip
 # nats that entropy must gain, so that a policy which was sure of everything may hesitate a little
 _LEAST_GROWTH = 0.5
@@ -76,6 +76,8 @@ class AlarmConfig(Section):
     """Share of rollout tokens that have become more than twice, or less than half, as likely within a step."""
     mismatch: float = Field(0.1, gt=0)
     """Mean |log p| difference between trainer and engine, nats. Engines in 16 bit show about 0.01."""
+    least_ess: float = Field(0.5, ge=0, lt=1)
+    """Effective share of the tokens of an older policy's rollouts below which these are stale."""
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,12 @@ def _engine_mismatch(past: _Past) -> _Found:
     return (seen, f"at most {most:g}") if now is not None and now > most else None
 
 
+def _stale_rollouts(past: _Past) -> _Found:
+    now, least = past.now("lag/is_ess"), past.config.least_ess
+    seen = f"of the rollouts' tokens {now:.0%} count, by their importance weights" if now is not None else ""
+    return (seen, f"at least {least:.0%}") if now is not None and now < least else None
+
+
 def _reward(past: _Past) -> str:
     return f"{past.now('reward/mean') or 0.0:.3f}"
 
@@ -315,6 +323,7 @@ _CHECKS: dict[AlarmName, Callable[[_Past], _Found]] = {
     "likelihood-blow-up": _likelihood_blow_up,
     "ratio-tail": _ratio_tail,
     "engine-mismatch": _engine_mismatch,
+    "stale-rollouts": _stale_rollouts,
 }
 _REMEDIES: dict[AlarmName, str] = {
     "entropy-collapse": "Give rollouts more weight (train.rl_lr_scale, method.rl_coef of srft), show fewer "
@@ -330,6 +339,8 @@ _REMEDIES: dict[AlarmName, str] = {
     "likelihood-blow-up": "Lower the term on wrong rollouts (train.term_scales.rollout_negative of srft), or take the "
     "form with a ratio (method.self_rollout=ratio).",
     "ratio-tail": "Make fewer updates of a step (train.updates_per_step), or lower train.lr.",
-    "engine-mismatch": "Let both compute in one precision (engine.dtype, model.compute_dtype), or with rollout.max_lag "
-    "lower train.lr; until then rollouts are another policy's.",
+    "engine-mismatch": "Let both compute in one precision (engine.dtype, model.compute_dtype); until then rollouts are "
+    "another policy's.",
+    "stale-rollouts": "Lower train.lr, train.updates_per_step or rollout.max_lag, or let the engine compute in the "
+    "trainer's precision (engine.dtype).",
 }

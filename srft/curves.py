@@ -11,7 +11,7 @@ from srft.section import Section
 # names of the figures that every run has, which report/plots.py draws
 TAKEN = frozenset(
     (
-        "cosine", "entropy", "grad_norm", "grad_terms", "lengths", "logprobs", "loss", "mismatch", "overview",
+        "cosine", "entropy", "grad_norm", "grad_terms", "lag", "lengths", "logprobs", "loss", "mismatch", "overview",
         "reward_accuracy", "shares", "time",
     )
 )  # fmt: skip

@@ -195,12 +195,13 @@ def loss_metrics(
 
     Returns:
         ``loss/*`` in nats, but for terms of a kind that the update lacks; ``entropy/*`` and ``logprob/*`` in nats per
-        token, the method's own, and of rollouts the mismatch in nats and, where old log-probabilities are known, the
-        ratio to them: ``ratio/tail``, the share of tokens with a ratio outside of [1/2, 2], and ``ratio/max``, the
-        largest |log ratio| in nats. ``kl/reference`` and ``kl/teacher`` where there are such models: the mean of log p
-        - log p of theirs over rollout tokens, nats, an estimate of KL(policy || theirs). The same on every rank. Losses
-        and shares are of all tokens of the update; all other means are over those of the micro-batches, which lack the
-        sequences that the loss gives no gradient, and are absent where there are none.
+        token, the method's own, and of rollouts the mismatch in nats, unless they have an importance, and, where old
+        log-probabilities are known, the ratio to them: ``ratio/tail``, the share of tokens with a ratio outside of
+        [1/2, 2], and ``ratio/max``, the largest |log ratio| in nats. ``kl/reference`` and ``kl/teacher`` where there
+        are such models: the mean of log p - log p of theirs over rollout tokens, nats, an estimate of KL(policy ||
+        theirs). The same on every rank. Losses and shares are of all tokens of the update; all other means are over
+        those of the micro-batches, which lack the sequences that the loss gives no gradient, and are absent where there
+        are none.
     """
     every = world.gather(_sums(batches, outputs))
     totals = update.totals
@@ -229,7 +230,9 @@ def loss_metrics(
         metrics["ratio/tail"] = Figure(_mean([x.ratio_tail for x in every]), weight=tokens)
         metrics["ratio/max"] = Figure(_largest([x.largest_ratio for x in every]), "max")
     metrics |= _own_figures(method, terms, update, set(metrics))
-    if tokens := sum(x.mismatch[1] for x in every):
+    # of an older policy's rollouts it would be the lag; the canary goes on comparing the engine
+    behind = any(batch.importance is not None for batch in batches)
+    if not behind and (tokens := sum(x.mismatch[1] for x in every)):
         metrics["mismatch/mean"] = Figure(_mean([x.mismatch for x in every]), weight=tokens)
         metrics["mismatch/max"] = Figure(_largest([x.largest_mismatch for x in every]), "max")
     return metrics

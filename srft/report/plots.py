@@ -69,6 +69,11 @@ MISMATCH = (
     Line(key="mismatch/mean", label="mean", color="blue"),
     Line(key="canary/max_abs_diff", label="after sync", color="green", dashed=True),
 )
+LAG = (
+    Line(key="lag/is_ess", label="effective", color="blue"),
+    Line(key="lag/is_off", label="off by a tenth", color="purple", dashed=True),
+    Line(key="lag/is_capped", label="above the cap", color="green"),
+)
 PART_COLORS = {
     "rollout": BLUE, "reward": GREEN, "train": VERMILLION, "sync": PURPLE, "eval": AMBER, "other": GREY,
 }  # fmt: skip
@@ -211,6 +216,9 @@ _LAST = (
     _curves("mismatch", "Trainer against engine",
             "How far log-probabilities of the same tokens lie apart; a jump means wrong weights.",
             MISMATCH, "difference (nats)", scale="log"),
+    _curves("lag", "Rollouts of an older policy",
+            "Shares of their tokens, by how likely these still are: of the sample as it counts, and of ratios.",
+            LAG, "share of tokens"),
 )  # fmt: skip
 _OVERVIEW_FIRST, _OVERVIEW_LAST = ("reward_accuracy", "entropy"), ("loss", "shares", "grad_norm")
 

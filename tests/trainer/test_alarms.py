@@ -31,7 +31,7 @@ def healthy(done: float) -> Row:
         "reward/mean": accuracy, "reward/std": math.sqrt(accuracy * (1 - accuracy)),
         "entropy/rollout": 0.24 - 0.23 * done, "length/mean": 30.0 - 5 * done, "length/truncated": 0.02,
         "logprob/right": -0.2 + 0.19 * done, "logprob/wrong": -0.4 - 0.3 * done, "mismatch/mean": 1e-6,
-        "ratio/tail": 0.0, "grad/cosine": 0.3 - 0.6 * done,
+        "lag/is_ess": 0.9, "ratio/tail": 0.0, "grad/cosine": 0.3 - 0.6 * done,
     }  # fmt: skip
 
 
@@ -80,6 +80,7 @@ SIGNS: dict[str, tuple[Change, ...]] = {
     "likelihood-blow-up": (lambda done: {"logprob/wrong": -0.4 - 5 * done},),
     "ratio-tail": (after(0.5, ratio__tail=0.05),),
     "engine-mismatch": (after(0.5, mismatch__mean=0.3),),
+    "stale-rollouts": (after(0.5, lag__is_ess=0.3),),
 }  # fmt: skip
 
 
@@ -137,6 +138,7 @@ def test_thresholds_are_options() -> None:
     """A stricter one fires on the healthy run, a laxer one not on the sick one."""
     assert [alarm.alarm for alarm in alarms(rows_of(), mismatch=1e-7)] == ["engine-mismatch"]
     assert not alarms(rows_of(*SIGNS["ratio-tail"]), ratio_tail=0.1)
+    assert not alarms(rows_of(*SIGNS["stale-rollouts"]), least_ess=0.2)
     assert not alarms(rows_of(*SIGNS["likelihood-blow-up"]), wrong_logprob_fall=6)
 
 
