@@ -8,12 +8,16 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.engine.base import Completion, Sampling
+from srft.engine.cache import make_cache
 from srft.engine.stops import StopTexts
 from srft.policy.loading import allocate, bare_copy
 from srft.policy.weights import whole_tensors
+
+# words of a vocabulary whose probabilities are added up first where it has more
+_BLOCK = 1024
 
 
 class HfEngine:
@@ -79,8 +83,10 @@ class HfEngine:
         stop = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=device)
         texts = StopTexts(self._tokenizer, sampling.stop, sampling.min_new_tokens) if sampling.stop else None
         said: list[list[int]] = [[] for _ in prompts]
-        ids, mask, positions = _left_pad(prompts, self._pad_token_id, device)
-        cache = DynamicCache(config=self._model.config)
+        # the completions of a prompt begin with one forward pass of it
+        places = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        ids, mask, positions = _left_pad(list(map(list, places)), self._pad_token_id, device)
+        cache = make_cache(self._model.config)
         alive = torch.arange(len(prompts), device=device)  # rows of the result still being sampled
         tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.int64, device=device)
         logprobs = torch.zeros(len(prompts), sampling.max_new_tokens, device=device)
@@ -92,6 +98,10 @@ class HfEngine:
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                 use_cache=True, logits_to_keep=1,
             ).logits[:, -1].float()  # fmt: skip
+            if t == 0 and len(places) < len(prompts):
+                own = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
+                cache.batch_select_indices(own)
+                logits, mask, positions = logits[own], mask[own], positions[own]
             if t < sampling.min_new_tokens:
                 # a tokenizer may have more tokens than the model
                 logits[:, stop[stop < logits.shape[-1]]] = -math.inf
@@ -193,11 +203,33 @@ def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, 
         token = logits.argmax(-1)
         return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
     logprobs = (logits / temperature).log_softmax(-1)
-    cumulative = logprobs.double().exp().cumsum(-1)
-    # scaling by the total keeps the last token reachable when the sum falls short of 1 by rounding
-    token = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    token = token.clamp_(max=logits.shape[-1] - 1)
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
+    if logits.shape[-1] > _BLOCK:
+        token = _in_blocks(logprobs, uniform.double()[:, None])
+    else:
+        cumulative = logprobs.double().exp().cumsum(-1)
+        # scaling by the total keeps the last token reachable when the sum falls short of 1 by rounding
+        token = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)
+        token = token.clamp_(max=logits.shape[-1] - 1)
+    return token[:, 0], logprobs.gather(-1, token)[:, 0]
+
+
+def _in_blocks(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens [rows, 1] of [rows, V] log-probabilities: first a block, then a token in it, the one that fp64 adds up."""
+    rows, vocab = logprobs.shape
+    probabilities = logprobs.new_zeros(rows, -(-vocab // _BLOCK) * _BLOCK)
+    torch.exp(logprobs, out=probabilities[:, :vocab])
+    # [rows, blocks, _BLOCK]
+    blocks = probabilities.unflatten(-1, (-1, _BLOCK))
+    of_block = blocks.sum(-1).double()
+    sums = of_block.cumsum(-1)
+    target = uniform * sums[:, -1:]
+    block = torch.searchsorted(sums, target, right=True).clamp_(max=sums.shape[-1] - 1)
+    before = sums.gather(-1, block) - of_block.gather(-1, block)
+    # [rows, _BLOCK]
+    cumulative = blocks[torch.arange(rows, device=block.device), block[:, 0]].double().cumsum(-1)
+    # the sum of a block in fp32 is not that of its tokens, and what is beyond their ends has a probability of 0
+    within = torch.minimum((target - before).clamp_(min=0), cumulative[:, -1:] * (1 - 1e-9))
+    return block * _BLOCK + torch.searchsorted(cumulative, within, right=True)
 
 
 def _completed(

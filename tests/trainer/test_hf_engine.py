@@ -6,7 +6,9 @@ import pytest
 import torch
 import transformers
 
+from srft.engine import hf
 from srft.engine.base import Sampling
+from srft.engine.cache import RoomyLayer, make_cache
 from srft.engine.hf import HfEngine
 from tests.trainer.architectures import build
 from tests.trainer.tiny import VOCAB, plain_model, policy
@@ -163,6 +165,53 @@ def test_frequencies_match_probabilities(temperature: float) -> None:
         # the 99.99 % quantile for 6 degrees of freedom
         assert statistic < 27.9
         assert int((~rare).sum()) >= 3
+
+
+@pytest.mark.parametrize("vocab", [3000, 3072])
+def test_a_large_vocabulary_is_drawn_from_as_a_small_one(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block the same tokens as from all at once, up to rounding; never one without a probability."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(2000, vocab, generator=generator)
+    # whole blocks, the first and the last of the others' tokens
+    logits[:, :1024] = logits[:, 1024] = logits[:, 2040:2050] = logits[:, -7:] = -torch.inf
+    uniform = torch.rand(2000, generator=generator)
+    uniform[:2] = torch.tensor([0.0, 1 - 2.0**-24])
+    token, logprob = hf._draw(logits, 0.7, uniform)
+    torch.testing.assert_close(logprob, (logits / 0.7).log_softmax(-1).gather(-1, token[:, None])[:, 0])
+    assert logprob.isfinite().all()
+    monkeypatch.setattr(hf, "_BLOCK", vocab)
+    whole, _ = hf._draw(logits, 0.7, uniform)
+    assert int((token != whole).sum()) <= 2 and token[0] == whole[0] and len(whole.unique()) > 500
+
+
+def test_a_cache_with_room_holds_what_one_without_does() -> None:
+    """While it grows beyond its memory twice, and rows are dropped and doubled."""
+    config = plain_model().config
+    roomy, plain = make_cache(config), transformers.DynamicCache(config=config)
+    assert all(type(layer) is RoomyLayer for layer in roomy.layers)
+    rows, step = 4, torch.Generator().manual_seed(0)
+    for t in range(120):
+        new = torch.randn(2, rows, 2, 5 if t == 0 else 1, 6, generator=step)
+        for layer in (0, 1):
+            found = roomy.update(new[0] + layer, new[1], layer)
+            for x, y in zip(found, plain.update(new[0] + layer, new[1], layer), strict=True):
+                assert torch.equal(x, y)
+        if t in (0, 3, 40, 90):
+            kept = torch.tensor({0: [0, 0, 1, 2, 3, 3], 3: [5, 1, 1], 40: [2, 0, 1], 90: [1]}[t])
+            rows = len(kept)
+            for cache in (roomy, plain):
+                cache.batch_select_indices(kept)
+    assert roomy.get_seq_length() == 124
+
+
+def test_completions_of_a_prompt_share_its_forward_pass() -> None:
+    """The first pass has each prompt of a batch once, and the later ones a row for every completion."""
+    engine, seen = engine_of(policy(plain_model())), []
+    engine._model.register_forward_pre_hook(
+        lambda _model, _args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    engine.generate([PROMPTS[0], PROMPTS[2], PROMPTS[0]], Sampling(1.0, 3, ()), [[1, 2, 3], [4, 5], [6]])
+    assert seen == [(2, 8), (6, 1), (6, 1)]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
