@@ -164,8 +164,8 @@ def draw_weights(weighed: Sequence[Weighed], method: Method) -> Picture:
     kinds = [
         (title, coef, color, chosen)
         for title, coef, color, chosen in (
-            ("demonstrations: s", method.sft_coef, VERMILLION, [one for one in weighed if one.is_demo]),
-            ("right rollouts: c", method.rl_coef, BLUE, [one for one in weighed if not one.is_demo]),
+            ("demonstrations (w_SFT)", method.sft_coef, VERMILLION, [one for one in weighed if one.is_demo]),
+            ("right rollouts (w_RL)", method.rl_coef, BLUE, [one for one in weighed if not one.is_demo]),
         )
         if chosen and coef
     ]  # fmt: skip
