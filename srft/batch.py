@@ -13,6 +13,11 @@ from srft.data.prompts import Prompt
 IGNORE_INDEX = -100
 SCORES = ("old_logprobs", "old_entropy", "ref_logprobs", "teacher_logprobs", "importance")
 """What a response may have of each of its tokens, found by models before the update."""
+SAMPLED = (
+    "response_ids", "is_demo", "truncated", "rollout_logprobs", "text", "reward", "status", "message",
+    "teacher_prompt_ids", "prefix_tokens", "version",
+)  # fmt: skip
+"""What a response has before anything is learned from it, beside the tokens of its prompt."""
 
 
 @dataclass
@@ -42,6 +47,8 @@ class Response:
         version: Of a rollout, the weights that sampled it: steps they were trained for.
         importance: How often each token counts where an older policy sampled it, 1 on those of a demonstration; None
             where rollouts are always of the current policy.
+        logprobs: Log-probabilities of the policy as its update found it; known after the loss.
+        entropies: Entropies of each token then, nats.
     """
 
     prompt_ids: list[int]
@@ -64,6 +71,8 @@ class Response:
     prefix_advantage: float = 0.0
     version: int = 0
     importance: Tensor | None = None
+    logprobs: Tensor | None = None
+    entropies: Tensor | None = None
 
     @property
     def parts(self) -> list[tuple[bool, int]]:

@@ -205,6 +205,10 @@ class TrainConfig(Section):
     """Write the rows of metrics.jsonl as TensorBoard's event files, too, to tensorboard/ in the run's folder."""
     wandb: str | None = Field(None, min_length=1)
     """Send them to this project of Weights & Biases, too."""
+    record_rollouts: bool = False
+    """Write what each step learned from to rollouts/ in the run's folder, token by token, an Arrow file a step."""
+    replay: Path | None = None
+    """Learn from what the run in this folder has recorded, in place of rollouts of one's own: no engine is started."""
     max_skipped_updates: int = Field(3, ge=0)
     """Updates in a row whose loss or gradient is not finite that are left out before the run is ended."""
     stop_on_alarm: AlarmNames = []
@@ -284,6 +288,8 @@ class Config(Section):
                 f'rollout.max_lag={self.rollout.max_lag}, but method.name="{method.name}" with these options does not '
                 f"weight rollouts of an older policy; set rollout.max_lag=0, or take one of {able}"
             )
+        if self.rollout.max_lag and train.replay:
+            raise ValueError(f"train.replay={train.replay} makes no rollouts that could be late; set rollout.max_lag=0")
         if self.model.reference is not None and not self.wants_reference:
             raise ValueError(
                 f'model.reference={self.model.reference}, but method.name="{method.name}" with these options has no '

@@ -17,6 +17,7 @@ from srft.data.problems import data_state
 from srft.data.prompts import Prompt
 from srft.data.sampler import StepSampler
 from srft.dataset import Prompts, make_prompts, read_problems, warm_starts
+from srft.engine.base import Sampling
 from srft.engine.sampling import describe_ends, make_sampling
 from srft.engine.start import cores_divided, engine_bytes, start_engine
 from srft.evaluation.held_out import FurtherSet, further_sets
@@ -41,6 +42,7 @@ from srft.record.log import NoLog, RunLog
 from srft.record.progress import Progress
 from srft.record.trackers import open_trackers, refuse_absent
 from srft.record.waiting import Waiting
+from srft.replay import Replay, describe_replay, refuse_unfit_record
 from srft.report.build import build_report
 from srft.rewards.pool import RewardPool
 from srft.rollout import Actor, refuse_long_lessons
@@ -58,10 +60,10 @@ class Run:
     Args:
         world: The ranks that make it together.
         prompts: What it asks.
-        actor: Answers it, and judges the answers.
-        rollouts: Each step's, drawn, answered and judged.
+        actor: Answers it, and judges the answers; None where rollouts are replayed.
+        rollouts: Each step's, drawn, answered and judged, or recorded ones.
         learner: Moves the policy.
-        sync: Brings the policy to the actor's engine.
+        sync: Brings the policy to the actor's engine, where there is one.
         stop: Signals wait from the first moved weight of a step until ``release``.
         progress: The last whole step, and its checkpoint.
         log: The record.
@@ -71,10 +73,10 @@ class Run:
 
     world: World
     prompts: Prompts
-    actor: Actor
-    rollouts: Rollouts
+    actor: Actor | None
+    rollouts: Rollouts | Replay
     learner: Learner
-    sync: WeightSync
+    sync: WeightSync | None
     stop: StopSignals
     progress: Progress
     log: RunLog | NoLog
@@ -99,6 +101,7 @@ def prepared(config: Config) -> Iterator[Run]:
     config = with_local_model(config)
     tokenizer = load_tokenizer(config.model)
     _refuse_few_positions(config)
+    refuse_unfit_record(config)
     problems = read_problems(config)
     with (
         joined(config, choose_device(config)) as world,
@@ -111,7 +114,7 @@ def prepared(config: Config) -> Iterator[Run]:
         _refuse_differences(config, data, world)
         refuse_other_data(config, data, checkpoint)
         prompts = make_prompts(config, problems, tokenizer, pool, world)
-        further = further_sets(config, tokenizer, pools)
+        further = [] if config.train.replay else further_sets(config, tokenizer, pools)
         learner, proof = load_policy(config, tokenizer, prompts, pool, checkpoint, world)
         if config.method.shows_demos:
             refuse_long_lessons(config, learner, prompts.train)
@@ -125,11 +128,14 @@ def prepared(config: Config) -> Iterator[Run]:
         progress.restore(checkpoint)
         with (
             cores_divided(config, world) as threads,
-            closing(start_engine(learner, run_dir / "engine", threads)) as engine,
+            _answering(learner, sampling, pool, run_dir / "engine", threads) as actor,
             _record(config, run_dir, progress, world) as log,
         ):
-            actor = Actor(engine, sampling, tokenizer, pool, world)
-            rollouts = Rollouts(learner, prompts, sampler, actor, waiting, threads)
+            rollouts: Rollouts | Replay
+            if actor is None:
+                rollouts = Replay(learner, prompts)
+            else:
+                rollouts = Rollouts(learner, prompts, sampler, actor, waiting, threads)
             # a batch that is being made is waited for once the last whole step is saved
             with closing(rollouts), progress.saved_when_stopped():
                 if config.method.file_text and world.is_first:
@@ -137,10 +143,25 @@ def prepared(config: Config) -> Iterator[Run]:
                 log.say(f"{describe_step(learner, prompts.note)} {describe_ends(sampling, tokenizer)}")
                 if config.rollout.max_lag:
                     log.say(describe_lag(config, threads))
+                if actor is None:
+                    log.say(describe_replay(config))
                 log.say(proof.sentence())
-                sync = WeightSync(learner.model, engine, _probe(prompts.train, config), config, world)
+                probe = _probe(prompts.train, config)
+                sync = None if actor is None else WeightSync(learner.model, actor.engine, probe, config, world)
                 log.say(worst_case(learner))
                 yield Run(world, prompts, actor, rollouts, learner, sync, stop, progress, log, speed, further)
+
+
+@contextmanager
+def _answering(
+    learner: Learner, sampling: Sampling, pool: RewardPool, folder: Path, threads: int | None
+) -> Iterator[Actor | None]:
+    """What answers and judges, with an engine of its own; nobody where rollouts are replayed."""
+    if learner.config.train.replay:
+        yield None
+        return
+    with closing(start_engine(learner, folder, threads)) as engine:
+        yield Actor(engine, sampling, learner.tokenizer, pool, learner.world)
 
 
 def _refuse_differences(config: Config, data: dict[str, Any], world: World) -> None:
@@ -189,14 +210,8 @@ def choose_device(config: Config) -> torch.device:
         raise ValueError(
             "train.device=cuda, but torch sees no GPU; set train.device=cpu or install a CUDA build of torch"
         )
-    name = (
-        config.train.device
-        if config.train.device != "auto"
-        else "cuda"
-        if torch.cuda.is_available()
-        else "cpu"
-    )
-    return torch.device(name)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(found if config.train.device == "auto" else config.train.device)
 
 
 def load_policy(
@@ -233,10 +248,9 @@ def load_policy(
     model = load_prepared(config, tokenizer, checkpoint or start, world)
     proof = prove(model, config)
     frozen = frozen_models(config, tokenizer, start, world)
-    tokens = choose_tokens_per_microbatch(config, model, world, engine_bytes(config, model, world))
-    config = config.model_copy(
-        update={"train": config.train.model_copy(update={"tokens_per_microbatch": tokens})}
-    )
+    engine = 0 if config.train.replay else engine_bytes(config, model, world)
+    tokens = choose_tokens_per_microbatch(config, model, world, engine)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"tokens_per_microbatch": tokens})})
     return Learner(config, model, tokenizer, make_optimizer(model, config), world, frozen=frozen), proof
 
 
@@ -360,9 +374,7 @@ def describe_step(learner: Learner, data_note: str) -> str:
     config, train = learner.config, learner.config.train
     parts = []
     if config.method.needs_rollouts:
-        parts.append(
-            f"{train.rollouts_per_prompt} rollouts of at most {config.rollout.max_new_tokens} tokens"
-        )
+        parts.append(f"{train.rollouts_per_prompt} rollouts of at most {config.rollout.max_new_tokens} tokens")
     if config.method.trains_demos:
         own = " of data.demos" if config.data.demos else ""
         parts.append(f"{train.demos_per_prompt} demonstration{'s' if train.demos_per_prompt > 1 else ''}{own}")

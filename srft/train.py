@@ -36,7 +36,9 @@ from srft.policy.parallel import Elsewhere
 from srft.prepare import Run, prepared
 from srft.record.metrics import Clock, group_metrics, sample_rows
 from srft.record.problems import Verdicts, trained_on
+from srft.record.rollouts import write_step
 from srft.rewards.pool import Judge
+from srft.rollout import Actor
 from srft.sync import CanaryError
 
 
@@ -71,13 +73,17 @@ def fit(config: Config) -> None:
             with clock("rollout"):
                 run.rollouts.wait()
             with clock("sync"):
-                canary = run.sync.push(step)
+                canary = run.sync.push(step) if run.sync else {}
             run.log.samples(step, sample_rows(groups))
             run.log.problems(step, "training", trained_on(groups, run.world))
+            if train.record_rollouts:
+                # before the step counts as done: a run that goes on has every file up to where it does
+                write_step(run.log.run_dir, sampled, config, run.world)
             row = {"step": step, **canary, **figures, **group_metrics(groups, run.world, sampled.gave_way)}
             if sampled.seconds is not None:
                 row["time/ahead"] = sampled.seconds
-            row["engine/restarts"] = run.actor.engine.restarts
+            if run.actor is not None:
+                row["engine/restarts"] = run.actor.engine.restarts
             if step % train.eval_every == 0 or is_last:
                 run.progress.reached(step, unlogged=row | clock.seconds())
                 run.stop.release()  # a run stopped in here repeats the evaluation when it goes on
@@ -100,7 +106,7 @@ def fit(config: Config) -> None:
 def _begin(run: Run) -> None:
     """Give the engine its weights, and write the row that lacks its evaluation: step 0's, or that of the stop."""
     done = run.progress.step
-    canary = run.sync.push(done)
+    canary = run.sync.push(done) if run.sync else {}
     row = {"step": 0, **canary} if done == 0 else run.progress.unlogged
     if row is not None and run.world.first(run.log.last_step) < done:
         row |= _evaluated(run, done)
@@ -111,18 +117,21 @@ def _begin(run: Run) -> None:
 
 def _evaluated(run: Run, step: int) -> dict[str, float]:
     held_out = run.prompts.held_out
-    figures = _judged(run, step, "held-out", "eval", held_out, run.actor.pool) | demo_loss(run.learner, held_out)
+    if run.actor is None:
+        return demo_loss(run.learner, held_out)
+    own = _judged(run, run.actor, step, "held-out", "eval", held_out, run.actor.pool)
+    figures = own | demo_loss(run.learner, held_out)
     for one in run.further:
-        figures |= _judged(run, step, one.name, f"eval/{one.name}", one.prompts, one.pool)
+        figures |= _judged(run, run.actor, step, one.name, f"eval/{one.name}", one.prompts, one.pool)
     return figures
 
 
 def _judged(
-    run: Run, step: int, name: str, prefix: str, prompts: list[Prompt], pool: Judge
+    run: Run, actor: Actor, step: int, name: str, prefix: str, prompts: list[Prompt], pool: Judge
 ) -> dict[str, float]:
     train, verdicts = run.learner.config.train, Verdicts(pool, [prompt.example for prompt in prompts])
     figures = evaluate(
-        replace(run.actor, pool=verdicts), prompts, samples=train.eval_samples, temperature=train.eval_temperature,
+        replace(actor, pool=verdicts), prompts, samples=train.eval_samples, temperature=train.eval_temperature,
         seed=train.seed, prefix=prefix,
     )  # fmt: skip
     run.log.problems(step, name, verdicts.counts(run.world))

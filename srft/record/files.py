@@ -118,11 +118,24 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         WriteError: When the disk refuses; the old file is as it was.
     """
+    replace_file(path, text.encode(errors="replace"))
+
+
+def replace_file(path: Path, contents: bytes) -> None:
+    """Replace a file by other bytes; a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: The file.
+        contents: All of it.
+
+    Raises:
+        WriteError: When the disk refuses; the old file is as it was.
+    """
     beside = path.with_name(path.name + ".part")
     with writing(path):
         try:
             with open(beside, "wb") as file:
-                file.write(text.encode(errors="replace"))
+                file.write(contents)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)

@@ -188,7 +188,7 @@ def loss_metrics(
 
     Args:
         method: Adds its own figures.
-        batches: This rank's micro-batches; their sequences' ``entropy`` is filled in.
+        batches: This rank's micro-batches; their sequences' ``entropy``, ``entropies`` and ``logprobs`` are filled in.
         outputs: What the fused loss returned for each.
         update: The update as a whole.
         world: The ranks.
@@ -250,7 +250,8 @@ def _sums(batches: list[Batch], outputs: list[PolicyLoss]) -> _Sums:
         if batch.is_empty:
             continue
         for sequence, place in batch.responses():
-            sequence.entropy = out.entropy[place].mean().item()
+            sequence.logprobs, sequence.entropies = out.logprobs[place].detach(), out.entropy[place].detach()
+            sequence.entropy = sequence.entropies.mean().item()
         sampled_by = out.logprobs if batch.old_logprobs is None else batch.old_logprobs
         mismatch.append((sampled_by - batch.rollout_logprobs)[~batch.is_demo].abs().cpu())
         for name, theirs in (("kl/reference", batch.ref_logprobs), ("kl/teacher", batch.teacher_logprobs)):

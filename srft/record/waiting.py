@@ -6,14 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from srft.batch import Group, Response, Sampled
+from srft.batch import SAMPLED, Group, Response, Sampled
 from srft.data.prompts import Prompt
-
-# what a response has before anything is learned from it, beside the tokens of its prompt
-_STORED = (
-    "response_ids", "is_demo", "truncated", "rollout_logprobs", "text", "reward", "status", "message",
-    "teacher_prompt_ids", "prefix_tokens", "version",
-)  # fmt: skip
 
 
 class Waiting:
@@ -60,5 +54,5 @@ class Waiting:
 def _group(group: Group) -> dict[str, Any]:
     members = {"rollouts": group.rollouts, "demos": group.demos}
     return {"max_new_tokens": group.max_new_tokens} | {
-        kind: [{name: getattr(s, name) for name in _STORED} for s in of_kind] for kind, of_kind in members.items()
+        kind: [{name: getattr(s, name) for name in SAMPLED} for s in of_kind] for kind, of_kind in members.items()
     }
