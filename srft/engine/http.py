@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import time
 import uuid
 from collections import deque
@@ -80,7 +81,7 @@ class HttpEngine:
         self._tokenizer = tokenizer
         self._expected = {"dtype": dtype, "logprobs_mode": "processed_logprobs", **model}
         self._servers = [Server(url, deadline_s) for url in urls]
-        self._in_turn = 0
+        self._in_turn, self._lock = 0, threading.Lock()
         self._run, self._count, self._label = uuid.uuid4().hex, 0, ""
         self._present: Path | None = None
         self.folder = weights_dir.expanduser().resolve() / owner
@@ -301,10 +302,12 @@ class HttpEngine:
             try:
                 work(server)
             except EngineLost as error:
+                # many threads find out at once
+                with self._lock:
+                    known, server.lost = server.lost, str(error)
                 # before the first update, whoever waits for the servers says so
-                if self._present is not None and not server.lost and not over:
+                if self._present is not None and not known and not over:
                     _say(f"lost {error}")
-                server.lost = str(error)
 
         with ThreadPoolExecutor(len(servers)) as pool:
             futures: list[Future[None]] = [pool.submit(guarded, server) for server in servers]
@@ -368,4 +371,4 @@ def _scores(answer: dict[str, Any], sequence: list[int]) -> list[float]:
 
 
 def _say(text: str) -> None:
-    print(f"engine: {text}", file=sys.stderr)
+    sys.stderr.write(f"engine: {text}\n")
