@@ -11,12 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import heads, losses, measure, peers, plot, table
+from benchmarks import heads, losses, measure, peers, plot, table, trainer_step
 from benchmarks.options import OPTIONS as ALL_OPTIONS
 from benchmarks.options import QUICK, specs
 from benchmarks.progress import Progress
 from benchmarks.variants import Variant, gold
+from srft.engine.base import Sampling
+from srft.engine.hf import HfEngine
+from srft.options import load_config
+from srft.planning.models import measure_shape
+from srft.policy.model import build_tiny, byte_tokenizer
 from srft_kernels import reference
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +64,36 @@ def test_every_case_is_measured(dtype: str) -> None:
         assert row["status"] == "ok" or (row["reason"] and row["status"] == "skipped"), row
     if ("cross_entropy", "quack") in rows:
         assert rows["cross_entropy", "quack"]["reason"] == "runs on cuda only"
+
+
+SMALL_STEP = ("--rounds=1", "--prompts=2", "--rollouts=4", "--tokens=5", "--width=16", "--layers=1", "--mlp=16")
+
+
+def test_a_whole_step_is_measured() -> None:
+    """Floor and ours by part; what is left out says how to get it."""
+    done = run("-m", "benchmarks.trainer_step", *SMALL_STEP, "--no-trl")
+    assert done.returncode == 0, done.stderr
+    rows = {tuple(line.split(" | ")[:2]): line for line in done.stdout.splitlines() if line.startswith("| ")}
+    assert {("| floor", "step"), ("| ours", "rollout"), ("| ours", "train"), ("| ours", "sync")} <= rows.keys()
+    assert "pip install" in done.stdout and "GFLOP/s" in done.stdout and "nan" not in done.stdout
+
+
+def test_the_floor_counts_the_products_of_a_rollout() -> None:
+    """Those that the engine calls, but for attention's."""
+    tokenizer = byte_tokenizer()
+    config = load_config(["model.tiny.hidden_size=16", "model.tiny.num_layers=2", "model.tiny.intermediate_size=24"])
+    model = build_tiny(config.model, tokenizer, 64, 0)
+    engine = HfEngine(model, dtype=torch.float32, pad_token_id=0, max_batch=64)
+    prompts, group, new = [list(range(p, p + trainer_step.PROMPT)) for p in range(3)], 4, 6
+    with FlopCounterMode(display=False) as counted:
+        engine.generate(prompts, Sampling(1.0, new, ()), [list(range(group)) for _ in prompts])
+    products = sum(counted.get_flop_counts()["Global"].get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    shape, longest = measure_shape(model), trainer_step.PROMPT + new
+    pairs = 2 * shape.layers * shape.heads * shape.head_dim * ((longest - 1) ** 2 - trainer_step.PROMPT**2)
+    found = trainer_step.floors(shape, len(prompts) * group, group, new)["rollout"]
+    # of a prompt the head is computed once, where the floor has it for every completion
+    shared = 2 * shape.vocab * shape.hidden * len(prompts) * (group - 1)
+    assert products == pytest.approx(found - len(prompts) * group * pairs - shared)
 
 
 @pytest.mark.parametrize("case", losses.CASES)
