@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import sys
 
+from srft.launch import share_cores
 from srft.stop import StopSignals, ends_in_a_line, leave_at_once
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds, in which a signal would end in a traceback of theirs
+    share_cores()
 
 import argparse
 import importlib.util

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import sys
 
-from srft.launch import start_ranks
+from srft.launch import share_cores, start_ranks
 from srft.stop import ALARMED, Stopped, leave_at_once
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds, in which a signal would end in a traceback of theirs
+    share_cores()
     if "--dry-run" not in sys.argv:
         start_ranks(sys.argv[1:])  # what waits for the ranks of a run needs none of them
 

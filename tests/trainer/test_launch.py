@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,6 +91,18 @@ def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
 
     (found,) = filter(is_it, descendants(launcher.pid))
     return found
+
+
+@pytest.mark.parametrize(("asked", "turns"), [(None, "0"), ("ACTIVE", "[1-9][0-9]*")])
+@pytest.mark.parametrize("module", ["srft.train", "srft.evaluate"])
+def test_threads_that_wait_sleep_unless_the_environment_says_how(module: str, asked: str | None, turns: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"OMP_WAIT_POLICY": asked} if asked else {})
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    # what OpenMP made of it, which it reads once, when torch is loaded: how often a thread looks before it sleeps
+    assert re.search(rf"GOMP_SPINCOUNT *= *'{turns}'", done.stderr), done.stderr[-2000:]
 
 
 def test_each_rank_has_its_place_and_only_the_first_the_terminal(tmp_path: Path) -> None:
