@@ -118,6 +118,10 @@ def run(world: World, budget: int, how: str, case: str, dtype: torch.dtype) -> d
     figures: dict[str, float] = {}
     for step in range(1, STEPS + 1):
         own = world.own(groups)
+        # those of responses that a step has no use for would be left from before
+        for group in own:
+            for response in (*group.rollouts, *group.demos):
+                response.entropy = None
         figures = learn(learner, own, step)
     weights = {name: whole(p).detach().clone() for name, p in parameters.items()}
     entropies = [[s.entropy for s in (*g.rollouts, *g.demos)] for of_rank in world.gather(own) for g in of_rank]
