@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from srft.batch import SAMPLED, Group, Response, Sampled
@@ -66,7 +67,7 @@ class Replay:
     def close(self) -> None:
         """Nothing is open."""
 
-    def _file(self, step: int) -> Any:
+    def _file(self, step: int) -> Path:
         assert self._learner.config.train.replay is not None
         return step_file(self._learner.config.train.replay, step)
 
