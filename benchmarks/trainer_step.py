@@ -2,7 +2,8 @@
 
 Model, weights, prompts, reward and lengths are the same: every completion has exactly as many tokens as it may, so that
 nobody skips work, and no two rewards of a group need be alike. Each round is a measurement of the machine's rate of
-products, a step of ours and a step of TRL's; the first is not counted.
+products, a step of ours and a step of TRL's; the first is not counted. On a CPU both compute in fp32, on a GPU in bf16
+with gradient checkpointing, which is TRL's default.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from srft.prepare import Run, prepared
 
 PROMPT = 10  # tokens, one a byte
 REWARD = "def reward(completion, answer, row):\n    return sum(map(ord, completion)) * 7919 % 10007 / 10007\n"
+RATE = 1e-6
 INSTALL = "pip install --no-deps trl==1.16.0 accelerate"
 
 
@@ -46,22 +48,30 @@ class Spent(NamedTuple):
 
 @contextlib.contextmanager
 def spent(into: dict[str, list[Spent]], part: str) -> Iterator[None]:
-    """Note what the body takes."""
+    """Note what the body takes, with what it left a GPU to do."""
     clock, cpu = time.perf_counter(), time.process_time()
     yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     into.setdefault(part, []).append(Spent(time.perf_counter() - clock, time.process_time() - cpu))
 
 
-def rate(size: int = 512, seconds: float = 0.3) -> Spent:
-    """FLOP/s of square products in fp32, by the clock and by the seconds computed."""
-    x, out = torch.ones(size, size), torch.empty(size, size)
-    torch.mm(x, x, out=out)
-    clock, cpu, count = time.perf_counter(), time.process_time(), 0
-    while time.process_time() - cpu < seconds:
-        torch.mm(x, x, out=out)
-        count += 1
+def rate(device: str, seconds: float = 0.3) -> Spent:
+    """FLOP/s of square products, in fp32 or on a GPU in bf16, by the clock and by the seconds computed."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
+    x = torch.randn(size, size, device=device, dtype=dtype)
+    out = x @ x
+    found: dict[str, list[Spent]] = {}
+    count = 0
+    with spent(found, "products"):
+        began = time.process_time()
+        while time.process_time() - began < seconds:
+            torch.mm(x, x, out=out)
+            count += 1
+            if device == "cuda":
+                torch.cuda.synchronize()
     flops = 2 * size**3 * count
-    return Spent(flops / (time.perf_counter() - clock), flops / (time.process_time() - cpu))
+    return Spent(*(flops / each for each in found["products"][0]))
 
 
 def floors(shape: ModelShape, sequences: int, group: int, new: int) -> dict[str, float]:
@@ -91,15 +101,21 @@ def configuration(folder: Path, options: argparse.Namespace) -> Config:
     ]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "reward.py").write_text(REWARD)
+    shape = [f"model.name={options.model}"] if options.model else [
+        f"model.tiny.hidden_size={options.width}", f"model.tiny.num_layers={options.layers}",
+        f"model.tiny.intermediate_size={options.mlp}",
+    ]  # fmt: skip
+    if options.device == "cuda":
+        shape += ["model.compute_dtype=bfloat16", "model.gradient_checkpointing=true"]
     return load_config([
-        "name=step", f"runs_dir={folder}", f"cache_dir={folder}", f"data.train={folder / 'prompts.jsonl'}",
+        *shape, "name=step", f"runs_dir={folder}", f"cache_dir={folder}", f"data.train={folder / 'prompts.jsonl'}",
         "data.columns.prompt=prompt", "data.columns.answer=answer", "data.eval_limit=8",
         f"data.max_prompt_tokens={PROMPT}", f"reward.kind={folder / 'reward.py'}:reward", "reward.workers=1",
-        "method.name=grpo", "engine.kind=hf", "model.warm_start.max_steps=0", f"model.tiny.hidden_size={options.width}",
-        f"model.tiny.num_layers={options.layers}", f"model.tiny.intermediate_size={options.mlp}",
+        "method.name=grpo", "engine.kind=hf", "model.warm_start.max_steps=0",
         f"train.prompts_per_step={options.prompts}", f"train.rollouts_per_prompt={options.rollouts}",
-        f"rollout.max_new_tokens={options.tokens}", f"rollout.min_new_tokens={options.tokens}", "train.lr=1e-4",
-        f"train.steps={options.rounds + 1}", "train.grad_terms_every=0", "train.device=cpu", "train.page=false",
+        f"rollout.max_new_tokens={options.tokens}", f"rollout.min_new_tokens={options.tokens}", f"train.lr={RATE}",
+        f"train.steps={options.rounds + 1}", "train.grad_terms_every=0",
+        f"train.device={options.device}", "train.page=false",
     ])  # fmt: skip
 
 
@@ -149,17 +165,24 @@ def steps_of_trl(
             with spent(into, "rollout"):
                 return super()._generate_and_score_completions(inputs)
 
+    gpu = config.train.device == "cuda"
     sequences, tokens = config.train.prompts_per_step * config.train.rollouts_per_prompt, config.rollout.max_new_tokens
     arguments = trl.GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=sequences, gradient_accumulation_steps=1,
+        output_dir=str(folder / "trl"), per_device_train_batch_size=sequences // (4 if gpu else 1),
+        gradient_accumulation_steps=4 if gpu else 1,
         num_generations=config.train.rollouts_per_prompt, max_completion_length=tokens,
         generation_kwargs={"min_new_tokens": tokens}, max_steps=config.train.steps, learning_rate=config.train.lr,
-        lr_scheduler_type="constant", beta=0.0, temperature=1.0, bf16=False, use_cpu=True, gradient_checkpointing=False,
+        lr_scheduler_type="constant", beta=0.0, temperature=1.0, bf16=gpu, use_cpu=not gpu, gradient_checkpointing=gpu,
         logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, shuffle_dataset=False,
     )  # fmt: skip
-    tokenizer = byte_tokenizer()
+    if config.model.name == "tiny":
+        tokenizer = byte_tokenizer()
+        model = build_tiny(config.model, tokenizer, config.longest_sequence, config.train.seed)
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
     trainer = Trainer(
-        model=build_tiny(config.model, tokenizer, config.longest_sequence, config.train.seed),
+        model=model,
         reward_funcs=lambda completions, **_: [reward["reward"](text, "", {}) for text in completions],
         args=arguments, train_dataset=datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
         processing_class=tokenizer, callbacks=[Timed()],
@@ -210,6 +233,8 @@ def main() -> None:
         ("width", 256, "of the model"), ("layers", 3, "of the model"), ("mlp", 672, "width of its MLP"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--model", help="folder of a model in place of a tiny one")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out")
     options = parser.parse_args()
     rates: list[Spent] = []
@@ -220,7 +245,7 @@ def main() -> None:
             run.sync.push(0)
 
             def round_of_ours(number: int) -> None:
-                rates.append(rate())
+                rates.append(rate(options.device))
                 step_of_ours(run, config, number, found["ours"])
 
             try:
@@ -232,7 +257,7 @@ def main() -> None:
                 for number in range(1, config.train.steps + 1):
                     round_of_ours(number)
             shape = measure_shape(run.learner.model)
-    about = devices.facts(torch.device("cpu"))
+    about = devices.facts(torch.device(options.device))
     sampled = options.prompts * options.rollouts * options.tokens
     print(
         f"{about['date']}, {about['device']['name']} ({about['device']['capability']}), threads: "
