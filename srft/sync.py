@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -67,12 +70,17 @@ class WeightSync:
             version: The engine's completions carry it from now on.
 
         Returns:
-            Mean and largest |log p| difference on the probe, nats, and the noise they were judged against.
+            Mean and largest |log p| difference on the probe, nats, and the noise they were judged against; the bytes
+            that each engine was given (``sync/bytes``), and the seconds until it had them, without those of comparing
+            (``time/weights``).
 
         Raises:
             CanaryError: When the differences are more than that, with what the numbers say about the cause.
         """
-        self._engine.update_weights(whole_tensors(self._model, self._engine_dtype), version)
+        sizes: list[int] = []
+        start = time.perf_counter()
+        self._engine.update_weights(_counted(whole_tensors(self._model, self._engine_dtype), sizes), version)
+        seconds = time.perf_counter() - start
         trainer = self._trainer_logprobs()
         engine = torch.tensor([x for row in self._engine.score(self._probe) for x in row])
         if not self._all_agree(engine, trainer):
@@ -82,7 +90,10 @@ class WeightSync:
                 raise CanaryError(next(filter(None, self._world.gather(own))))
         self._before = {"trainer": trainer, "engine": engine}
         spread = Spread.of(engine - trainer)
-        metrics = {"canary/max_abs_diff": spread.largest, "canary/mean_abs_diff": spread.mean}
+        metrics = {
+            "canary/max_abs_diff": spread.largest, "canary/mean_abs_diff": spread.mean,
+            "sync/bytes": sum(sizes), "time/weights": seconds,
+        }  # fmt: skip
         return metrics if self._noise is None else metrics | {"canary/noise_mean": self._noise.mean}
 
     def _all_agree(self, engine: Tensor, trainer: Tensor) -> bool:
@@ -142,3 +153,10 @@ class WeightSync:
                 "they differ from the first update on: suspect its precision (engine.dtype) or model definition"
             )
         return "; ".join(lines)
+
+
+def _counted(named_tensors: Iterable[tuple[str, Tensor]], sizes: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors; the bytes of those that were taken are in ``sizes``."""
+    for name, tensor in named_tensors:
+        sizes.append(tensor.nbytes)
+        yield name, tensor

@@ -74,13 +74,13 @@ def fit(config: Config) -> None:
             with clock("rollout"):
                 run.rollouts.wait()
             with clock("sync"):
-                canary = run.sync.push(step) if run.sync else {}
+                synced = run.sync.push(step) if run.sync else {}
             run.log.samples(step, sample_rows(groups))
             run.log.problems(step, "training", trained_on(groups, run.world))
             if train.record_rollouts:
                 # before the step counts as done: a run that goes on has every file up to where it does
                 write_step(run.log.run_dir, sampled, config, run.world)
-            row = {"step": step, **canary, **figures, **group_metrics(groups, run.world, sampled.gave_way)}
+            row = {"step": step, **synced, **figures, **group_metrics(groups, run.world, sampled.gave_way)}
             if sampled.seconds is not None:
                 row["time/ahead"] = sampled.seconds
             if run.actor is not None:
@@ -107,8 +107,8 @@ def fit(config: Config) -> None:
 def _begin(run: Run) -> None:
     """Give the engine its weights, and write the row that lacks its evaluation: step 0's, or that of the stop."""
     done = run.progress.step
-    canary = run.sync.push(done) if run.sync else {}
-    row = {"step": 0, **canary} if done == 0 else run.progress.unlogged
+    synced = run.sync.push(done) if run.sync else {}
+    row = {"step": 0, **synced} if done == 0 else run.progress.unlogged
     if row is not None and run.world.first(run.log.last_step) < done:
         row |= _evaluated(run, done)
         if done:

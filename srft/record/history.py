@@ -214,6 +214,8 @@ def _places(run_dir: Path, rows: Rows, alarms: Rows, about: Mapping[str, Any]) -
             places.append(("time split", shares))
     if sentence := _speed(rows):
         places.append(("training speed", sentence))
+    if sentence := _syncs(rows):
+        places.append(("weights to the engine", sentence))
     places += [(str(label), str(value)) for label, value in about.get("summary", {}).items()]
     places.append(("page", str(run_dir / "report.html")))
     if rows:
@@ -231,6 +233,15 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
     sentence = f"{np.median(shares):.1%} of the peak of the devices' products"
     times = [row["time/train"] / row["speed/planned_s"] for row in known if row.get("speed/planned_s")]
     return sentence + (f"; {np.median(times):.1f} times as long as planned" if times else "")
+
+
+def _syncs(rows: Rows) -> str:
+    """Return what an update of the engine's weights is and takes, in the middle; empty where there was none."""
+    known = [row for row in rows if row.get("sync/bytes") and row.get("time/weights") is not None]
+    if not known:
+        return ""
+    size, seconds = (np.median([row[key] for row in known]) for key in ("sync/bytes", "time/weights"))
+    return f"{size / 1e6:,.1f} MB in {seconds:.3g} s"
 
 
 def _warnings(rows: Sequence[Mapping[str, Any]], broken: int) -> list[str]:

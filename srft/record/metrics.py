@@ -16,8 +16,8 @@ from srft.policy.parallel import ALONE, World
 from srft_kernels import PolicyLoss
 
 # what stands before the slash, or alone, in names of a row that are no method's
-_EVERY_RUNS = ("step", "lr", "grad_norm", "grad", "canary", "eval", "groups", "lag", "length", "logprob", "mismatch",
-                "ratio", "reward", "time", "tokens", "updates", "speed")
+_EVERY_RUNS = ("step", "lr", "grad_norm", "grad", "canary", "engine", "eval", "groups", "lag", "length", "logprob",
+                "mismatch", "ratio", "reward", "sync", "time", "tokens", "updates", "speed")
 # of ratios: those farther from 1 than this factor are its tail
 _TAIL = math.log(2)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from srft.engine import vllm as client
 from srft.engine.base import Sampling
 from srft.engine.vllm import VllmEngine
+from tests.trainer.many_syncs import many_syncs
 from tests.trainer.tiny_vllm import EOS, MAX_LEN, VOCAB, live_members, save_model, start, tiny_model
 
 pytestmark = pytest.mark.vllm
@@ -264,6 +265,15 @@ def test_update_is_exact(served: tuple, source: str, monkeypatch: pytest.MonkeyP
     assert not [path for folder in engine.folders for path in folder.iterdir()]
 
 
+def test_many_syncs(served: tuple) -> None:
+    """Each of twenty unlike policies is served: the canary lets all of them pass, within rounding in fp32."""
+    model, engine = served
+    version = engine.version
+    seen = many_syncs(20, model, engine, "float32")
+    assert seen.worst <= FP32_BOUND and engine.version == version + 20
+    engine.update_weights(model.named_parameters(), version + 21)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -287,16 +297,17 @@ def test_bad_calls_are_refused(served: tuple, call: Callable[[VllmEngine], objec
 
 
 def test_bfloat16_engine_follows_updates(tmp_path: Path) -> None:
-    """A bf16 engine given fp32 weights scores within bf16 error of them; a missing weight closes it."""
+    """A bf16 engine given fp32 weights scores within bf16 error of them, ever again; a missing weight closes it."""
     engine = start(save_model(tiny_model(tied=True, seed=0), tmp_path), dtype="bfloat16")
     model = tiny_model(tied=True, seed=1)
     engine.update_weights(model.named_parameters(), 1)
     assert score_error(model, engine) < 0.3
     assert score_error(tiny_model(tied=True, seed=0), engine) > 1.0
+    many_syncs(10, model, engine, "bfloat16")
     kept = [(name, tensor) for name, tensor in model.named_parameters() if "norm" not in name]
     with pytest.raises(RuntimeError, match="lacks .*model.norm.weight"):
-        engine.update_weights(kept, 2)
+        engine.update_weights(kept, 12)
     with pytest.raises(RuntimeError, match="engine is closed"):
         engine.score([[1, 2]])
-    assert engine.version == 1
+    assert engine.version == 11
     assert not live_members(engine.pid)

@@ -97,7 +97,7 @@ def test_replay_gives_the_same_bits(
     assert any(row["gave_way"] for rows in rows_of(again) for row in rows) == (changes.get("method__name") == "dapo")
 
     def without_engine(run: Path) -> list[dict[str, Any]]:
-        left_out = ("canary/", "eval/accuracy", "eval/ci", "eval/truncated", "eval/timeouts", "engine/")
+        left_out = ("canary/", "eval/accuracy", "eval/ci", "eval/truncated", "eval/timeouts", "engine/", "sync/")
         return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in comparable_rows(run)]
 
     assert without_engine(again) == comparable_rows(again) == without_engine(recorded)

@@ -80,13 +80,14 @@ def test_the_screen_and_the_report_answer_whether_that_is_normal(tmp_path: Path)
     """The share of the peak, and how many times as long training takes as planned."""
     from tests.trainer.synthetic_run import open_log
 
-    figures = {"speed/mfu": 0.25, "speed/planned_s": 0.5}
+    figures = {"speed/mfu": 0.25, "speed/planned_s": 0.5, "sync/bytes": 15.2e9, "time/weights": 1.5}
     assert _beside_plan(srft_row(1) | figures) == " (25% of peak, train 1.0s, planned 0.5s)"
     assert _beside_plan(srft_row(1)) == ""
     with open_log(tmp_path) as log:
         for step in range(1, 4):
             log.metrics(srft_row(step) | figures)
     places = dict(load_record(tmp_path).places)
+    assert places["weights to the engine"] == "15,200.0 MB in 1.5 s"
     assert places["training speed"] == "25.0% of the peak of the devices' products; 2.0 times as long as planned"
 
 

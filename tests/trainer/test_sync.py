@@ -11,6 +11,7 @@ from torch import Tensor
 from srft.engine.hf import HfEngine
 from srft.policy.spread import Spread
 from srft.sync import CanaryError, WeightSync
+from tests.trainer.many_syncs import hf_engine, many_syncs
 from tests.trainer.tiny import plain_model, policy, tiny_config
 
 PROBE = [[5, 6, 7, 8], [9, 10], [3, 4, 5, 6, 7, 8, 9]]
@@ -67,6 +68,19 @@ def test_true_sync_passes(tied: bool) -> None:
         assert sync.push(version)["canary/max_abs_diff"] <= 1e-5
         assert engine.version == version
         move(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_many_syncs(tied: bool, dtype: str) -> None:
+    """Twenty of unlike weights; each says how many bytes went, once for tied ones, and how long they took."""
+    model = plain_model(tied=tied)
+    engine = hf_engine(model, dtype)
+    seen = many_syncs(20, model, engine, dtype)
+    assert engine.version == 20
+    assert seen.worst <= 1e-4 if dtype == "float32" else seen.worst_mean > 1e-4
+    assert seen.bytes == sum(p.numel() for p in model.parameters()) * getattr(torch, dtype).itemsize
+    assert len(seen.seconds) == 20 and min(seen.seconds) > 0
 
 
 def test_stale_engine() -> None:

@@ -20,10 +20,10 @@ METHODS = {
     "sft": {"method__name": "sft"},
 }
 ALWAYS = {
-    "step", "loss/total", "grad_norm", "lr", "canary/max_abs_diff", "reward/timeouts", "reward/errors",
+    "step", "loss/total", "grad_norm", "lr", "canary/max_abs_diff", "sync/bytes", "reward/timeouts", "reward/errors",
     "speed/tokens_per_s", "speed/mfu", "speed/planned_s",
 }  # fmt: skip
-TIMES = {f"time/{part}" for part in ("rollout", "reward", "train", "sync", "eval", "step")}
+TIMES = {f"time/{part}" for part in ("rollout", "reward", "train", "sync", "weights", "eval", "step")}
 EVAL = {"eval/accuracy", "eval/ci_low", "eval/ci_high"}
 OF_ROLLOUTS = {
     "reward/mean", "entropy/rollout", "groups/all_right", "groups/all_wrong", "length/mean", "length/truncated",
