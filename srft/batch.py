@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +16,7 @@ SCORES = ("old_logprobs", "old_entropy", "ref_logprobs", "teacher_logprobs", "im
 """What a response may have of each of its tokens, found by models before the update."""
 SAMPLED = (
     "response_ids", "is_demo", "truncated", "rollout_logprobs", "text", "reward", "status", "message",
-    "teacher_prompt_ids", "prefix_tokens", "version",
+    "teacher_prompt_ids", "prefix_tokens", "version", "spans", "transcript",
 )  # fmt: skip
 """What a response has before anything is learned from it, beside the tokens of its prompt."""
 
@@ -26,12 +27,13 @@ class Response:
 
     Args:
         prompt_ids: Tokens of the prompt, at least one.
-        response_ids: Tokens of the response, its end token included when it ended; at least one.
+        response_ids: Tokens of the response, its end token included when it ended; at least one. Of a conversation all
+            tokens after the prompt, what was said to the policy among them, which is never learned from.
         is_demo: Whether it is a demonstration, from end to end.
         truncated: Whether the length limit cut it.
-        rollout_logprobs: The engine's log-probabilities of ``response_ids``, 0 on tokens of a demonstration; empty for
-            a demonstration.
-        text: The response as text.
+        rollout_logprobs: The engine's log-probabilities of ``own_ids``, 0 on tokens of a demonstration; empty for a
+            demonstration.
+        text: The response as text, of a conversation its last turn: what the verifier judges.
         reward: What the verifier gave it.
         status: How the verification ended: "ok", "unjudged", "timeout", "error" or "bad_gold".
         message: What the verifier said besides, where it has not ended in "ok".
@@ -49,6 +51,10 @@ class Response:
             where rollouts are always of the current policy.
         logprobs: Log-probabilities of the policy as its update found it; known after the loss.
         entropies: Entropies of each token then, nats.
+        spans: Of a conversation, how many tokens its turns have in order: one of the policy, or of the demonstration,
+            then one that was said to it, and so on; empty: one turn of its own. Whatever is of each token, such as its
+            log-probability, is of ``own_ids``.
+        transcript: A conversation as text, with what was said to the policy; empty where it is none.
     """
 
     prompt_ids: list[int]
@@ -73,12 +79,32 @@ class Response:
     importance: Tensor | None = None
     logprobs: Tensor | None = None
     entropies: Tensor | None = None
+    spans: list[int] = field(default_factory=list)
+    transcript: str = ""
+
+    @property
+    def own_places(self) -> Sequence[int]:
+        """Where in ``response_ids`` the tokens stand that were sampled or demonstrated: those that are learned from."""
+        if not self.spans:
+            return range(len(self.response_ids))
+        ends = list(itertools.accumulate(self.spans))
+        return [i for last, tokens in zip(ends[::2], self.spans[::2], strict=True) for i in range(last - tokens, last)]
+
+    @property
+    def own_ids(self) -> list[int]:
+        """The tokens at ``own_places``."""
+        return [self.response_ids[i] for i in self.own_places] if self.spans else self.response_ids
+
+    @property
+    def num_own(self) -> int:
+        """How many tokens ``own_ids`` has."""
+        return sum(self.spans[::2]) if self.spans else len(self.response_ids)
 
     @property
     def parts(self) -> list[tuple[bool, int]]:
-        """What it consists of, in order: whether that is of a demonstration, and how many tokens it has."""
+        """What it consists of, in order: whether that is of a demonstration, and how many tokens of its own it has."""
         if not self.prefix_tokens:
-            return [(self.is_demo, len(self.response_ids))]
+            return [(self.is_demo, self.num_own)]
         return [(True, self.prefix_tokens), (False, len(self.response_ids) - self.prefix_tokens)]
 
     @property
@@ -137,8 +163,8 @@ class Totals:
     A rollout that begins with tokens of a demonstration is one of each kind, each with its own tokens.
 
     Args:
-        rollout_tokens: Response tokens of rollouts.
-        demo_tokens: Response tokens of demonstrations.
+        rollout_tokens: Response tokens of rollouts, without those said to them.
+        demo_tokens: Response tokens of demonstrations, likewise.
         rollout_sequences: Rollouts.
         demo_sequences: Demonstrations.
     """
@@ -156,7 +182,7 @@ class Totals:
 
 @dataclass
 class Batch:
-    """Packed sequences of T tokens, N of which (the responses') are counted in the loss.
+    """Packed sequences of T tokens, N of which (the responses' own) are counted in the loss.
 
     Args:
         input_ids: [T] int64.
@@ -267,13 +293,13 @@ def empty_batch(*, is_demo: bool, scores: Iterable[str], device: torch.device) -
 
 def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
     lengths = torch.tensor([len(s) for s in sequences])
-    responses = torch.tensor([len(s.response_ids) for s in sequences])
+    responses = torch.tensor([s.num_own for s in sequences])
     starts = lengths.cumsum(0) - lengths
     total = int(lengths.sum())
     # the position before a token predicts it, so a response's rows start one before it
     loss_rows = torch.cat(
         [
-            torch.arange(start + len(s.prompt_ids) - 1, start + len(s) - 1)
+            torch.tensor(s.own_places) + (start + len(s.prompt_ids) - 1)
             for start, s in zip(starts.tolist(), sequences, strict=True)
         ]
     )
@@ -287,7 +313,7 @@ def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
         tokens = torch.tensor([tokens for _, tokens, _ in parts])
         return torch.tensor(values, dtype=dtype).repeat_interleave(tokens).to(device)
 
-    flat_logprobs = [x for s in sequences for x in (s.rollout_logprobs or [0.0] * len(s.response_ids))]
+    flat_logprobs = [x for s in sequences for x in (s.rollout_logprobs or [0.0] * s.num_own)]
 
     def known(name: str) -> Tensor | None:
         values = [getattr(s, name) for s in sequences]
@@ -301,7 +327,7 @@ def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
         cu_seqlens=_bounds(lengths),
         max_seqlen=int(lengths.max()),
         loss_rows=loss_rows.to(device),
-        labels=torch.tensor([t for s in sequences for t in s.response_ids], device=device),
+        labels=torch.tensor([t for s in sequences for t in s.own_ids], device=device),
         loss_cu_seqlens=_bounds(responses),
         advantages=per_part(
             [s.prefix_advantage if of_demo and not s.is_demo else s.advantage for of_demo, _, s in parts], torch.float32

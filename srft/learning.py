@@ -309,7 +309,7 @@ def remember_frozen(learner: Learner, sequences: list[Response]) -> None:
         return
     read = {}
     for s in sequences:
-        s.teacher_logprobs = torch.zeros(len(s.response_ids), device=learner.world.device)
+        s.teacher_logprobs = torch.zeros(s.num_own, device=learner.world.device)
         if not s.is_demo:
             as_taught = replace(s, prompt_ids=s.teacher_prompt_ids or s.prompt_ids)
             read[id(as_taught)] = (as_taught, s)

@@ -74,7 +74,9 @@ class Replay:
     def _group(self, rows: Sequence[Mapping[str, Any]]) -> Group:
         only_demos = all(row["is_demo"] for row in rows)
         prompt = self._prompt(rows[0], of_demos=only_demos)
-        responses = [Response(prompt.prompt_ids, **{name: row[name] for name in SAMPLED}) for row in rows]
+        # a record may be of before there were conversations
+        known = [name for name in SAMPLED if name in rows[0]]
+        responses = [Response(prompt.prompt_ids, **{name: row[name] for name in known}) for row in rows]
         return Group(
             prompt, [s for s in responses if not s.is_demo], [s for s in responses if s.is_demo],
             self._learner.config.rollout.max_new_tokens,

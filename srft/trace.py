@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from srft.batch import Response
 from srft.options import load_config_text
 from srft.policy.model import load_tokenizer
 from srft.record.rollouts import read_rows, step_file
@@ -51,9 +52,11 @@ def tokens_of(rows: Sequence[Mapping[str, Any]]) -> list[Token]:
 
 def _tokens(row: Mapping[str, Any]) -> list[Token]:
     found = []
-    for place, logprob in enumerate(row["logprobs"] or []):
+    places = Response([], row["response_ids"], False, False, [], "", spans=row.get("spans") or []).own_places
+    for number, logprob in enumerate(row["logprobs"] or []):
+        place = places[number]
         sampled = not row["is_demo"] and place >= row["prefix_tokens"]
-        gap = logprob - row["rollout_logprobs"][place] if sampled else None
+        gap = logprob - row["rollout_logprobs"][number] if sampled else None
         pull = abs(row["advantage"]) * -math.expm1(logprob) if sampled else None
         found.append(Token(row, place, gap, logprob, pull))
     return found

@@ -266,7 +266,7 @@ def tell_map(stories: Sequence[Story], asked: Asked) -> tuple[Part, list[Point]]
             points.append(locate(policy, story.label, step, references))
         if start is None:
             part.sentences.append(f"The start of {story.label} is not kept; --start names it.")
-    tokens = {label: sum(len(r.response_ids) for r in responses) for label, responses in references.items()}
+    tokens = {label: sum(r.num_own for r in responses) for label, responses in references.items()}
     counted = ", ".join(f"{number:,} tokens of {label}" for label, number in tokens.items())
     part.sentences.append(
         f"Cross-entropy of each model to responses of the references to {len(examples)} held-out problems: {counted}. "

@@ -76,15 +76,17 @@ class Method(BaseMethod):
         return compared(group.rollouts, self.advantage_std)
 
     def further(self, groups: Sequence[Group], now: StepInfo, gather: Callable[[Any], list[Any]]) -> list[Response]:
-        """Fill ``buffer``, of pairs of token ids, and empty it of the newest once these are enough."""
+        """Fill ``buffer``, of prompts and demonstrations as tokens, and empty it of the newest once they are enough."""
         unsolved = [demo for g in groups if _is_unsolved(g) for demo in judged(g.demos)]
-        found = gather((len(groups), [[demo.prompt_ids, demo.response_ids] for demo in unsolved]))
+        found = gather((len(groups), [_as_stored(demo) for demo in unsolved]))
         size = self.buffer_size or sum(prompts for prompts, _ in found)
         # in an order that does not depend on the ranks
-        buffer = now.memory.get("buffer", []) + sorted(pair for _, pairs in found for pair in pairs)
+        buffer = now.memory.get("buffer", []) + sorted(ids for _, demos in found for ids in demos)
         rest, newest = (buffer[:-size], buffer[-size:]) if len(buffer) >= size else (buffer, [])
         now.memory["buffer"] = rest[-size:]
-        return [Response(prompt, demo, True, False, [], "") for prompt, demo in newest]
+        return [
+            Response(prompt, demo, True, False, [], "", spans=sum(spans, [])) for prompt, demo, *spans in newest
+        ]
 
     def has_gradient(self, response: Response) -> bool:
         """Of demonstrations, of rollouts with an advantage, and of all with an entropy bonus."""
@@ -104,6 +106,10 @@ class Method(BaseMethod):
         """Share of rollout tokens whose ratio was clipped, and demonstrations that wait."""
         waiting = Figure(len(update.memory.get("buffer", [])), "last")
         return {"clip/share": clip_share(terms, update), "buffer/demos": waiting}
+
+
+def _as_stored(demo: Response) -> list[list[int]]:
+    return [demo.prompt_ids, demo.response_ids, *([demo.spans] if demo.spans else [])]
 
 
 def _is_unsolved(group: Group) -> bool:

@@ -12,8 +12,8 @@ from srft.batch import Response
 from srft.policy.parallel import World
 
 # of a response as numbers: its kind, cut or not, reward, advantage, that of its prefix, tokens of prefix, prompt,
-# response and teacher's prompt, log-probabilities
-_HEADER = 10
+# response, teacher's prompt and turns, log-probabilities
+_HEADER = 11
 
 
 class Exchange:
@@ -79,24 +79,24 @@ def assignment(lengths: Sequence[Sequence[int]]) -> list[list[int]]:
 
 def _encoded(s: Response) -> list[float]:
     shown = s.teacher_prompt_ids or []
-    lengths = [len(s.prompt_ids), len(s.response_ids), len(shown), len(s.rollout_logprobs)]
+    lengths = [len(s.prompt_ids), len(s.response_ids), len(shown), len(s.spans), len(s.rollout_logprobs)]
     header = [s.is_demo, s.truncated, s.reward, s.advantage, s.prefix_advantage, s.prefix_tokens, *lengths]
-    return [*header, *s.prompt_ids, *s.response_ids, *shown, *s.rollout_logprobs]
+    return [*header, *s.prompt_ids, *s.response_ids, *shown, *s.spans, *s.rollout_logprobs]
 
 
 def _decoded(numbers: list[float]) -> list[Response]:
     found, at = [], 0
     while at < len(numbers):
         is_demo, truncated, reward, advantage, of_prefix, *counts = numbers[at : at + _HEADER]
-        prefix, prompt, response, shown, logprobs = map(int, counts)
-        own = prompt + response
-        ids = [int(x) for x in numbers[at + _HEADER : at + _HEADER + own + shown]]
-        end = at + _HEADER + own + shown + logprobs
+        prefix, prompt, response, shown, spans, logprobs = map(int, counts)
+        own, with_shown = prompt + response, prompt + response + shown
+        ids = [int(x) for x in numbers[at + _HEADER : at + _HEADER + with_shown + spans]]
+        end = at + _HEADER + with_shown + spans + logprobs
         found.append(
             Response(
                 ids[:prompt], ids[prompt:own], bool(is_demo), bool(truncated), numbers[end - logprobs : end], "",
-                reward=reward, advantage=advantage, teacher_prompt_ids=ids[own:] or None, prefix_tokens=prefix,
-                prefix_advantage=of_prefix,
+                reward=reward, advantage=advantage, teacher_prompt_ids=ids[own:with_shown] or None,
+                prefix_tokens=prefix, prefix_advantage=of_prefix, spans=ids[with_shown:],
             )
         )  # fmt: skip
         at = end

@@ -96,7 +96,7 @@ class _Outcome(NamedTuple):
 
 def _outcome(s: Response) -> _Outcome:
     return _Outcome(
-        s.reward, s.status, s.is_correct, s.is_judged, s.truncated, len(s), len(s.response_ids), s.prefix_tokens
+        s.reward, s.status, s.is_correct, s.is_judged, s.truncated, len(s), s.num_own, s.prefix_tokens
     )
 
 
@@ -326,7 +326,7 @@ def sample_rows(groups: list[Group], most: int = 4) -> list[dict[str, Any]]:
         {
             "id": group.prompt.example.id,
             "prompt": group.prompt.example.prompt,
-            "completion": s.text,
+            "completion": s.transcript or s.text,
             "demo": s.is_demo,
             "reward": s.reward,
             "status": s.status,

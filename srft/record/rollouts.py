@@ -30,7 +30,8 @@ _SCHEMA = pa.schema(
         ("is_demo", pa.bool_()), ("truncated", pa.bool_()), ("reward", pa.float64()), ("status", pa.string()),
         ("message", pa.string()), ("advantage", pa.float64()), ("text", pa.string()), ("version", pa.int32()),
         ("prefix_tokens", pa.int32()), ("prompt_ids", _IDS), ("response_ids", _IDS), ("teacher_prompt_ids", _IDS),
-        ("rollout_logprobs", pa.list_(pa.float64())), ("logprobs", _NUMBERS), ("entropies", _NUMBERS),
+        ("rollout_logprobs", pa.list_(pa.float64())), ("logprobs", _NUMBERS), ("entropies", _NUMBERS), ("spans", _IDS),
+        ("transcript", pa.string()),
     ]
 )  # fmt: skip
 
@@ -51,7 +52,8 @@ def write_step(run_dir: Path, batch: Sampled, config: Config, world: World) -> N
     A row is a response, in order: the groups with rollouts, those of demonstrations alone, those that gave way.
     ``logprobs`` and ``entropies`` are of each token by the policy before the step, as far as the step has them: null
     for what the method left out, and on several ranks, where others than those that sampled a response may learn from
-    it. ``message`` and ``text`` have ``?`` for halves of surrogate pairs.
+    it; of a conversation they are of its own tokens, see ``Response.spans``. ``message``, ``text`` and ``transcript``
+    have ``?`` for halves of surrogate pairs.
 
     Args:
         run_dir: Folder of the run.
@@ -108,7 +110,7 @@ def _rows(group: Group, alone: bool) -> list[dict[str, Any]]:
 
 def _row(group: Group, s: Response, alone: bool) -> dict[str, Any]:
     row = {name: getattr(s, name) for name in SAMPLED}
-    row |= {name: getattr(s, name).encode(errors="replace").decode() for name in ("text", "message")}
+    row |= {name: getattr(s, name).encode(errors="replace").decode() for name in ("text", "message", "transcript")}
     row |= {"id": group.prompt.example.id, "prompt_ids": s.prompt_ids, "advantage": s.advantage}
     before = (s.logprobs, s.entropies) if s.old_logprobs is None else (s.old_logprobs, s.old_entropy)
     known = [values.tolist() if isinstance(values, torch.Tensor) and alone else None for values in before]

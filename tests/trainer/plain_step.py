@@ -69,11 +69,15 @@ class Expected:
 def statistics_of(
     plain: transformers.PreTrainedModel, s: Response, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of a response from the logits of its sequence alone."""
+    """Log-probabilities and entropies of a response's own tokens from the logits of its sequence alone."""
     ids = torch.tensor([s.prompt_ids + s.response_ids])
     logits = plain(ids).logits[0, len(s.prompt_ids) - 1 : -1] / temperature
     every = logits.log_softmax(-1)
-    return every[torch.arange(len(logits)), s.response_ids], -(every.exp() * every).sum(-1)
+    own: list[bool] = []
+    for turn, tokens in enumerate(s.spans or [len(logits)]):
+        own += [turn % 2 == 0] * tokens
+    mask = torch.tensor(own)
+    return every[torch.arange(len(logits)), s.response_ids][mask], -(every.exp() * every).sum(-1)[mask]
 
 
 def expected_step(

@@ -222,7 +222,8 @@ def test_written_batches_are_as_they_were() -> None:
         return Response(prompt.prompt_ids, [3, 1], False, True, [-0.1, -float("inf")], "a\u2028\n\ud800", **fields)
 
     full = response(
-        prompts[2], reward=1 / 3, status="timeout", message="late", teacher_prompt_ids=[4], prefix_tokens=1, version=7
+        prompts[2], reward=1 / 3, status="timeout", message="late", teacher_prompt_ids=[4], prefix_tokens=1, version=7,
+        spans=[1, 0, 1], transcript="c",
     )
     other = response(prompts[0])
     changed = {f.name for f in dataclasses.fields(full) if getattr(full, f.name) != f.default}

@@ -147,7 +147,7 @@ def full_group(number: int) -> Group:
         prompt.prompt_ids, [3, 1], False, True, [1 / 3, -math.inf], "a\u2028\n\ud800", 1 / 3, "timeout", "late",
         advantage=-0.1, old_logprobs=torch.tensor([-0.5, -0.25]), old_entropy=torch.tensor([0.5, 1.0]),
         logprobs=torch.tensor([-9.0, -9.0]), entropies=torch.tensor([9.0, 9.0]), teacher_prompt_ids=[4],
-        prefix_tokens=1, version=7,
+        prefix_tokens=1, version=7, spans=[1, 0, 1], transcript="\ud800",
     )  # fmt: skip
     return Group(prompt, [response], [Response(prompt.prompt_ids, [2], True, False, [], "d")], 12)
 
@@ -161,6 +161,7 @@ def test_numbers_keep_every_bit_and_what_is_not_known_is_null(tmp_path: Path) ->
     rollout, demo, alone, *gave_way = read_rows(path)
     assert rollout["rollout_logprobs"] == [1 / 3, -math.inf] and rollout["reward"] == 1 / 3
     assert (rollout["logprobs"], rollout["entropies"]) == ([-0.5, -0.25], [0.5, 1.0])
+    assert (rollout["spans"], rollout["transcript"]) == ([1, 0, 1], "?")
     assert rollout["text"] == "a\u2028\n?" and rollout["message"] == "late" and rollout["advantage"] == -0.1
     assert (rollout["truncated"], rollout["teacher_prompt_ids"], rollout["prefix_tokens"]) == (True, [4], 1)
     assert demo["logprobs"] is None and demo["entropies"] is None and demo["teacher_prompt_ids"] is None

@@ -38,6 +38,14 @@ def test_each_table_begins_with_what_stands_out_most() -> None:
     assert [len(table.rows) for table in (gap, unlikely, pull)] == [2, 2, 2]
 
 
+def test_what_was_said_to_the_policy_is_passed_over() -> None:
+    """Of "abcdef" the tokens "cd" are an environment's; the third number of a list is of "e"."""
+    now, sampled = [-1.0, -1.0, -3.0, -1.0], [-1.0, -1.0, -2.0, -1.0]
+    talk = row(0, "abcdef", spans=[2, 2, 2], logprobs=now, rollout_logprobs=sampled)
+    for table in tables([talk], byte_tokenizer(), 1):
+        assert table.rows[0][1] == "4" and table.rows[0][-2:] == ["'abcd'", "'e'"]
+
+
 def test_what_is_no_number_comes_first() -> None:
     """A NaN is where a spike came from."""
     found = tables([row(0, "abcd", logprobs=[-1.0, -5.0, math.nan, -1.0])], byte_tokenizer(), 1)
