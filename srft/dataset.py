@@ -13,6 +13,7 @@ from srft.data.corruption import corrupted
 from srft.data.examples import Example, load_examples
 from srft.data.files import has_split, is_local
 from srft.data.judging import check_answers, check_demos, fitting_reward
+from srft.data.messages import texts_of
 from srft.data.problems import Problems, drop_shared, hold_out
 from srft.data.prompts import Prompt, build_prompts
 from srft.engine.sampling import prompt_format
@@ -216,7 +217,7 @@ def _accepted(
     bad = {demo for part in world.gather(check_demos(world.own(examples), pool)) for demo in part}
     if bad and bad_demos == "error":
         first, at = next((e, i) for e in examples for i in range(len(e.demos)) if (e.id, i) in bad)
-        reason = pool.score([(first.demos[at], first.answer, first.row)])[0]
+        reason = pool.score([(texts_of(first.demos[at])[-1], first.answer, first.row)])[0]
         outcome = "judged wrong" if reason.status == "ok" else f"{reason.status} {reason.message}".strip()
         raise ValueError(
             f"{len(bad)} of {sum(len(e.demos) for e in examples)} demonstrations do not end in an answer that "
@@ -294,16 +295,16 @@ def _builder(config: Config, tokenizer: PreTrainedTokenizerBase) -> partial[tupl
 def _one_each(prompts: list[Prompt]) -> list[Prompt]:
     """The same with one demonstration each, a prompt as often as it has some."""
     return [
-        replace(p, example=replace(p.example, demos=[text]), demo_ids=[ids])
+        replace(p, example=replace(p.example, demos=[demo]), demo_ids=[ids], demo_spans=p.demo_spans[i : i + 1])
         for p in prompts
-        for text, ids in zip(p.example.demos, p.demo_ids, strict=True)
+        for i, (demo, ids) in enumerate(zip(p.example.demos, p.demo_ids, strict=True))
     ]
 
 
 def _past_stop(prompts: list[Prompt], stop: list[str]) -> int:
     """How many demonstrations say something after the first text that would end a rollout."""
-    demos = [demo for p in prompts for demo in p.example.demos]
-    return sum(any(demo.partition(words)[2].strip() for words in stop) for demo in demos)
+    demos = [texts_of(demo) for p in prompts for demo in p.example.demos]
+    return sum(any(text.partition(words)[2].strip() for text in texts for words in stop) for texts in demos)
 
 
 def _with_enough_demos(config: Config, prompts: list[Prompt]) -> tuple[list[Prompt], list[str]]:

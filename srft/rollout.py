@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from srft.batch import Group, Response
 from srft.config import Config
+from srft.data.messages import texts_of
 from srft.data.prompts import Prompt, with_demo
 from srft.data.sampler import sample_seed
 from srft.data.templates import completion_text
+from srft.data.turns import transcript
 from srft.engine.base import Completion, Engine, Sampling
 from srft.engine.sampling import prompt_format
 from srft.methods import StepInfo
@@ -200,9 +202,11 @@ def demonstration(prompt: Prompt, place: int) -> Response:
         prompt: Has more than ``place`` demonstrations.
         place: Which of them, from 0.
     """
+    demo = prompt.example.demos[place]
+    whole = "" if isinstance(demo, str) else transcript(demo)
     return Response(
         prompt.prompt_ids, prompt.demo_ids[place], is_demo=True, truncated=False, rollout_logprobs=[],
-        text=prompt.example.demos[place],
+        text=texts_of(demo)[-1], spans=prompt.spans_of(place), transcript=whole,
     )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def cached_start(config: Config, prompts: Prompts, reward: str) -> Path:
         train.seed, train.betas, train.grad_clip,
         config.microbatch_tokens, train.device, config.longest_sequence, rollout.max_new_tokens, rollout.stop,
         torch.__version__, reward, _digest_of_file(reward),
-        [(p.prompt_ids, p.demo_ids) for p in prompts.start],
+        [(p.prompt_ids, p.demo_ids, *([p.demo_spans] if p.demo_spans else [])) for p in prompts.start],
         [(p.prompt_ids, str(p.example.answer)) for p in prompts.held_out],
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Literal
 
 from srft.data.examples import Example
+from srft.data.messages import Demo
 from srft.rewards.verifiers import countdown
 
 CorruptKind = Literal["wrong-step", "wrong-answer", "other"]
@@ -45,6 +46,7 @@ def corrupted(
     for example in examples:
         demos = list(example.demos)
         for place, demo in enumerate(example.demos):
+            assert isinstance(demo, str), "options refuse conversations"
             rng = random.Random(f"corrupt:{seed}:{example.id}:{place}")
             if rng.random() >= share:
                 continue
@@ -66,7 +68,7 @@ def _wrong(source: str, example: Example, demo: str, kind: CorruptKind, rng: ran
     return _wrong_text(demo, kind, rng)
 
 
-def _other(examples: Sequence[Example], example: Example, rng: random.Random) -> str | None:
+def _other(examples: Sequence[Example], example: Example, rng: random.Random) -> Demo | None:
     for _ in range(_DRAWS):
         other = rng.choice(examples)
         if other.demos and str(other.answer) != str(example.answer):

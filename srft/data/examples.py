@@ -10,7 +10,7 @@ from typing import Any, Literal
 from srft.data.columns import has_column, merged
 from srft.data.fields import map_columns, read_fields
 from srft.data.files import is_local
-from srft.data.messages import Message
+from srft.data.messages import Demo, Message
 from srft.data.schemas import find_schema
 from srft.data.sources import read_source
 
@@ -27,14 +27,14 @@ class Example:
         id: "<source>:<row index>", of files their name without the folder; stable over runs.
         prompt: Text, or chat messages with "role" and "content".
         answer: Ground truth, handed to the verifier.
-        demos: Demonstration texts without an end-of-sequence token.
+        demos: Demonstrations without an end-of-sequence token.
         row: The source row, for verifiers that need more than the answer.
     """
 
     id: str
     prompt: str | list[Message]
     answer: Any
-    demos: list[str]
+    demos: list[Demo]
     row: dict[str, Any]
 
 
@@ -50,6 +50,7 @@ def load_examples(
     require_demo: bool = False,
     welcome_demo: bool = False,
     bad_rows: Literal["error", "skip"] = "error",
+    turns: bool = False,
 ) -> list[Example]:
     """Read a data source into examples.
 
@@ -62,7 +63,7 @@ def load_examples(
             ignores it.
         columns: Column or dotted path of "prompt", "answer" and "demo"; what is left out follows the
             schema of the rows. A prompt that is a conversation ends before the assistant's last turn, which is the
-            demonstration where no other column is.
+            demonstration where no other column is; see ``turns``.
         limit: Number of rows taken from the start, >= 1; None takes all, and of a generated task 8192 to
             train and 256 to evaluate.
         seed: Stream of a generated task; not used elsewhere.
@@ -74,6 +75,8 @@ def load_examples(
             ``columns`` has for it.
         bad_rows: "error", or "skip" to drop rows without a prompt, an answer or a required demonstration, and
             log how many.
+        turns: Whether such a prompt ends before the assistant's first turn instead, and all turns from that on are the
+            demonstration.
 
     Raises:
         ValueError: On a missing or unreadable source, an invalid line (named by its 1-based number), a
@@ -96,7 +99,7 @@ def load_examples(
     bad: list[str] = []
     for index, (place, row) in enumerate(placed):
         try:
-            prompt, answer, demos = read_fields(place, row, paths, schema)
+            prompt, answer, demos = read_fields(place, row, paths, schema, turns=turns)
             if require_demo and not demos:
                 raise ValueError(f"{place}: no demonstration in column {paths['demo']!r}")
         except ValueError:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from srft.data.columns import Row, has_column, lookup
-from srft.data.messages import Message, is_missing, split_conversation
+from srft.data.messages import Demo, Message, is_missing, split_conversation, split_turns
 from srft.data.schemas import Column, Schema
 
 # what OpenR1-Math says of each of its generations
@@ -69,8 +69,8 @@ def _ends_answered(row: Row, column: str) -> bool:
 
 
 def read_fields(
-    place: str, row: Row, columns: dict[str, str], schema: Schema
-) -> tuple[str | list[Message], Any, list[str]]:
+    place: str, row: Row, columns: dict[str, str], schema: Schema, *, turns: bool = False
+) -> tuple[str | list[Message], Any, list[Demo]]:
     """Return prompt, answer and demonstrations of a row; a layout reads its own columns in its own way.
 
     Args:
@@ -78,21 +78,24 @@ def read_fields(
         row: The row.
         columns: From :func:`map_columns`.
         schema: Its layout.
+        turns: Whether a conversation is answered from the assistant's first turn on, rather than by its last.
 
     Raises:
         ValueError: On a missing or empty prompt or answer, a field of the wrong type, or text that is none.
     """
     if missing := [path for role, path in columns.items() if role != "demo" and not has_column(row, path)]:
         raise ValueError(f"{place}: no column {missing[0]!r} in this row")
-    prompt = _read_prompt(place, row, columns["prompt"], schema.prompt)
+    prompt = _read_prompt(place, row, columns["prompt"], schema.prompt, turns)
     answer = _value(place, "answer", row, columns["answer"], schema.answer)
     if is_missing(answer):
         raise ValueError(f"{place}: no answer in column {columns['answer']!r}")
-    demos = _read_demos(place, row, columns, schema) if "demo" in columns else []
+    demos = _read_demos(place, row, columns, schema, turns) if "demo" in columns else []
     texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
     for role, said in (("prompt", texts), ("answer", [answer]), ("demonstration", demos)):
-        for text in said:
-            _check_text(place, role, text)
+        for one in said:
+            turns_of = [turn["content"] for turn in one] if role == "demonstration" and isinstance(one, list) else [one]
+            for text in turns_of:
+                _check_text(place, role, text)
     return prompt, answer, demos
 
 
@@ -113,12 +116,13 @@ def _as_read(place: str, row: Row, column: str, value: Any, *known: Column) -> A
         raise ValueError(f"{place}: {error}") from error
 
 
-def _read_prompt(place: str, row: Row, column: str, known: Column) -> str | list[Message]:
+def _read_prompt(place: str, row: Row, column: str, known: Column, until_first: bool) -> str | list[Message]:
     prompt = _value(place, "prompt", row, column, known)
-    if (halves := split_conversation(prompt, place)) is not None:
+    split = split_turns if until_first else split_conversation
+    if (halves := split(prompt, place)) is not None:
         turns, answered = halves
         if not any(turn["role"] == "user" and turn["content"].strip() for turn in turns):
-            before = " before the assistant's" if answered is not None else ""
+            before = " before the assistant's" if answered else ""
             raise ValueError(f"{place}: the messages in column {column!r} have no user turn{before}")
         beside = row.get("system")
         if isinstance(beside, str) and beside.strip() and turns[0]["role"] != "system":
@@ -132,7 +136,7 @@ def _read_prompt(place: str, row: Row, column: str, known: Column) -> str | list
     return prompt.rstrip() + "\n" if column in ("question", "problem") else prompt
 
 
-def _read_demos(place: str, row: Row, columns: dict[str, str], schema: Schema) -> list[str]:
+def _read_demos(place: str, row: Row, columns: dict[str, str], schema: Schema, turns: bool) -> list[Demo]:
     column, after_prompt = columns["demo"], columns["demo"] != columns["prompt"]
     if not has_column(row, column):
         return []
@@ -142,8 +146,21 @@ def _read_demos(place: str, row: Row, columns: dict[str, str], schema: Schema) -
     flags = row.get(_CORRECT.get(column, ""))
     if several and isinstance(flags, (list, tuple)) and len(flags) == len(items):
         items = [item for item, correct in zip(items, flags, strict=True) if correct is not False]
-    texts = [text for item in items if (text := _demo_text(place, item, after_prompt)) is not None]
-    return list(dict.fromkeys(_as_read(place, row, column, text, *schema.demos) for text in texts))
+    demos: list[Demo] = []
+    for item in items:
+        halves = split_turns(_as_turns(item), place) if turns else None
+        if halves is not None and len(halves[1]) > 1:
+            demos.append(halves[1])
+        elif (text := _demo_text(place, item, after_prompt)) is not None:
+            demos.append(_as_read(place, row, column, text, *schema.demos))
+    return [demo for i, demo in enumerate(demos) if demo not in demos[:i]]
+
+
+def _as_turns(value: Any) -> Any:
+    """A completion of one turn need not say whose it is."""
+    if isinstance(value, list) and value and isinstance(value[0], dict) and not value[0].keys() & {"role", "from"}:
+        return [{"role": "assistant", **value[0]}, *value[1:]]
+    return value
 
 
 def _demo_text(place: str, value: Any, after_prompt: bool) -> str | None:
@@ -155,9 +172,7 @@ def _demo_text(place: str, value: Any, after_prompt: bool) -> str | None:
         return None
     if isinstance(value, bytes):
         value = _decoded(place, "demonstration", value)
-    if isinstance(value, list) and isinstance(value[0], dict) and not value[0].keys() & {"role", "from"}:
-        # a completion of one turn need not say whose it is
-        value = [{"role": "assistant", **value[0]}, *value[1:]]
+    value = _as_turns(value)
     if (halves := split_conversation(value, place)) is not None:
         if after_prompt and any(turn["role"] == "assistant" for turn in halves[0]):
             raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from srft.data.examples import Example
-from srft.data.messages import Message
+from srft.data.messages import Message, texts_of
 from srft.data.schemas import find_schema
 from srft.rewards.pool import RewardPool
 from srft.rewards.verifiers import VERIFIERS
@@ -76,10 +76,10 @@ def check_demos(examples: Sequence[Example], pool: RewardPool) -> list[tuple[str
 
     Args:
         examples: Those without a demonstration are passed over.
-        pool: Grades each demonstration as if it were a completion.
+        pool: Grades each demonstration, or the last turn of one that is a conversation, as if it were a completion.
     """
     shown = [(example, index) for example in examples for index in range(len(example.demos))]
-    results = pool.score([(example.demos[index], example.answer, example.row) for example, index in shown])
+    results = pool.score([(texts_of(one.demos[index])[-1], one.answer, one.row) for one, index in shown])
     return [
         (example.id, index)
         for (example, index), result in zip(shown, results, strict=True)

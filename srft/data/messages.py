@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 from typing import Any
 
 Message = dict[str, str]
+Demo = str | list[Message]
+"""A demonstration: a text, or the turns of a conversation, the first and the last of which are the assistant's."""
 
 _ROLES = {
     "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
@@ -50,11 +53,54 @@ def split_conversation(value: Any, place: str) -> tuple[list[Message], str | Non
         return messages, None
     if len(messages) > 1 and messages[-2]["role"] == "assistant":
         raise ValueError(f"{place}: the assistant has two turns in a row at the end; join them or remove one")
-    thought = next((turns[-1][key] for key in _THOUGHT_KEYS if not is_missing(turns[-1].get(key))), None)
-    text = messages[-1]["content"]
+    return messages[:-1], _with_thought(turns[-1], messages[-1]["content"])
+
+
+def split_turns(value: Any, place: str) -> tuple[list[Message], list[Message]] | None:
+    """Return the turns before the assistant's first one, and all from that to the end; None if it is no conversation.
+
+    Args:
+        value: As for ``split_conversation``.
+        place: Where the row stands, for errors.
+
+    Returns:
+        (turns, answered): of a conversation that does not end with the assistant all turns are before, and ``answered``
+        is empty.
+
+    Raises:
+        ValueError: As ``split_conversation``, of two turns in a row wherever they are answered.
+    """
+    turns = _unpack(value, place)
+    if turns is None:
+        return None
+    messages = [_message(turn, place) for turn in turns]
+    if not messages or messages[-1]["role"] != "assistant":
+        return messages, []
+    first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    answered = messages[first:]
+    if any(a["role"] == b["role"] == "assistant" for a, b in itertools.pairwise(answered)):
+        raise ValueError(f"{place}: the assistant has two turns in a row; join them or remove one")
+    for turn, message in zip(turns[first:], answered, strict=True):
+        if message["role"] == "assistant":
+            message["content"] = _with_thought(turn, message["content"])
+    return messages[:first], answered
+
+
+def _with_thought(turn: dict[str, Any], text: str) -> str:
+    """A text with the thought that a message has beside it."""
+    thought = next((turn[key] for key in _THOUGHT_KEYS if not is_missing(turn.get(key))), None)
     if isinstance(thought, str) and "<think>" not in text:
-        text = f"<think>\n{thought.strip()}\n</think>\n\n{text}"
-    return messages[:-1], text
+        return f"<think>\n{thought.strip()}\n</think>\n\n{text}"
+    return text
+
+
+def texts_of(demo: Demo) -> list[str]:
+    """Return what the assistant says in a demonstration, turn by turn.
+
+    Args:
+        demo: A demonstration.
+    """
+    return [demo] if isinstance(demo, str) else [turn["content"] for turn in demo if turn["role"] == "assistant"]
 
 
 def _unpack(value: Any, place: str) -> list[dict[str, Any]] | None:

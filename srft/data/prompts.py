@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from srft.data.examples import Example
 from srft.data.messages import Message
 from srft.data.templates import PromptFormat, continue_prompt, opening
+from srft.data.turns import Spoken, closed, demonstrated
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,23 @@ class Prompt:
         prompt_ids: Tokens up to where the completion starts.
         demo_ids: Each of the example's demonstrations, ending in the token that ends a turn.
         opened: The "<think>" with which the prompt ends, which belongs to the completion's text; mostly empty.
+        demo_spans: Of each demonstration, tokens of its turns as ``batch.Response.spans`` has them; empty where none is
+            a conversation.
     """
 
     example: Example
     prompt_ids: list[int]
     demo_ids: list[list[int]]
     opened: str = ""
+    demo_spans: list[list[int]] = field(default_factory=list)
+
+    def spans_of(self, place: int) -> list[int]:
+        """Return the tokens of each turn of a demonstration, empty where it is no conversation.
+
+        Args:
+            place: Which of them, from 0.
+        """
+        return self.demo_spans[place] if self.demo_spans else []
 
 
 def build_prompts(
@@ -66,6 +78,8 @@ def build_prompts(
     bodies: list[str] = []
     for example, text, frame in zip(examples, texts, frames, strict=True):
         for demo in example.demos if max_demo_tokens is not None else []:
+            if not isinstance(demo, str):
+                continue
             body, change = continue_prompt(text, demo)
             if change:
                 counts[f"{change}_thoughts"] += 1
@@ -77,7 +91,11 @@ def build_prompts(
     for example, text, frame in zip(examples, texts, frames, strict=True):
         prompt_ids = form.encode(text, example.prompt)
         shown = example.demos if max_demo_tokens is not None else []
-        demo_ids = [_closed(next(encoded), frame.end) for _ in shown]
+        spoken = [
+            Spoken(closed(next(encoded), frame.end)) if isinstance(demo, str)
+            else demonstrated(form, text, example.prompt, demo, counts) for demo in shown
+        ]  # fmt: skip
+        demo_ids = [one.ids for one in spoken]
         longest["prompt"] = max(longest["prompt"], len(prompt_ids))
         longest["demo"] = max(longest["demo"], *map(len, demo_ids), 0)
         if len(prompt_ids) > max_prompt_tokens:
@@ -88,7 +106,8 @@ def build_prompts(
         if shown and not fits and needs_demo:
             continue
         kept = replace(example, demos=[shown[i] for i in fits]) if len(fits) < len(example.demos) else example
-        built.append(Prompt(kept, prompt_ids, [demo_ids[i] for i in fits], opening(text)))
+        spans = [spoken[i].spans for i in fits]
+        built.append(Prompt(kept, prompt_ids, [demo_ids[i] for i in fits], opening(text), spans if any(spans) else []))
     too_long = counts["overlong_prompts"] + needs_demo * counts["overlong_demos"]
     if not built or (overlong == "error" and too_long):
         raise ValueError(
@@ -112,18 +131,14 @@ def with_demo(
         show: Called as show(text, demonstration, is_chat) with the text of the prompt, of a conversation that of the
             user's last turn; returns what stands in its place.
     """
-    example = prompt.example
+    example, demo = prompt.example, prompt.example.demos[place]
+    assert isinstance(demo, str), "options refuse conversations"
     words, is_chat = example.prompt, form.uses_template(example.prompt)
     if isinstance(words, str):
         # a template strips what stands around the user's words
-        changed: str | list[Message] = show(words.strip() if is_chat else words, example.demos[place], is_chat)
+        changed: str | list[Message] = show(words.strip() if is_chat else words, demo, is_chat)
     else:
         last = max(i for i, turn in enumerate(words) if turn["role"] == "user")
         changed = [*words]
-        changed[last] = {**words[last], "content": show(words[last]["content"], example.demos[place], is_chat)}
+        changed[last] = {**words[last], "content": show(words[last]["content"], demo, is_chat)}
     return form.encode(form.render(example.id, changed), changed)
-
-
-def _closed(ids: list[int], end: int) -> list[int]:
-    """A demonstration's tokens with one end token, also where its text spells it out."""
-    return ids if ids[-1:] == [end] else [*ids, end]

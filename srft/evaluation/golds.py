@@ -10,6 +10,7 @@ from typing import Any
 
 from srft.data.columns import Row, has_column, lookup
 from srft.data.files import read_files
+from srft.data.messages import texts_of
 from srft.evaluation.sets import read_set
 from srft.options import load_config
 from srft.rewards.answers import BadGold, gold_text
@@ -116,7 +117,9 @@ def golds_of_set(word: str) -> tuple[str, list[Gold]]:
         ValueError: On an unknown name, a source that cannot be read, or a row that lacks something.
     """
     chosen = read_set(word, load_config([]), use_demo=True)
-    return chosen.reward, [_gold(e.id, e.answer, e.row, chosen.reward, e.demos) for e in chosen.examples]
+    return chosen.reward, [
+        _gold(e.id, e.answer, e.row, chosen.reward, [texts_of(demo)[-1] for demo in e.demos]) for e in chosen.examples
+    ]
 
 
 def golds_of_file(path: str, kind: str, column: str, after: str | None = None) -> list[Gold]:

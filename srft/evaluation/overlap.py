@@ -12,7 +12,7 @@ from typing import Any
 
 from srft.data.examples import load_examples
 from srft.data.files import find_files, is_local
-from srft.data.messages import Message
+from srft.data.messages import Message, texts_of
 from srft.evaluation.sets import SETS, EvalSet
 
 USUAL_N = 13
@@ -106,7 +106,7 @@ def training_texts(source: str, split: str = "train") -> Iterator[tuple[str, str
     """
     for example in load_examples(source, split=split, bad_rows="skip"):
         yield example.id, _text(example.prompt)
-        yield from ((example.id, demo) for demo in example.demos)
+        yield from ((example.id, text) for demo in example.demos for text in texts_of(demo))
 
 
 def overlaps(
