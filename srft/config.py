@@ -109,7 +109,8 @@ class RolloutConfig(Section):
     max_lag: int = Field(0, ge=0)
     """Steps by which the policy that samples may be behind the one that learns. 0: each step's rollouts are its own.
     1: they are made while the step before is trained. More: they wait, which is no faster; it shows what staleness
-    does. Rollouts are then weighted by how likely they still are; one process alone."""
+    does. Rollouts are then weighted by how likely they still are; one process alone. With train.replay: by which those
+    of the record may be behind."""
     is_cap: float = Field(2.0, ge=1)
     """With max_lag > 0: largest such weight of a token, p / p of the engine."""
     is_mode: Literal["truncate", "mask"] = "truncate"
@@ -209,6 +210,9 @@ class TrainConfig(Section):
     """Write what each step learned from to rollouts/ in the run's folder, token by token, an Arrow file a step."""
     replay: Path | None = None
     """Learn from what the run in this folder has recorded, in place of rollouts of one's own: no engine is started."""
+    rollouts_only: bool = False
+    """Make, judge and record the rollouts of every step, all by the policy as it is, and learn nothing; train.replay
+    learns from them, with rollout.max_lag."""
     max_skipped_updates: int = Field(3, ge=0)
     """Updates in a row whose loss or gradient is not finite that are left out before the run is ended."""
     stop_on_alarm: AlarmNames = []
@@ -282,14 +286,6 @@ class Config(Section):
                 f'method.name="{method.name}" needs neither rollouts nor demonstrations, so it would learn nothing; '
                 "set its needs_rollouts or needs_demos to True"
             )
-        if self.rollout.max_lag and not (method.takes_lag and method.needs_rollouts):
-            able = ", ".join(name for name in method_names() if find_method(name).takes_lag)
-            raise ValueError(
-                f'rollout.max_lag={self.rollout.max_lag}, but method.name="{method.name}" with these options does not '
-                f"weight rollouts of an older policy; set rollout.max_lag=0, or take one of {able}"
-            )
-        if self.rollout.max_lag and train.replay:
-            raise ValueError(f"train.replay={train.replay} makes no rollouts that could be late; set rollout.max_lag=0")
         if self.model.reference is not None and not self.wants_reference:
             raise ValueError(
                 f'model.reference={self.model.reference}, but method.name="{method.name}" with these options has no '
@@ -313,6 +309,31 @@ class Config(Section):
             raise ValueError(
                 f'method.name="{method.name}" compares the rollouts of one prompt; '
                 f"train.rollouts_per_prompt must be at least {method.fewest_rollouts}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_fit_the_method(self) -> Config:
+        lag, train, method = self.rollout.max_lag, self.train, self.method
+        if train.rollouts_only and train.replay:
+            raise ValueError(
+                f"train.rollouts_only=true makes rollouts, and train.replay={train.replay} takes those of another run; "
+                "unset one of them"
+            )
+        if train.rollouts_only and lag:
+            raise ValueError(
+                f"train.rollouts_only=true has one policy for all steps, got rollout.max_lag={lag}; set it to 0, and "
+                "above 0 where train.replay learns from the record"
+            )
+        if train.rollouts_only and not method.needs_rollouts:
+            raise ValueError(
+                f'train.rollouts_only=true, but method.name="{method.name}" asks for no rollouts; take one that does'
+            )
+        if lag and not (method.takes_lag and method.needs_rollouts):
+            able = ", ".join(name for name in method_names() if find_method(name).takes_lag)
+            raise ValueError(
+                f'rollout.max_lag={lag}, but method.name="{method.name}" with these options does not '
+                f"weight rollouts of an older policy; set rollout.max_lag=0, or take one of {able}"
             )
         return self
 

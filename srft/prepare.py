@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srft.alarms import Watch
 from srft.config import Config
 from srft.data.problems import data_state
-from srft.data.prompts import Prompt
 from srft.data.sampler import StepSampler
 from srft.dataset import Prompts, make_prompts, read_problems, warm_starts
 from srft.engine.base import Sampling
@@ -30,7 +29,7 @@ from srft.policy.checkpoint import read_state
 from srft.policy.frozen import Frozen, load_frozen
 from srft.policy.learner import Learner
 from srft.policy.loading import fill, skeleton
-from srft.policy.lora import adapters, fill_adapters, without_adapters
+from srft.policy.lora import fill_adapters, without_adapters
 from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy, read_config
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import World, joined
@@ -40,15 +39,16 @@ from srft.record.folder import METHOD_FILE, refuse_other_data, run_folder
 from srft.record.history import RunRecord, load_record
 from srft.record.log import NoLog, RunLog
 from srft.record.progress import Progress
+from srft.record.recorded import Recorded
 from srft.record.trackers import open_trackers, refuse_absent
 from srft.record.waiting import Waiting
 from srft.replay import Replay, describe_replay, refuse_unfit_record
 from srft.report.build import build_report
 from srft.rewards.pool import RewardPool
 from srft.rollout import Actor, refuse_long_lessons
-from srft.rollouts import Rollouts, describe_lag
+from srft.rollouts import Rollouts, describe_lag, describe_step
 from srft.stop import StopSignals
-from srft.sync import WeightSync
+from srft.sync import WeightSync, make_probe
 from srft.warm_start import cached_start, keep_start, warm_start
 from srft.worst_case import worst_case
 
@@ -65,7 +65,7 @@ class Run:
         learner: Moves the policy.
         sync: Brings the policy to the actor's engine, where there is one.
         stop: Signals wait from the first moved weight of a step until ``release``.
-        progress: The last whole step, and its checkpoint.
+        progress: The last whole step, and its checkpoint, or its record.
         log: The record.
         speed: Measures each step beside what its devices allow.
         further: Sets that are evaluated beside the held-out problems.
@@ -78,7 +78,7 @@ class Run:
     learner: Learner
     sync: WeightSync | None
     stop: StopSignals
-    progress: Progress
+    progress: Progress | Recorded
     log: RunLog | NoLog
     speed: Speed
     further: list[FurtherSet] = field(default_factory=list)
@@ -114,7 +114,7 @@ def prepared(config: Config) -> Iterator[Run]:
         _refuse_differences(config, data, world)
         refuse_other_data(config, data, checkpoint)
         prompts = make_prompts(config, problems, tokenizer, pool, world)
-        further = [] if config.train.replay else further_sets(config, tokenizer, pools)
+        further = [] if config.train.replay or config.train.rollouts_only else further_sets(config, tokenizer, pools)
         learner, proof = load_policy(config, tokenizer, prompts, pool, checkpoint, world)
         if config.method.shows_demos:
             refuse_long_lessons(config, learner, prompts.train)
@@ -124,7 +124,11 @@ def prepared(config: Config) -> Iterator[Run]:
         learner.optimizer.register_step_pre_hook(lambda *_: stop.hold())
         sampler = StepSampler(len(prompts.train), len(prompts.demos), config.train.seed)
         waiting = Waiting(prompts.train, prompts.demos)
-        progress = Progress(run_dir, learner, sampler, data, waiting)
+        progress: Progress | Recorded
+        if config.train.rollouts_only:
+            progress = Recorded(run_dir, sampler, data, world)
+        else:
+            progress = Progress(run_dir, learner, sampler, data, waiting)
         progress.restore(checkpoint)
         with (
             cores_divided(config, world) as threads,
@@ -141,14 +145,16 @@ def prepared(config: Config) -> Iterator[Run]:
                 if config.method.file_text and world.is_first:
                     write_atomically(run_dir / METHOD_FILE, config.method.file_text)
                 log.say(f"{describe_step(learner, prompts.note)} {describe_ends(sampling, tokenizer)}")
-                if config.rollout.max_lag:
-                    log.say(describe_lag(config, threads))
                 if actor is None:
                     log.say(describe_replay(config))
-                log.say(proof.sentence())
-                probe = _probe(prompts.train, config)
+                elif config.rollout.max_lag:
+                    log.say(describe_lag(config, threads))
+                if proof is not None:
+                    log.say(proof.sentence())
+                probe = make_probe(prompts.train, config)
                 sync = None if actor is None else WeightSync(learner.model, actor.engine, probe, config, world)
-                log.say(worst_case(learner))
+                if not config.train.rollouts_only:
+                    log.say(worst_case(learner))
                 yield Run(world, prompts, actor, rollouts, learner, sync, stop, progress, log, speed, further)
 
 
@@ -175,7 +181,7 @@ def _refuse_differences(config: Config, data: dict[str, Any], world: World) -> N
 
 
 def _record(
-    config: Config, run_dir: Path, progress: Progress, world: World
+    config: Config, run_dir: Path, progress: Progress | Recorded, world: World
 ) -> AbstractContextManager[RunLog | NoLog]:
     """The record of the run, which the first rank keeps."""
     if not world.is_first:
@@ -221,7 +227,7 @@ def load_policy(
     pool: RewardPool,
     checkpoint: Path | None,
     world: World,
-) -> tuple[Learner, Proof]:
+) -> tuple[Learner, Proof | None]:
     """Load the policy from a checkpoint, a folder or a hub, or build it and give it its short supervised start.
 
     Args:
@@ -234,7 +240,7 @@ def load_policy(
 
     Returns:
         The policy with a new optimizer and the tokens that a forward pass may have, and the proof that it computes on
-        packed sequences what it is.
+        packed sequences what it is; where nothing is learned, without these tokens and that proof.
 
     Raises:
         ValueError: When it cannot be read, fails that proof, or leaves no room for a sequence.
@@ -246,6 +252,8 @@ def load_policy(
         kept = None if checkpoint is None else read_state(checkpoint).get("start")
         start = world.on_first(lambda: _started(config, tokenizer, prompts, pool, world.device, kept))
     model = load_prepared(config, tokenizer, checkpoint or start, world)
+    if config.train.rollouts_only:
+        return Learner(config, model, tokenizer, make_optimizer(model, config), world), None
     proof = prove(model, config)
     frozen = frozen_models(config, tokenizer, start, world)
     engine = 0 if config.train.replay else engine_bytes(config, model, world)
@@ -362,37 +370,3 @@ def load_prepared(
         fill(model, base, world)
         fill_adapters(model, first_adapters(model, source or name, config))
     return model
-
-
-def describe_step(learner: Learner, data_note: str) -> str:
-    """Say in one sentence what a step consists of.
-
-    Args:
-        learner: Its configuration says.
-        data_note: From ``make_prompts``.
-    """
-    config, train = learner.config, learner.config.train
-    parts = []
-    if config.method.needs_rollouts:
-        parts.append(f"{train.rollouts_per_prompt} rollouts of at most {config.rollout.max_new_tokens} tokens")
-    if config.method.trains_demos:
-        own = " of data.demos" if config.data.demos else ""
-        parts.append(f"{train.demos_per_prompt} demonstration{'s' if train.demos_per_prompt > 1 else ''}{own}")
-    size = f"{sum(p.numel() for p in learner.model.parameters()) / 1e6:.1f}M-parameter policy"
-    if config.model.lora.rank:
-        adapted = sum(p.numel() for _, p in adapters(learner.model)) / 1e6
-        size = f"{size}, of which {adapted:.3g}M in adapters are trained,"
-    updates = f"{train.updates_per_step} update{'s' if train.updates_per_step > 1 else ''}"
-    return (
-        f"Each of {train.steps} steps: {train.prompts_per_step} prompts x ({' + '.join(parts)}) -> {updates} of a "
-        f"{size} by {config.method.label}, "
-        f"at most {config.microbatch_tokens} tokens per forward pass; "
-        f"{data_note}."
-    )
-
-
-def _probe(prompts: list[Prompt], config: Config) -> list[list[int]]:
-    """A few prompts, with their demonstrations where they have some, cut to what an engine can score."""
-    most = min(256, config.longest_sequence - 1)
-    whole = [p.prompt_ids + (p.demo_ids[0] if p.demo_ids else []) for p in prompts[:4]]
-    return [(ids if len(ids) > 1 else ids * 2)[:most] for ids in whole]

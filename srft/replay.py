@@ -119,6 +119,7 @@ def refuse_unfit_record(config: Config) -> None:
     if folder is None:
         return
     own = options_of(config)
+    oldest = (0, 0, folder)
     # what such a method samples is no other one's
     is_particular = type(method).prefixes is not BaseMethod.prefixes or method.shows_demos
     for step in range(1, config.train.steps + 1):
@@ -135,15 +136,24 @@ def refuse_unfit_record(config: Config) -> None:
                 raise ValueError(
                     f"{path} was made with {name}={about[name]}, and this run has {own[name]}; set it to that"
                 )
+        versions = [row["version"] for row in read_rows(path, ["version", "is_demo"]) if not row["is_demo"]]
+        oldest = max(oldest, (step - 1 - min(versions, default=step - 1), step, path))
+    behind, step, path = oldest
+    if method.needs_rollouts and behind > config.rollout.max_lag:
+        raise ValueError(
+            f"{path} has rollouts of the policy after {step - 1 - behind} steps, {behind} behind the one that learns, "
+            f"and rollout.max_lag={config.rollout.max_lag} weights none so old; set it to {behind}"
+        )
 
 
 def describe_replay(config: Config) -> str:
-    """Say in one sentence where rollouts come from, and what is left out.
+    """Say in a sentence or two where rollouts come from, and what is left out.
 
     Args:
         config: The whole configuration, with ``train.replay``.
     """
+    weighted = " What an older policy sampled counts by how likely it still is." if config.rollout.max_lag else ""
     return (
         f"Rollouts and rewards are those recorded in {config.train.replay}: no engine is started and no canary "
-        "compared, and of the held-out problems the loss of demonstrations alone is measured."
+        f"compared, and of the held-out problems the loss of demonstrations alone is measured.{weighted}"
     )

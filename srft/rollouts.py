@@ -15,6 +15,7 @@ from srft.data.sampler import StepSampler
 from srft.dataset import Prompts
 from srft.method import StepInfo
 from srft.policy.learner import Learner
+from srft.policy.lora import adapters
 from srft.record.metrics import Clock
 from srft.record.waiting import Waiting
 from srft.rollout import Actor, judge, resample, roll_out
@@ -105,7 +106,7 @@ class Rollouts:
             judge(groups, actor.pool)
         with clock("rollout"):
             gave_way = resample(config, actor, groups, self._draw_more, now)
-        due = max(0, now.step - 1 - self._lag)
+        due = 0 if config.train.rollouts_only else max(0, now.step - 1 - self._lag)
         assert all(s.version == due for group in groups + gave_way for s in group.rollouts)
         return Sampled(now.step, groups, gave_way)
 
@@ -135,3 +136,31 @@ def describe_lag(config: Config, threads: int | None) -> str:
         ours = torch.get_num_threads()
         said += f", with {threads} thread{'s' if threads > 1 else ''} beside training's {ours}"
     return f"{said}; its weights are {lag} step{'s' if lag > 1 else ''} old then."
+
+
+def describe_step(learner: Learner, data_note: str) -> str:
+    """Say in one sentence what a step consists of.
+
+    Args:
+        learner: Its configuration says.
+        data_note: From ``make_prompts``.
+    """
+    config, train = learner.config, learner.config.train
+    parts = []
+    if config.method.needs_rollouts:
+        parts.append(f"{train.rollouts_per_prompt} rollouts of at most {config.rollout.max_new_tokens} tokens")
+    if config.method.trains_demos:
+        own = " of data.demos" if config.data.demos else ""
+        parts.append(f"{train.demos_per_prompt} demonstration{'s' if train.demos_per_prompt > 1 else ''}{own}")
+    size = f"{sum(p.numel() for p in learner.model.parameters()) / 1e6:.1f}M-parameter policy"
+    each = f"Each of {train.steps} steps: {train.prompts_per_step} prompts x ({' + '.join(parts)})"
+    if train.rollouts_only:
+        return f"{each}, judged and recorded; the {size} is not trained; {data_note}."
+    if config.model.lora.rank:
+        adapted = sum(p.numel() for _, p in adapters(learner.model)) / 1e6
+        size = f"{size}, of which {adapted:.3g}M in adapters are trained,"
+    updates = f"{train.updates_per_step} update{'s' if train.updates_per_step > 1 else ''}"
+    return (
+        f"{each} -> {updates} of a {size} by {config.method.label}, at most {config.microbatch_tokens} tokens per "
+        f"forward pass; {data_note}."
+    )

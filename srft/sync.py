@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from srft.batch import Response, pack
 from srft.config import Config
+from srft.data.prompts import Prompt
 from srft.engine.base import Engine
 from srft.policy.forwards import packed_forward, sampler_logprobs
 from srft.policy.model import device_of
@@ -160,3 +161,15 @@ def _counted(named_tensors: Iterable[tuple[str, Tensor]], sizes: list[int]) -> I
     for name, tensor in named_tensors:
         sizes.append(tensor.nbytes)
         yield name, tensor
+
+
+def make_probe(prompts: list[Prompt], config: Config) -> list[list[int]]:
+    """Return a few prompts, with their demonstrations where they have some, cut to what an engine can score.
+
+    Args:
+        prompts: Those that are learned from.
+        config: The whole configuration.
+    """
+    most = min(256, config.longest_sequence - 1)
+    whole = [p.prompt_ids + (p.demo_ids[0] if p.demo_ids else []) for p in prompts[:4]]
+    return [(ids if len(ids) > 1 else ids * 2)[:most] for ids in whole]

@@ -21,14 +21,14 @@ from dataclasses import replace
 import torch
 import transformers
 
-from srft.alarms import Alarmed
+from srft.alarms import Alarm, Alarmed
 from srft.config import Config
 from srft.data.prompts import Prompt
 from srft.data.sampler import sample_seed
 from srft.engine.base import EngineError
 from srft.evaluation.held_out import demo_loss, evaluate
 from srft.learning import learn
-from srft.methods import place_in_method
+from srft.methods import assign_advantages, place_in_method
 from srft.options import exit_on_help, load_config
 from srft.plan import dry_run
 from srft.policy.export import export_policy
@@ -37,6 +37,7 @@ from srft.policy.parallel import Elsewhere
 from srft.prepare import Run, prepared
 from srft.record.metrics import Clock, group_metrics, sample_rows
 from srft.record.problems import Verdicts, trained_on
+from srft.record.recorded import Recorded
 from srft.record.rollouts import write_step
 from srft.rewards.pool import Judge
 from srft.rollout import Actor
@@ -45,6 +46,8 @@ from srft.sync import CanaryError
 
 def fit(config: Config) -> None:
     """Train: prompts, rollouts, rewards, advantages, packed fused loss, update, weights to the engine, log.
+
+    With ``train.rollouts_only`` a step ends with its rewards and their record.
 
     Args:
         config: From ``options.load_config``.
@@ -60,6 +63,8 @@ def fit(config: Config) -> None:
     """
     train = config.train
     with prepared(config) as run:
+        if train.rollouts_only:
+            return _roll_out_only(run)
         _begin(run)
         for step in range(run.progress.step + 1, train.steps + 1):
             clock, is_last = Clock(run.world, step), step == train.steps
@@ -94,7 +99,7 @@ def fit(config: Config) -> None:
             config.method.note(row, run.learner.now(step))
             alarms = run.log.metrics(run.speed.with_figures(row | clock.seconds()))
             run.progress.reached(step, unlogged=None)
-            ends = run.world.first([alarm for alarm in alarms if alarm.alarm in train.stop_on_alarm])
+            ends = _ending(run, alarms)
             if step % train.save_every == 0 or is_last or ends:
                 run.progress.save()
             run.stop.release()
@@ -102,6 +107,34 @@ def fit(config: Config) -> None:
                 raise Alarmed(ends[0])
         size = sum(p.numel() for p in run.learner.model.parameters())
         run.log.finish({"parameters": size} | export_policy(run.log.run_dir, run.learner))
+
+
+def _roll_out_only(run: Run) -> None:
+    """Make, judge and record what is left of the steps' rollouts, with the weights that the engine gets now."""
+    config, world = run.learner.config, run.world
+    assert run.sync is not None and isinstance(run.progress, Recorded)
+    canary = run.sync.push(0)
+    if world.first(run.log.last_step) < 0:
+        run.log.metrics({"step": 0, **canary})
+    for step in range(run.progress.step + 1, config.train.steps + 1):
+        clock = Clock(world, step)
+        sampled = run.rollouts.take(step, clock)
+        run.stop.agree()
+        assign_advantages(sampled.groups, config.method)
+        run.log.samples(step, sample_rows(sampled.groups))
+        run.log.problems(step, "training", trained_on(sampled.groups, world))
+        write_step(run.log.run_dir, sampled, config, world, run.progress.facts())
+        row = {"step": step, **group_metrics(sampled.groups, world, sampled.gave_way)}
+        alarms = run.log.metrics(run.speed.with_figures(row | clock.seconds()))
+        run.progress.reached(step, unlogged=None)
+        if (ends := _ending(run, alarms)) and step < config.train.steps:
+            raise Alarmed(ends[0])
+    run.log.finish({"rollouts": str(run.log.run_dir / "rollouts")})
+
+
+def _ending(run: Run, alarms: list[Alarm]) -> list[Alarm]:
+    """The alarms among these that end the run, on every rank."""
+    return run.world.first([alarm for alarm in alarms if alarm.alarm in run.learner.config.train.stop_on_alarm])
 
 
 def _begin(run: Run) -> None:

@@ -38,7 +38,8 @@ def cores_divided(config: Config, world: World) -> Iterator[int | None]:
     Yields:
         Threads of the engine; None where it and the trainer take turns, compute on a GPU, or it is on servers.
     """
-    if not config.rollout.max_lag or world.device.type == "cuda" or config.engine.kind == "http":
+    overlaps = config.rollout.max_lag and not config.train.replay
+    if not overlaps or world.device.type == "cuda" or config.engine.kind == "http":
         yield None
         return
     every = torch.get_num_threads()

@@ -13,6 +13,7 @@ from srft.options import changed_keys, load_config_text
 from srft.policy.checkpoint import newest_checkpoint, read_state, whole_checkpoint
 from srft.policy.parallel import ALONE, World
 from srft.record.files import LOCK, lock_folder
+from srft.record.recorded import steps_recorded
 
 METHOD_FILE = "method.py"
 """The file of a user's method as the run was started with it."""
@@ -72,7 +73,7 @@ def _taken_folder(config: Config) -> Iterator[tuple[Path, Path | None]]:
     except ValueError:  # a mistake in the options or the data, before anything was trained
         raise
     except BaseException as error:
-        error.add_note(_what_is_safe(folder))
+        error.add_note(_what_is_safe(folder, rollouts=config.train.rollouts_only))
         raise
     finally:
         if [path.name for path in folder.iterdir()] == [LOCK]:
@@ -157,8 +158,11 @@ def _checkpoint(config: Config, folder: Path) -> Path | None:
     return checkpoint
 
 
-def _what_is_safe(folder: Path) -> str:
+def _what_is_safe(folder: Path, *, rollouts: bool) -> str:
     """Say from where a run that ended early can go on."""
+    if rollouts:
+        done = f"the rollouts of {steps_recorded(folder)} steps are complete"
+        return f"{done}, and name={folder.name} train.resume=true goes on after them"
     newest = newest_checkpoint(folder)
     if newest is None:
         return "no checkpoint was written yet"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa  # comes with datasets
@@ -46,8 +47,10 @@ def step_file(run_dir: Path, step: int) -> Path:
     return run_dir / "rollouts" / f"step_{step:06d}.arrow"
 
 
-def write_step(run_dir: Path, batch: Sampled, config: Config, world: World) -> None:
-    """Record a step once it was learned from, on the first rank; an older file of it is replaced at once.
+def write_step(
+    run_dir: Path, batch: Sampled, config: Config, world: World, facts: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Record a step once it was learned from, if it is, on the first rank; an older file of it is replaced at once.
 
     A row is a response, in order: the groups with rollouts, those of demonstrations alone, those that gave way.
     ``logprobs`` and ``entropies`` are of each token by the policy before the step, as far as the step has them: null
@@ -60,6 +63,7 @@ def write_step(run_dir: Path, batch: Sampled, config: Config, world: World) -> N
         batch: This rank's groups.
         config: The whole configuration.
         world: The ranks.
+        facts: What the file tells beside the options, by name: JSON.
 
     Raises:
         WriteError: On the first rank, when the disk refuses.
@@ -72,10 +76,11 @@ def write_step(run_dir: Path, batch: Sampled, config: Config, world: World) -> N
         [_rows(group, alone) for group in batch.gave_way],
     ]
     every = world.gather(kinds)
-    world.on_first(lambda: _write(step_file(run_dir, batch.step), every, config))
+    about = options_of(config) | dict(facts)
+    world.on_first(lambda: _write(step_file(run_dir, batch.step), every, about))
 
 
-def _write(path: Path, every: list[list[list[list[dict[str, Any]]]]], config: Config) -> None:
+def _write(path: Path, every: list[list[list[list[dict[str, Any]]]]], about: dict[str, Any]) -> None:
     rows: list[dict[str, Any]] = []
     number = 0
     for kind, of_ranks in enumerate(zip(*every, strict=True)):
@@ -83,7 +88,7 @@ def _write(path: Path, every: list[list[list[list[dict[str, Any]]]]], config: Co
         for group in (group for turn in zip_longest(*of_ranks) for group in turn if group is not None):
             rows += [{"group": number, "place": i, "gave_way": kind == 2} | row for i, row in enumerate(group)]
             number += 1
-    about = options_of(config) | {"has_prefixes": any(row["prefix_tokens"] for row in rows)}
+    about = about | {"has_prefixes": any(row["prefix_tokens"] for row in rows)}
     table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata({_ABOUT: json.dumps(about)}))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
@@ -118,7 +123,7 @@ def _row(group: Group, s: Response, alone: bool) -> dict[str, Any]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Return the options of the run that made a file, by ``SHAPES``, and "has_prefixes".
+    """Return the options of the run that made a file, by ``SHAPES``, "has_prefixes", and the facts it was given.
 
     Args:
         path: From ``step_file``.

@@ -17,7 +17,7 @@ from srft.planning.devices import find_device
 from srft.planning.memory import Layout
 from srft.planning.models import read_teacher
 from srft.planning.pace import Tokens, plan_pace, training_flops
-from srft.prepare import describe_step
+from srft.rollouts import describe_step
 from srft.worst_case import longest_sequences
 from tests.trainer.tiny import learner_of, plain_model
 
