@@ -9,22 +9,26 @@ import torch
 from torch import Tensor
 
 from srft.batch import Response
+from srft.policy.parallel import ALONE, World
 
 # ratios outside of it are told as a share
 _NEAR = (0.9, 1.1)
 
 
-def weigh(sequences: Sequence[Response], step: int, cap: float, mode: Literal["truncate", "mask"]) -> dict[str, float]:
+def weigh(
+    sequences: Sequence[Response], step: int, cap: float, mode: Literal["truncate", "mask"], world: World = ALONE
+) -> dict[str, float]:
     """Fill in ``Response.importance``: exp(old_logprobs - rollout_logprobs) on tokens that were sampled, 1 elsewhere.
 
     With ``old_logprobs`` of the policy before the step's updates the clipped ratio of a method stays that of these
     updates, and what lies between the engine and that policy is corrected by itself, no further than ``cap``.
 
     Args:
-        sequences: All that a step learns from, with ``old_logprobs``; modified in place.
+        sequences: All that this rank learns from in a step, with ``old_logprobs``; modified in place.
         step: Its number.
         cap: Largest weight, > 0.
         mode: What is above counts ``cap`` times ("truncate") or 0 times ("mask").
+        world: The ranks, whose rollouts are described together.
 
     Returns:
         Of rollouts ``lag/mean`` and ``lag/max``, steps by which their policy was behind. Of their tokens' ratios before
@@ -32,7 +36,7 @@ def weigh(sequences: Sequence[Response], step: int, cap: float, mode: Literal["t
         ``lag/is_ess``, the effective share of the sample, (sum w)^2 / (n sum w^2); and ``lag/is_capped``, the share
         above it. Nothing where no token was sampled.
     """
-    ratios: list[Tensor] = []
+    ratios = [torch.zeros(0, dtype=torch.float64)]
     for s in sequences:
         assert s.old_logprobs is not None
         s.importance = torch.ones_like(s.old_logprobs)
@@ -44,17 +48,24 @@ def weigh(sequences: Sequence[Response], step: int, cap: float, mode: Literal["t
         ratio = (s.old_logprobs[own].double() - sampled).exp()
         s.importance[own] = ratio.clamp(max=cap) if mode == "truncate" else torch.where(ratio > cap, 0.0, ratio)
         ratios.append(ratio.cpu())
-    if not sum(map(len, ratios)):
+    behind = [step - 1 - s.version for s in sequences if not s.is_demo]
+    return _described(torch.cat(ratios), behind, cap, world)
+
+
+def _described(own: Tensor, behind: list[int], cap: float, world: World) -> dict[str, float]:
+    """The figures of every rank's ratios, [tokens] fp64, and of the steps by which its rollouts are behind."""
+    off, capped = (own < _NEAR[0]) | (own > _NEAR[1]), own > cap
+    sums = [x.sum().item() for x in (own, own.square(), off, capped)]
+    every = world.sum([len(own), *sums, sum(behind), len(behind)])
+    if not (count := int(every[0])):
         return {}
-    every, behind = torch.cat(ratios), [step - 1 - s.version for s in sequences if not s.is_demo]
-    return {
-        "lag/mean": sum(behind) / len(behind),
-        "lag/max": max(behind),
-        "lag/is_mean": every.mean().item(),
-        # not quantile, which takes 2^24 numbers at most
-        "lag/is_p95": every.kthvalue(max(1, round(0.95 * len(every)))).values.item(),
-        "lag/is_max": every.max().item(),
-        "lag/is_off": ((every < _NEAR[0]) | (every > _NEAR[1])).double().mean().item(),
-        "lag/is_ess": (every.sum().square() / (len(every) * every.square().sum())).item(),
-        "lag/is_capped": (every > cap).double().mean().item(),
-    }
+    tokens, total, squares, far, above, steps, rollouts = torch.tensor(every, dtype=torch.float64)
+    # the 95th percentile is the least of so many, the largest, of which one rank may have all
+    beyond = count - max(1, round(0.95 * count)) + 1
+    largest = torch.cat(world.gather(own.topk(min(beyond, len(own))).values)).topk(beyond).values
+    figures = {
+        "mean": steps / rollouts, "is_mean": total / tokens, "is_p95": largest[-1], "is_max": largest[0],
+        "is_off": far / tokens, "is_ess": total.square() / (tokens * squares), "is_capped": above / tokens,
+    }  # fmt: skip
+    told = {f"lag/{name}": figure.item() for name, figure in figures.items()}
+    return told | {"lag/max": world.largest(max(behind, default=0))}

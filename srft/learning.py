@@ -56,7 +56,7 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
         remember_old_logprobs(learner, held)
     if len(exchanges) > 1:
         remember_frozen(learner, held)
-    lag = weigh(held, step, config.rollout.is_cap, config.rollout.is_mode) if behind else {}
+    lag = weigh(held, step, config.rollout.is_cap, config.rollout.is_mode, world) if behind else {}
     filled = [(one.held, totals) for one, totals in zip(exchanges, counts, strict=True) if totals.tokens]
     every = config.train.grad_terms_every
     apart = measure_terms(learner, filled[0][0], step, filled[0][1]) if filled and every and step % every == 0 else {}

@@ -11,9 +11,9 @@ from torch import Tensor
 from srft.batch import Response
 from srft.policy.parallel import World
 
-# of a response as numbers: its kind, cut or not, reward, advantage, that of its prefix, tokens of prefix, prompt,
-# response, teacher's prompt and turns, log-probabilities
-_HEADER = 11
+# of a response as numbers: its kind, cut or not, reward, advantage, that of its prefix, its policy, tokens of prefix,
+# prompt, response, teacher's prompt and turns, log-probabilities
+_HEADER = 12
 
 
 class Exchange:
@@ -80,7 +80,7 @@ def assignment(lengths: Sequence[Sequence[int]]) -> list[list[int]]:
 def _encoded(s: Response) -> list[float]:
     shown = s.teacher_prompt_ids or []
     lengths = [len(s.prompt_ids), len(s.response_ids), len(shown), len(s.spans), len(s.rollout_logprobs)]
-    header = [s.is_demo, s.truncated, s.reward, s.advantage, s.prefix_advantage, s.prefix_tokens, *lengths]
+    header = [s.is_demo, s.truncated, s.reward, s.advantage, s.prefix_advantage, s.version, s.prefix_tokens, *lengths]
     return [*header, *s.prompt_ids, *s.response_ids, *shown, *s.spans, *s.rollout_logprobs]
 
 
@@ -88,7 +88,7 @@ def _decoded(numbers: list[float]) -> list[Response]:
     found, at = [], 0
     while at < len(numbers):
         is_demo, truncated, reward, advantage, of_prefix, *counts = numbers[at : at + _HEADER]
-        prefix, prompt, response, shown, spans, logprobs = map(int, counts)
+        version, prefix, prompt, response, shown, spans, logprobs = map(int, counts)
         own, with_shown = prompt + response, prompt + response + shown
         ids = [int(x) for x in numbers[at + _HEADER : at + _HEADER + with_shown + spans]]
         end = at + _HEADER + with_shown + spans + logprobs
@@ -96,7 +96,7 @@ def _decoded(numbers: list[float]) -> list[Response]:
             Response(
                 ids[:prompt], ids[prompt:own], bool(is_demo), bool(truncated), numbers[end - logprobs : end], "",
                 reward=reward, advantage=advantage, teacher_prompt_ids=ids[own:with_shown] or None,
-                prefix_tokens=prefix, prefix_advantage=of_prefix, spans=ids[with_shown:],
+                prefix_tokens=prefix, prefix_advantage=of_prefix, spans=ids[with_shown:], version=version,
             )
         )  # fmt: skip
         at = end
