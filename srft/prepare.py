@@ -140,15 +140,15 @@ def prepared(config: Config) -> Iterator[Run]:
                 rollouts = Replay(learner, prompts)
             else:
                 rollouts = Rollouts(learner, prompts, sampler, actor, waiting, threads)
-            # a batch that is being made is waited for once the last whole step is saved
-            with closing(rollouts), progress.saved_when_stopped():
+            # a batch that is being made is waited for once the last whole step is saved, or a lost rank is named
+            with closing(rollouts), progress.saved_when_stopped(), world.naming_lost():
                 if config.method.file_text and world.is_first:
                     write_atomically(run_dir / METHOD_FILE, config.method.file_text)
                 log.say(f"{describe_step(learner, prompts.note)} {describe_ends(sampling, tokenizer)}")
                 if actor is None:
                     log.say(describe_replay(config))
                 elif config.rollout.max_lag:
-                    log.say(describe_lag(config, threads))
+                    log.say(describe_lag(config, threads, world.size))
                 if proof is not None:
                     log.say(proof.sentence())
                 probe = make_probe(prompts.train, config)
@@ -167,7 +167,7 @@ def _answering(
         yield None
         return
     with closing(start_engine(learner, folder, threads)) as engine:
-        yield Actor(engine, sampling, learner.tokenizer, pool, learner.world)
+        yield Actor(engine, sampling, learner.tokenizer, pool, learner.world.beside())
 
 
 def _refuse_differences(config: Config, data: dict[str, Any], world: World) -> None:

@@ -49,7 +49,8 @@ class Rollouts:
     ) -> None:
         self._learner, self._prompts, self._sampler, self._actor = learner, prompts, sampler, actor
         self._lag, self._waiting = learner.config.rollout.max_lag, waiting
-        self._maker = ThreadPoolExecutor(1, "rollouts", torch.set_num_threads, (threads or torch.get_num_threads(),))
+        its = (threads or torch.get_num_threads(), learner.world.device)
+        self._maker = ThreadPoolExecutor(1, "rollouts", _settle, its)
         self._made: Future[Sampled] | None = None
 
     def take(self, step: int, clock: Clock) -> Sampled:
@@ -123,18 +124,27 @@ class Rollouts:
         return [self._prompts.train[i] for i in self._sampler.next(number, 0)[0]]
 
 
-def describe_lag(config: Config, threads: int | None) -> str:
+def _settle(threads: int, device: torch.device) -> None:
+    """Give the thread that makes rollouts its cores, and the rank's GPU, which each thread has to choose."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def describe_lag(config: Config, threads: int | None, ranks: int) -> str:
     """Say in one sentence what is done at once.
 
     Args:
         config: The whole configuration, with a ``rollout.max_lag`` above 0.
         threads: The engine's, from ``cores_divided``.
+        ranks: Those of the run, each with as many.
     """
     lag = config.rollout.max_lag
     said = f"While a step is trained, the engine makes the rollouts of the step {lag} ahead"
     if threads is not None:
         ours = torch.get_num_threads()
         said += f", with {threads} thread{'s' if threads > 1 else ''} beside training's {ours}"
+        said += " on each rank" if ranks > 1 else ""
     return f"{said}; its weights are {lag} step{'s' if lag > 1 else ''} old then."
 
 

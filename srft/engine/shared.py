@@ -26,11 +26,11 @@ class SharedEngine:
     Args:
         start: Starts the engine of this rank's group; called on the group's first rank alone.
         weights: Yields the policy's weights as they are, each whole; every rank walks through all of them.
-        world: The ranks.
+        world: The ranks; of those that make rollouts while others train, ``World.beside``.
         ranks_per_engine: Ranks of a group, neighbours; divides their number.
         most_restarts: How often engines may be started again in this run, all together, >= 0.
-        keeps_weights: Give an engine that is started again those of the last update, kept in the CPU's memory, not
-            ``weights``; for a policy that is trained while the engine samples.
+        keeps_weights: Give an engine that is started again those of the last update, kept in the CPU's memory of the
+            rank that runs it, not ``weights``; for a policy that is trained while the engine samples.
 
     Raises:
         EngineError: When an engine cannot be started.
@@ -95,9 +95,11 @@ class SharedEngine:
             Elsewhere: As ``generate``.
         """
         self.version = version
-        if self._keeps:
+        if self._keeps and self._runs_it:
             kept = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in named_tensors]
             self._weights, named_tensors = (lambda: kept), kept
+        elif self._keeps:
+            self._weights = lambda: ()
         self._until_served(self._together(partial(self._send, named_tensors, self._runs_it)))
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
@@ -219,5 +221,5 @@ def _own_group(world: World, size: int) -> dist.ProcessGroup | None:
     """The process group of this rank's engine; None where it is this rank's alone."""
     if size == 1:
         return None
-    groups = [dist.new_group(range(first, first + size), backend="gloo") for first in range(0, world.size, size)]
+    groups = [world.new_group(range(first, first + size)) for first in range(0, world.size, size)]
     return groups[world.rank // size]

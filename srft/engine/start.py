@@ -58,8 +58,8 @@ def start_engine(learner: Learner, folder: Path, threads: int | None = None) -> 
         learner: Holds the policy.
         folder: For the engine's log and the model that it loads, where it has a process of its own. The first rank
             writes that model once for all of them.
-        threads: Of an engine with a process of its own; None: half the cores, or the environment's OMP_NUM_THREADS, and
-            of several ranks as many as wait for it.
+        threads: This rank's share of those of an engine with a process of its own; None: the environment's
+            OMP_NUM_THREADS, or in a run of one process half the cores.
 
     Raises:
         ValueError: When vLLM is asked for and not installed, ``engine.ranks_per_engine`` does not fit the ranks, or a
@@ -76,11 +76,11 @@ def start_engine(learner: Learner, folder: Path, threads: int | None = None) -> 
         start = lambda: _meet_servers(learner, folder, again=next(starts) > 0)  # noqa: E731
     else:
         export_model(folder / "model", learner.model, learner.tokenizer, world)
-        threads = _threads(sharing) if world.size > 1 else threads
+        threads = _threads(sharing, threads) if world.size > 1 else threads
         start = partial(_start_vllm, learner, folder, threads)
     weights = partial(whole_tensors, learner.model, config.engine_dtype)
     lags = config.rollout.max_lag > 0
-    return SharedEngine(start, weights, world, sharing, config.engine.restarts, keeps_weights=lags)
+    return SharedEngine(start, weights, world.beside(), sharing, config.engine.restarts, keeps_weights=lags)
 
 
 def _kind(config: Config, world: World) -> str:
@@ -176,9 +176,9 @@ def _meet_servers(learner: Learner, folder: Path, again: bool) -> Engine:
     )
 
 
-def _threads(sharing: int) -> int:
-    """Threads of an engine for whose answers so many ranks wait: theirs."""
-    return sharing * int(os.environ.get("OMP_NUM_THREADS", "1"))
+def _threads(sharing: int, share: int | None) -> int:
+    """Threads of an engine that so many ranks ask: what each leaves it, or where all wait for its answers theirs."""
+    return sharing * (share or int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def _own_device(world: World) -> str | None:

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder of a model, or of its adapters where these are all that is trained, with the optimizer's
 moments and the loop's state. Each rank writes its own rows, into files that are the same whatever the number of ranks,
-so that any other number can go on from them. A manifest, the size and hash of every file, is written last and checked
-before a checkpoint is taken.
+so that any other number can go on from them, and texts of its own beside. A manifest, the size and hash of every file,
+is written last and checked before a checkpoint is taken.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -68,11 +66,7 @@ class Checkpoints:
         self._run_dir, self._learner, self._world = run_dir, learner, learner.world
         beside = learner.config.train.async_checkpoints
         self._beside = self._world.size > 1 if beside is None else beside
-        self._group = None
-        if self._world.size > 1:
-            # traffic of its own: beside that of training it would be taken for it
-            deadline = timedelta(seconds=learner.config.train.collective_deadline_s)
-            self._group = dist.new_group(backend="gloo", timeout=deadline)
+        self._talk = self._world.beside()
         self._writer: threading.Thread | None = None
         self._fault: BaseException | None = None
 
@@ -83,8 +77,8 @@ class Checkpoints:
 
         Args:
             step: Steps done.
-            state: Anything JSON holds.
-            texts: Further files, by name.
+            state: Anything JSON holds; the first rank's is written.
+            texts: Further files of this rank, by name.
 
         Raises:
             WriteError: On the first rank, when the disk refuses on one of them, now or for the one before; what was
@@ -170,11 +164,10 @@ class Checkpoints:
         if self._world.size == 1:
             return [result]  # type: ignore[list-item]
         told = None if fault is None else (isinstance(fault, WriteError), str(fault))
-        everyone: list[Any] = [None] * self._world.size
-        dist.all_gather_object(everyone, (told, result), group=self._group)
+        everyone = self._talk.gather((told, result))
         faults = [each[0] for each in everyone if each[0] is not None]
         if not faults:
-            return [each[1] for each in everyone]
+            return [each[1] for each in everyone]  # type: ignore[misc]
         if not self._world.is_first:
             raise Elsewhere(faults[0][1]) from fault
         if fault is not None:
@@ -189,8 +182,7 @@ class Checkpoints:
         partial = start_folder(folder)
         (write_settings if adapted(self._learner.model) else write_config)(partial, self._learner.model)
         self._learner.tokenizer.save_pretrained(partial)
-        for name, text in {_STATE: json.dumps(snapshot.state), **snapshot.texts}.items():
-            (partial / name).write_text(text)
+        (partial / _STATE).write_text(json.dumps(snapshot.state))
         for files in snapshot.files.values():
             files.create(partial)
 
@@ -204,6 +196,8 @@ class Checkpoints:
 
 
 def _write_parts(partial: Path, snapshot: _Snapshot) -> None:
+    for name, text in snapshot.texts.items():
+        (partial / name).write_text(text)
     for stem, files in snapshot.files.items():
         files.write(partial, ((name, first, rows) for of, name, first, rows in snapshot.parts if of == stem))
 

@@ -43,6 +43,8 @@ def lost_ranks_named(rank: int, size: int, deadline_s: float) -> Iterator[None]:
     """
     try:
         yield
+    except LostRank:
+        raise
     except RuntimeError as error:
         # gloo has no type of its own, only the path of its source in the message
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):

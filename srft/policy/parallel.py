@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -47,6 +47,8 @@ class World:
         mesh: Replicas by shards; None for a world of one that shards nothing.
         cpu_offload: Keep parameters, gradients and moments in the CPU's memory.
         vocab_parallel: Leave each rank's rows of the head where they are, and gather hidden states instead.
+        deadline_s: How long a collective waits for the other ranks.
+        group: Carries what they tell each other; None: the group that training uses.
     """
 
     rank: int = 0
@@ -55,6 +57,8 @@ class World:
     mesh: DeviceMesh | None = None
     cpu_offload: bool = False
     vocab_parallel: bool = False
+    deadline_s: float = 1800.0
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -78,7 +82,7 @@ class World:
         if self.size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total.tolist()
 
     def largest(self, number: int) -> int:
@@ -98,7 +102,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[_T] = [value] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def first(self, value: _T) -> _T:
@@ -110,7 +114,7 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def on_first(self, make: Callable[[], _T]) -> _T:
@@ -150,7 +154,34 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+    def beside(self) -> World:
+        """Return the same ranks with traffic of its own between CPUs, for a thread beside the one that trains.
+
+        Collectives of two threads over one group would be taken for each other.
+        """
+        if self.size == 1:
+            return self
+        return World(self.rank, self.size, deadline_s=self.deadline_s, group=self.new_group(range(self.size)))
+
+    def new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        """Return a group of some ranks with traffic of its own between CPUs; all ranks call this, in the same order.
+
+        Args:
+            ranks: Its members.
+        """
+        return dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=self.deadline_s))
+
+    @contextmanager
+    def naming_lost(self) -> Iterator[None]:
+        """While entered, a collective that fails says which rank is missing; what this encloses is left first.
+
+        Raises:
+            LostRank: In place of what torch.distributed raised.
+        """
+        with lost_ranks_named(self.rank, self.size, self.deadline_s) if self.size > 1 else nullcontext():
+            yield
 
     def at(self, place: str) -> None:
         """Note where this rank is, for the diagnosis of a rank that others wait for in vain.
@@ -175,8 +206,8 @@ def joined(config: Config, device: torch.device) -> Iterator[World]:
         device: "cpu", or "cuda" for the GPU of this rank's place on its machine.
 
     Raises:
-        ValueError: When ``train.ranks``, ``train.shard_ranks``, ``train.vocab_parallel`` or ``rollout.max_lag`` does
-            not fit the number of ranks.
+        ValueError: When ``train.ranks``, ``train.shard_ranks`` or ``train.vocab_parallel`` does not fit the number of
+            ranks.
         LostRank: When a collective fails because another rank is not there, or comes too late.
     """
     train, size = config.train, int(os.environ.get("WORLD_SIZE", "1"))
@@ -193,11 +224,6 @@ def joined(config: Config, device: torch.device) -> Iterator[World]:
             f"train.vocab_parallel=true splits the head over all ranks, got {size // shard} replicas of {shard}; start "
             "several with train.ranks=N and leave train.shard_ranks unset, or set train.vocab_parallel=false"
         )
-    if size > 1 and config.rollout.max_lag:
-        raise ValueError(
-            f"rollout.max_lag={config.rollout.max_lag} overlaps rollouts and training of one process, got {size} "
-            "ranks; set train.ranks=1, or rollout.max_lag=0"
-        )
     if size == 1 and not train.cpu_offload:
         yield World(0, 1, device)
         return
@@ -212,8 +238,11 @@ def joined(config: Config, device: torch.device) -> Iterator[World]:
         dist.init_process_group(backend, timeout=deadline, store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicas", "shards"))
-        with lost_ranks_named(dist.get_rank(), size, train.collective_deadline_s):
-            yield World(dist.get_rank(), size, device, mesh, train.cpu_offload, train.vocab_parallel)
+        world = World(
+            dist.get_rank(), size, device, mesh, train.cpu_offload, train.vocab_parallel, train.collective_deadline_s
+        )
+        with world.naming_lost():
+            yield world
     finally:
         dist.destroy_process_group()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from srft.record.log import RECORDS
 from srft.record.waiting import Waiting
 from srft.stop import Stopped
 
-_WAITING = "rollouts.jsonl"
 
 class Progress:
     """What a checkpoint needs besides the weights: a step that was not finished leaves no trace in it.
@@ -63,8 +63,8 @@ class Progress:
         self._sampler.load_state_dict(state["sampler"])
         self._learner.memory.update(state.get("memory", {}))
         load_optimizer(checkpoint, self._learner)
-        if (checkpoint / _WAITING).exists():
-            self._waiting.read((checkpoint / _WAITING).read_text())
+        written = takewhile(Path.exists, (checkpoint / _waiting_of(rank) for rank in count()))
+        self._waiting.read([path.read_text() for path in written], self._learner.world)
         self.reached(state["step"], state["unlogged"])
         self._saved_step = self.step
 
@@ -98,7 +98,8 @@ class Progress:
             "data": self._data,
             "start": self._learner.frozen.start,
         }
-        texts = {_WAITING: self._waiting.lines(self._batches)} if self._batches else {}
+        own = _waiting_of(self._learner.world.rank)
+        texts = {own: self._waiting.lines(self._batches)} if self._batches else {}
         self._checkpoints.save(self.step, state, texts)
         self._saved_step = self.step
 
@@ -129,3 +130,8 @@ class Progress:
                 error.add_note(str(failure))
             raise
         self._checkpoints.wait()
+
+
+def _waiting_of(rank: int) -> str:
+    """The file of a checkpoint with the batches that wait on a rank."""
+    return f"rollouts-{rank}.jsonl" if rank else "rollouts.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,19 @@ def refused(world: World, per_engine: int) -> list[Any]:
     return [raised(lambda: ranks.engine.score([[0, 1]]))]
 
 
+def kept(world: World) -> list[Any]:
+    """A shared engine is lost in a rollout while the policy moves, with which nobody may meddle: both ask a thread."""
+    ranks = Ranks(world.beside(), [{"generate": EngineLost("it died")}] if world.is_first else [], 2, keeps=True)
+    ranks.update(2.0, 1)
+    ranks.value = 5.0
+    with ThreadPoolExecutor(1) as beside:
+        asked = beside.submit(ranks.said, 2)
+        # training goes on: the ranks come to its collectives and to the engine's in another order
+        sums = [world.sum([float(i)]) for i in range(50)]
+        said = asked.result()
+    return [said == expected(world.rank, (2,), 6.0, 1), sums == [[2.0 * i] for i in range(50)], ranks.engine.restarts]
+
+
 def unstarted(world: World) -> list[Any]:
     """One engine cannot be started, or dies in its start."""
     errors = [EngineError("no memory"), EngineLost("killed")]
@@ -170,6 +184,7 @@ def rank_main(rank: int, folder: Path) -> None:
         "too often": too_often(world),
         "refused": refused(world, 1),
         "refused both": refused(world, 2),
+        "kept": kept(world),
         "unstarted": unstarted(world),
     }
     torch.save(json.dumps(results), folder / f"rank{rank}.pt")
@@ -198,6 +213,11 @@ def test_lost_engine_is_replaced(where: str, results: list[dict[str, Any]]) -> N
 def test_lost_shared_engine_is_replaced(results: list[dict[str, Any]]) -> None:
     """Both ranks have their answers from the third one."""
     assert [rank["lost by both"] for rank in results] == [[True, True, 2, [1, 0, 1]], [True, True, 2, []]]
+
+
+def test_lost_engine_is_replaced_beside_training(results: list[dict[str, Any]]) -> None:
+    """By the weights that the first rank keeps, and over a group of its own: no call takes the other's answer."""
+    assert [rank["kept"] for rank in results] == [[True, True, 1]] * 2
 
 
 def test_engines_are_not_started_for_ever(results: list[dict[str, Any]]) -> None:

@@ -63,6 +63,6 @@ def test_engine_sees_the_gpu_of_its_rank(
 
 
 def test_shared_engine_has_the_threads_of_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They wait while it samples."""
+    """They wait while it samples; where they train meanwhile, it has what each leaves it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert start._threads(4) == 12
+    assert start._threads(4, None) == 12 and start._threads(4, 1) == 4

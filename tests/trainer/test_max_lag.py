@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from srft.data.prompts import Prompt
 from srft.data.sampler import StepSampler
 from srft.dataset import Prompts
 from srft.engine.start import cores_divided
-from srft.policy.parallel import World, joined
+from srft.policy.parallel import World
 from srft.record.metrics import Clock
 from srft.record.waiting import Waiting
 from srft.rollout import Actor
@@ -234,9 +235,38 @@ def test_written_batches_are_as_they_were() -> None:
         Sampled(5, [Group(demos[1], demos=[Response([6, 9], [2], True, False, [], "d")])], []),
     ]
     read = Waiting(prompts, demos)
-    read.read(Waiting(prompts, demos).lines(batches))
+    read.read([Waiting(prompts, demos).lines(batches)])
     assert read.batches == {4: batches[0], 5: batches[1]}
     assert read.batches[4].groups[0].prompt is prompts[2] and read.batches[5].groups[0].prompt is demos[1]
+
+
+@pytest.mark.parametrize("written_by", [1, 2, 5])
+def test_any_number_of_ranks_takes_up_waiting_batches(written_by: int) -> None:
+    """Each has the groups that it would have made; of those that gave way the same number of ranks has its own."""
+    prompts, demos = ([Prompt(example(i), [i, 9], []) for i in numbers] for numbers in (range(9), range(9, 12)))
+
+    def groups(numbers: Sequence[int], rank: int, ranks: int) -> list[Group]:
+        """Those of a rank, of prompts and then of demonstrations."""
+        asked = [Group(prompts[i], [Response([i, 9], [3], False, False, [-0.1], "")]) for i in numbers if i < 9]
+        shown = [Group(demos[i - 9], demos=[Response([i, 9], [3], True, False, [], "")]) for i in numbers if i >= 9]
+        return asked[rank::ranks] + shown[rank::ranks]
+
+    def batch(rank: int, ranks: int) -> Sampled:
+        """All that gave way did so on the last rank."""
+        return Sampled(4, groups([*range(4), 9, 10], rank, ranks), groups(range(4, 7 * (rank == ranks - 1)), 0, 1))
+
+    every = [batch(rank, written_by) for rank in range(written_by)]
+    texts = [Waiting(prompts, demos).lines([own]) for own in every]
+    for ranks in (1, 2, 3, 5):
+        found = []
+        for rank in range(ranks):
+            waiting = Waiting(prompts, demos)
+            waiting.read(texts, World(rank, ranks))
+            found.append(waiting.batches[4])
+        assert [one.groups for one in found] == [batch(rank, ranks).groups for rank in range(ranks)]
+        names = sorted(group.prompt.example.id for one in found for group in one.gave_way)
+        assert names == sorted(group.prompt.example.id for one in every for group in one.gave_way)
+        assert ranks != written_by or found == every
 
 
 def test_a_copy_is_learned_from() -> None:
@@ -272,14 +302,6 @@ def test_a_method_of_ones_own_says_that_it_can(tmp_path: Path) -> None:
         tiny_config("rollout.max_lag=1", f"method.name={path}")
     path.write_text(text.replace("False", "True"))
     assert tiny_config("rollout.max_lag=1", f"method.name={path}").method.takes_lag
-
-
-def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before they meet."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="rollout.max_lag=1 .* got 2 ranks; set train.ranks=1"):
-        with joined(tiny_config("rollout.max_lag=1"), CPU):
-            pass
 
 
 @pytest.mark.parametrize(("every", "trainer", "engine"), [(1, 1, 1), (2, 1, 1), (5, 3, 2)])
