@@ -78,6 +78,9 @@ class ModelConfig(Section):
     has what the model needs, else a package that is installed and has it, else sdpa."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward to save memory."""
+    compile: bool = False
+    """Train through torch.compile, a block at a time: norms, gates, rotary positions and sums in fewer passes. It wants
+    a C++ compiler on a CPU, Triton and a C compiler on a GPU, and takes minutes the first time."""
     router_aux_coef: float | None = Field(None, ge=0)
     """Mixtures of experts: factor of the loss that keeps experts evenly used; unset: the model's own; 0: none."""
     trust_remote_code: bool = False

@@ -26,6 +26,7 @@ from srft.planning.speed import Speed
 from srft.policy.adapter import base_of, first_adapters, is_adapter, put_adapters
 from srft.policy.budget import choose_tokens_per_microbatch
 from srft.policy.checkpoint import read_state
+from srft.policy.compiled import refuse_no_compiler
 from srft.policy.frozen import Frozen, load_frozen
 from srft.policy.learner import Learner
 from srft.policy.loading import fill, skeleton
@@ -98,6 +99,7 @@ def prepared(config: Config) -> Iterator[Run]:
         WriteError: When the disk refuses.
     """
     refuse_absent(config)
+    refuse_no_compiler(config.model.compile, choose_device(config))
     config = with_local_model(config)
     tokenizer = load_tokenizer(config.model)
     _refuse_few_positions(config)

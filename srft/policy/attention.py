@@ -39,6 +39,8 @@ def _no_mask(*_args: object, **_kwargs: object) -> None:
     return None
 
 
+# its lists of lengths are of each batch anew; compiled blocks call it as it is
+@torch.compiler.disable
 def _packed_attention(
     kernel: str,
     module: nn.Module,

@@ -30,6 +30,7 @@ from srft.config import ModelConfig
 from srft.policy.adapter import base_of, is_adapter
 from srft.policy.attention import register_packed_attention
 from srft.policy.attention_choice import PackedAttention, caps_scores, choose_attention
+from srft.policy.compiled import as_written, compile_blocks
 from srft.policy.head import PolicyHead, make_head
 from srft.policy.parallel import World, let_go, open_to, shard
 from srft.policy.split_head import SplitHead
@@ -200,8 +201,8 @@ def prepare_policy(
 
     Raises:
         ValueError: For an architecture whose attention cannot be told where packed sequences end, or whose head is
-            not a linear layer; for a ``model.attention`` that does not run here, or a head that cannot be split as
-            ``train.vocab_parallel`` asks.
+            not a linear layer; for a ``model.attention`` that does not run here, a head that cannot be split as
+            ``train.vocab_parallel`` asks, or ``model.compile`` without a compiler.
     """
     text = model.config.get_text_config()
     if getattr(text, "attn_temperature_tuning", False) and max_tokens > (text.floor_scale or max_tokens):
@@ -231,6 +232,8 @@ def prepare_policy(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         _recompute_in_evaluation_mode(model)
+    if config.compile:
+        compile_blocks(model, world.device)
     if world.mesh is not None:
         shard(model, world)
         open_to(model, "srft_compute")
@@ -257,14 +260,15 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 @contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Give a policy the attention it was loaded with for the length of a ``with`` statement.
+    """Give a policy the attention it was loaded with, and no compiled block, for the length of a ``with`` statement.
 
     Args:
         model: From ``prepare_policy``.
     """
     model.set_attn_implementation(model.srft_traits.attention)
     try:
-        yield
+        with as_written(model):
+            yield
     finally:
         model.set_attn_implementation(model.srft_traits.packed.name)
 

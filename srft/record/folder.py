@@ -24,8 +24,9 @@ _FREE_ON_RESUME = (
     "train.async_checkpoints", "train.tokens_per_microbatch", "train.canary_tolerance", "train.device", "train.ranks",
     "train.shard_ranks", "train.cpu_offload", "train.collective_deadline_s", "train.max_skipped_updates", "engine.",
     "reward.workers", "name", "runs_dir", "cache_dir", "data.eval_limit", "model.gradient_checkpointing",
-    "model.attention", "model.trust_remote_code", "model.lora.merge", "train.page", "train.tensorboard", "train.wandb",
-    "train.grad_terms_every", "train.stop_on_alarm", "train.record_rollouts", "alarms.",
+    "model.attention", "model.compile", "model.trust_remote_code", "model.lora.merge", "train.page",
+    "train.tensorboard", "train.wandb", "train.grad_terms_every", "train.stop_on_alarm", "train.record_rollouts",
+    "alarms.",
 )  # fmt: skip
 # where the data lies is free too once a checkpoint remembers its rows
 _JUDGED_BY_ROWS = ("data.train", "data.eval", "data.demos")
