@@ -12,8 +12,10 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from srft.alarms import AlarmConfig, AlarmNames
 from srft.data.config import DataConfig
 from srft.engine_config import EngineConfig
+from srft.environments.config import EnvConfig
 from srft.methods import DEFAULT, BaseMethod, absolute_name, find_method, method_names
-from srft.section import Section, one_or_more
+from srft.rollout_config import RolloutConfig
+from srft.section import Section
 from srft.tiny import TinyConfig, WarmStartConfig
 
 
@@ -94,30 +96,6 @@ class ModelConfig(Section):
         """What stands in the checkpoint's configuration instead of its own numbers, by name."""
         named = {"rope_theta": self.rope_theta, "max_position_embeddings": self.max_position_embeddings}
         return {name: value for name, value in named.items() if value is not None}
-
-
-class RolloutConfig(Section):
-    """How completions are sampled."""
-
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature; the loss divides the logits by the same number."""
-    max_new_tokens: int = Field(64, gt=0)
-    """Longest completion, in tokens; also the longest demonstration."""
-    min_new_tokens: int = Field(0, ge=0)
-    """Tokens that a completion has before it may end: until then end tokens are not drawn and texts of rollout.stop end
-    nothing. Not in evaluations."""
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(one_or_more)] = []
-    """Texts that end a completion, such as "</answer>"; it is kept up to the end of the text. Beside them, the end
-    tokens of the tokenizer, of the model's generation_config and of the chat template end it."""
-    max_lag: int = Field(0, ge=0)
-    """Steps by which the policy that samples may be behind the one that learns. 0: each step's rollouts are its own.
-    1: they are made while the step before is trained. More: they wait, which is no faster; it shows what staleness
-    does. Rollouts are then weighted by how likely they still are; one process alone. With train.replay: by which those
-    of the record may be behind."""
-    is_cap: float = Field(2.0, ge=1)
-    """With max_lag > 0: largest such weight of a token, p / p of the engine."""
-    is_mode: Literal["truncate", "mask"] = "truncate"
-    """With max_lag > 0: a token above is_cap counts is_cap times ("truncate"), or not at all ("mask")."""
 
 
 class RewardConfig(Section):
@@ -224,8 +202,8 @@ class TrainConfig(Section):
 
 
 class Config(Section):
-    """A run; its sections are ``data``, ``model``, ``engine``, ``rollout``, ``reward``, ``method``, ``train`` and
-    ``alarms``."""
+    """A run; its sections are ``data``, ``model``, ``engine``, ``rollout``, ``env``, ``reward``, ``method``, ``train``
+    and ``alarms``."""
 
     name: str = Field("demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its folder is <runs_dir>/<name>."""
@@ -237,6 +215,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     rollout: RolloutConfig = RolloutConfig()
+    env: EnvConfig = EnvConfig()
     reward: RewardConfig = RewardConfig()
     method: Annotated[SerializeAsAny[BaseMethod], BeforeValidator(_method)] = Field(
         default_factory=lambda: find_method(DEFAULT)(name=DEFAULT)
@@ -337,6 +316,25 @@ class Config(Section):
             raise ValueError(
                 f'rollout.max_lag={lag}, but method.name="{method.name}" with these options does not '
                 f"weight rollouts of an older policy; set rollout.max_lag=0, or take one of {able}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _turns_fit_the_method(self) -> Config:
+        name, method = self.env.name, self.method
+        if name is None:
+            if "calculator" in (self.data.train, self.data.demos):
+                raise ValueError('the task "calculator" is answered in turns; set env.name=calculator, too')
+            return self
+        if type(method).prefixes is not BaseMethod.prefixes or method.shows_demos:
+            raise ValueError(
+                f'env.name={name}, but method.name="{method.name}" puts demonstrations into prompts or rollouts, which '
+                "those of several turns are not made for; unset env.name, or take another method"
+            )
+        if self.data.corrupt_demos:
+            raise ValueError(
+                f"data.corrupt_demos={self.data.corrupt_demos} is for demonstrations of one turn, and env.name={name} "
+                "reads conversations; set it to 0"
             )
         return self
 

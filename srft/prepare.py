@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.alarms import Watch
 from srft.config import Config
+from srft.conversation import environment_of, refuse_unfit_environment
 from srft.data.problems import data_state
 from srft.data.sampler import StepSampler
 from srft.dataset import Prompts, make_prompts, read_problems, warm_starts
@@ -104,6 +105,7 @@ def prepared(config: Config) -> Iterator[Run]:
     tokenizer = load_tokenizer(config.model)
     _refuse_few_positions(config)
     refuse_unfit_record(config)
+    refuse_unfit_environment(config, tokenizer)
     problems = read_problems(config)
     with (
         joined(config, choose_device(config)) as world,
@@ -168,8 +170,11 @@ def _answering(
     if learner.config.train.replay:
         yield None
         return
-    with closing(start_engine(learner, folder, threads)) as engine:
-        yield Actor(engine, sampling, learner.tokenizer, pool, learner.world.beside())
+    with (
+        closing(start_engine(learner, folder, threads)) as engine,
+        environment_of(learner.config, learner.tokenizer) as environment,
+    ):
+        yield Actor(engine, sampling, learner.tokenizer, pool, learner.world.beside(), environment)
 
 
 def _refuse_differences(config: Config, data: dict[str, Any], world: World) -> None:

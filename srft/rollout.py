@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srft.batch import Group, Response
 from srft.config import Config
+from srft.conversation import Environment, converse
 from srft.data.messages import texts_of
 from srft.data.prompts import Prompt, with_demo
 from srft.data.sampler import sample_seed
@@ -37,6 +38,7 @@ class Actor:
         tokenizer: Turns completions back to text.
         pool: The verifiers.
         world: The ranks, each of which answers and judges its own prompts.
+        environment: What the policy talks to; None: it answers in one turn.
     """
 
     engine: Engine
@@ -44,6 +46,7 @@ class Actor:
     tokenizer: PreTrainedTokenizerBase
     pool: Judge
     world: World = ALONE
+    environment: Environment | None = None
 
 
 def roll_out(
@@ -111,7 +114,15 @@ def _answered(config: Config, actor: Actor, own: list[tuple[int, Prompt]], now: 
         return sample_seed(config.train.seed, now.step, uid, sample)
 
     wants_rollouts, wants_demos = config.method.asks(now)
-    if wants_rollouts:
+    if wants_rollouts and actor.environment is not None:
+        many = range(config.train.rollouts_per_prompt)
+        talks = converse(
+            actor.environment, actor.engine, actor.sampling, actor.world, [p for _, p in own],
+            [[seed(uid, k) for k in many] for uid in uids],
+        )  # fmt: skip
+        for group, rollouts in zip(groups, talks, strict=True):
+            group.rollouts += rollouts
+    elif wants_rollouts:
         begun = [
             (group, uid, begin, samples)
             for group, uid in zip(groups, uids, strict=True)
@@ -214,10 +225,10 @@ def judge(groups: list[Group], pool: Judge) -> None:
     """Give every rollout and demonstration its reward.
 
     Args:
-        groups: Modified in place.
+        groups: Modified in place; conversations whose environment hung or died keep its status, with a reward of 0.
         pool: The verifiers; demonstrations are judged like rollouts, so a bad one earns nothing.
     """
-    members = [(response, g.prompt.example) for g in groups for response in (*g.rollouts, *g.demos)]
+    members = [(s, g.prompt.example) for g in groups for s in (*g.rollouts, *g.demos) if s.status == "ok"]
     results = pool.score([(response.text, example.answer, example.row) for response, example in members])
     for (response, _), result in zip(members, results, strict=True):
         response.reward, response.status, response.message = result.value, result.status, result.message

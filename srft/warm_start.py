@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from srft.config import Config
+from srft.conversation import environment_of
+from srft.data.prompts import Prompt
 from srft.data.sampler import PromptSampler
 from srft.dataset import Prompts
 from srft.engine.sampling import make_sampling
@@ -44,7 +46,7 @@ def warm_start(learner: Learner, prompts: Prompts, pool: RewardPool) -> None:
     Raises:
         ValueError: When no prompt has a demonstration.
     """
-    model, tokenizer, options = learner.model, learner.tokenizer, learner.config.model.warm_start
+    model, tokenizer = learner.model, learner.tokenizer
     shown = [p for p in prompts.start if p.demo_ids]
     if not shown:
         raise ValueError(
@@ -55,14 +57,23 @@ def warm_start(learner: Learner, prompts: Prompts, pool: RewardPool) -> None:
     config = _supervised(learner.config)
     learner = replace(learner, config=config, optimizer=make_optimizer(model, config), memory={})
     engine = start_in_process(learner, torch.float32)
-    actor = Actor(engine, make_sampling(config, tokenizer, model), tokenizer, pool)
+    sampling = make_sampling(config, tokenizer, model)
     sampler = PromptSampler(len(shown), config.train.seed + 1)
+    with environment_of(config, tokenizer) as environment:
+        actor = Actor(engine, sampling, tokenizer, pool, environment=environment)
+        _until_it_answers(learner, actor, sampler, shown, prompts.held_out[:_EVAL_PROBLEMS])
+
+
+def _until_it_answers(
+    learner: Learner, actor: Actor, sampler: PromptSampler, shown: list[Prompt], held_out: list[Prompt]
+) -> None:
+    options = learner.config.model.warm_start
     for step in range(1, options.max_steps + 1):
         chosen = [shown[i] for i in sampler.next(min(options.batch_size, len(shown)))]
         figures = update(learner, [demonstration(prompt, 0) for prompt in chosen], step)
         if step % _EVAL_EVERY == 0 or step == options.max_steps:
-            engine.update_weights(model.state_dict().items(), step)
-            accuracy = evaluate(actor, prompts.held_out[:_EVAL_PROBLEMS]).get("eval/accuracy", 0.0)
+            actor.engine.update_weights(learner.model.state_dict().items(), step)
+            accuracy = evaluate(actor, held_out).get("eval/accuracy", 0.0)
             print(
                 f"warm start: step {step}, loss {figures['loss/total'].value:.3f} nats, "
                 f"held-out accuracy {accuracy:.3f}",
@@ -100,14 +111,15 @@ def cached_start(config: Config, prompts: Prompts, reward: str) -> Path:
         torch.__version__, reward, _digest_of_file(reward),
         [(p.prompt_ids, p.demo_ids, *([p.demo_spans] if p.demo_spans else [])) for p in prompts.start],
         [(p.prompt_ids, str(p.example.answer)) for p in prompts.held_out],
+        *([config.env.model_dump(), _digest_of_file(config.env.name)] if config.env.name else []),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return config.cache_dir.expanduser() / f"tiny-{digest}"
 
 
-def _digest_of_file(reward: str) -> str | None:
-    """Of a verifier of the user's, whose verdicts change with the file; None for the others."""
-    file = Path(reward.rpartition(":")[0])
+def _digest_of_file(name: str) -> str | None:
+    """Of a verifier or an environment of the user's, which changes with the file; None for the others."""
+    file = Path(name.rpartition(":")[0])
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 

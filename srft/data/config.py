@@ -14,8 +14,8 @@ class DataConfig(Section):
     """Where prompts, demonstrations and answers come from."""
 
     train: str = "chain"
-    """Built-in task, "chain", "countdown" or "sums"; "reasoning_gym:<task>"; a file (.jsonl, .json, .csv, .tsv,
-    .parquet or .arrow, compressed or not), a folder or a glob of such files; or a Hugging Face hub id."""
+    """Built-in task, "calculator", "chain", "countdown" or "sums"; "reasoning_gym:<task>"; a file (.jsonl, .json, .csv,
+    .tsv, .parquet or .arrow, compressed or not), a folder or a glob of such files; or a Hugging Face hub id."""
     eval: str | None = None
     """Held-out source of the same kinds; unset: the held-out part of a built-in task, `eval_split` of a hub data set
     or of a folder whose files name it, else the last tenth of the problems (at most eval_limit, kept out of training
@@ -36,7 +36,7 @@ class DataConfig(Section):
     task: dict[str, bool | int | float | str | list[int] | list[str]] = {}
     """Options of a built-in or reasoning-gym task, such as task.max_ops=5. "chain" has min_ops, max_ops and notations,
     the signs that may end a step of a demonstration; "countdown" min_numbers and max_numbers, the largest number,
-    max_target, and demos, distinct demonstrations of a problem; "sums" terms and the largest number."""
+    max_target, and demos, distinct demonstrations of a problem; "sums" and "calculator" terms and largest number."""
     system: str | None = None
     """System prompt put before the user's turn."""
     chat: bool = True

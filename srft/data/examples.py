@@ -55,8 +55,8 @@ def load_examples(
     """Read a data source into examples.
 
     Args:
-        source: "chain", "countdown" or "sums"; "reasoning_gym:<task>"; a .jsonl, .json, .csv, .tsv, .parquet or .arrow
-            file, compressed or not; a folder or a glob of such files; or a hub data set, "owner/name" or
+        source: A task of ``tasks.BUILTIN_TASKS``; "reasoning_gym:<task>"; a .jsonl, .json, .csv, .tsv, .parquet or
+            .arrow file, compressed or not; a folder or a glob of such files; or a hub data set, "owner/name" or
             "owner/name:config".
         split: Split of a hub data set, or of a folder whose files name theirs. For generated tasks "train" or
             anything else, which then means evaluation; the two never share a problem. A file is one split and

@@ -1,4 +1,4 @@
-"""Tasks that need no download: chains of single-digit arithmetic, countdown, sums, and every task of reasoning-gym."""
+"""Tasks that need no download: chains of digits, countdown, sums, with a calculator or not, and reasoning-gym's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from srft.data.countdown import countdown_problem, problem_text
 from srft.rewards.gym import reasoning_gym_dataset
 
-BUILTIN_TASKS = ("chain", "countdown", "sums")
+BUILTIN_TASKS = ("calculator", "chain", "countdown", "sums")
 CHAIN_ALPHABET = "0123456789+-*=;#"
 _STEP_ENDS = ";,:|!&~_"
 EVAL_SHARE = 8  # one problem text in this many belongs to evaluation
@@ -160,6 +160,38 @@ def sums_rows(count: int, *, split: str, seed: int, terms: int = 3, largest: int
     )  # fmt: skip
 
 
+def calculator_rows(count: int, *, split: str, seed: int, terms: int = 3, largest: int = 99) -> list[dict[str, Any]]:
+    """Return ``count`` sums of one split as conversations with a calculator, row ``i`` of training of (seed, i) alone.
+
+    Args:
+        count: Number of rows, >= 1.
+        split: As in ``chain_rows``.
+        seed: Stream of problems.
+        terms: Numbers in a sum, >= 2.
+        largest: Numbers are from 1 to this.
+
+    Raises:
+        ValueError: On an option out of its range, or when that many distinct evaluation problems do not exist.
+    """
+    if terms < 2 or largest < 1:
+        raise ValueError(f"task calculator needs terms >= 2 and largest >= 1, got terms={terms} largest={largest}")
+
+    def draw(rng: random.Random) -> dict[str, Any]:
+        problem = sums_problem(rng, terms, largest)
+        turns = []
+        for step in problem["demo"].split("\n"):
+            asked, _, result = step.partition("=")
+            turns += [{"role": "assistant", "content": f"{asked}="}, {"role": "user", "content": result}]
+        turns.append({"role": "assistant", "content": f"#{problem['answer']}"})
+        prompt = problem["prompt"].removeprefix("What is ").rstrip("?").replace(" ", "")
+        return {"prompt": f"{prompt}:", "demo": turns, "answer": problem["answer"]}
+
+    return _drawn_rows(
+        "calculator", count, split=split, seed=seed, draw=draw,
+        text=lambda row: row["prompt"], about=f"{terms} numbers up to {largest}", remedy="largest or terms",
+    )  # fmt: skip
+
+
 def task_rows(name: str, count: int, *, split: str, seed: int, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Return ``count`` rows of one split of a built-in task.
 
@@ -174,7 +206,7 @@ def task_rows(name: str, count: int, *, split: str, seed: int, options: dict[str
         ValueError: On an option that the task does not have or cannot follow, or from the task.
     """
     tasks: dict[str, Callable[..., list[dict[str, Any]]]] = {
-        "chain": chain_rows, "countdown": countdown_rows, "sums": sums_rows,
+        "calculator": calculator_rows, "chain": chain_rows, "countdown": countdown_rows, "sums": sums_rows,
     }  # fmt: skip
     rows = tasks[name]
     known = [option for option in inspect.signature(rows).parameters if option not in ("count", "split", "seed")]

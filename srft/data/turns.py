@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from jinja2 import TemplateError
 
-from srft.data.messages import Message
+from srft.data.messages import Demo, Message
 from srft.data.templates import PromptFormat, continue_prompt, opening
 
 # stand for what is said while a template is asked what it puts between turns
@@ -118,6 +118,26 @@ def transcript(turns: Sequence[Message]) -> str:
         turns: The first is the policy's.
     """
     return "\n".join(f"[{turn['role']}] {turn['content']}" if i else turn["content"] for i, turn in enumerate(turns))
+
+
+def refuse_other_roles(demos: Iterable[tuple[str, Demo]], role: str) -> None:
+    """Check that demonstrations are answered by the one who answers rollouts, as a template tells these apart.
+
+    Args:
+        demos: With the id of their example.
+        role: Whose turns answer the policy.
+
+    Raises:
+        ValueError: Naming the first that are not.
+    """
+    for name, demo in demos:
+        if isinstance(demo, str):
+            continue
+        if other := {turn["role"] for turn in demo} - {"assistant", role}:
+            raise ValueError(
+                f"env.role={role}, but a demonstration of {name} has turns of {', '.join(sorted(other))} between those "
+                "of the assistant; set env.role to that, or mend the rows"
+            )
 
 
 def refuse_forgetful_template(form: PromptFormat, role: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from srft.conversation import Environment, converse
 from srft.data.prompts import Prompt
 from srft.data.sampler import sample_seed
 from srft.data.templates import completion_text
@@ -18,8 +19,8 @@ class Answer:
     """One answer.
 
     Args:
-        text: As it was judged.
-        tokens: How many it has.
+        text: As it was judged, of a conversation the last turn.
+        tokens: How many it has, of a conversation those of all turns of the policy.
         finish: "stop", or "length" where the limit cut it.
         result: What the verifier says.
     """
@@ -40,6 +41,8 @@ def draw_answers(actor: Actor, prompts: Sequence[Prompt], samples: int, seed: in
         seed: Of the sampling.
     """
     seeds = [[sample_seed(seed, 0, prompt.example.id, k) for k in range(samples)] for prompt in prompts]
+    if actor.environment is not None:
+        return _after_conversations(actor, actor.environment, prompts, seeds)
     drawn = actor.engine.generate([prompt.prompt_ids for prompt in prompts], actor.sampling, seeds)
     texts = [
         [completion_text(actor.tokenizer, c.token_ids, p.opened, actor.sampling.stop) for c in completions]
@@ -50,6 +53,20 @@ def draw_answers(actor: Actor, prompts: Sequence[Prompt], samples: int, seed: in
     return [
         [Answer(text, len(c.token_ids), c.finish, next(results)) for text, c in zip(said, completions, strict=True)]
         for said, completions in zip(texts, drawn, strict=True)
+    ]
+
+
+def _after_conversations(
+    actor: Actor, environment: Environment, prompts: Sequence[Prompt], seeds: list[list[int]]
+) -> list[list[Answer]]:
+    """The last turns of conversations; where the environment hung or died nothing is judged."""
+    talks = converse(environment, actor.engine, actor.sampling, actor.world, prompts, seeds)
+    rows = [(s, p.example) for said, p in zip(talks, prompts, strict=True) for s in said]
+    judged = iter(actor.pool.score([(s.text, e.answer, e.row) for s, e in rows if s.status == "ok"]))
+    failed = {"timeout": RewardResult(0.0, "timeout"), "error": RewardResult(0.0, "error")}
+    results = iter([failed[s.status] if s.status in failed else next(judged) for s, _ in rows])
+    return [
+        [Answer(s.text, s.num_own, "length" if s.truncated else "stop", next(results)) for s in said] for said in talks
     ]
 
 

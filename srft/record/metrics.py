@@ -92,11 +92,13 @@ class _Outcome(NamedTuple):
     tokens: int
     response_tokens: int
     prefix_tokens: int
+    turns: int
 
 
 def _outcome(s: Response) -> _Outcome:
     return _Outcome(
-        s.reward, s.status, s.is_correct, s.is_judged, s.truncated, len(s), s.num_own, s.prefix_tokens
+        s.reward, s.status, s.is_correct, s.is_judged, s.truncated, len(s), s.num_own, s.prefix_tokens,
+        len(s.spans[::2])
     )
 
 
@@ -150,6 +152,8 @@ def group_metrics(
         metrics["length/prefix"] = sum(s.prefix_tokens for s in rollouts) / len(rollouts)
         if unaided := [s.reward for s in rollouts if s.is_judged and not s.prefix_tokens]:
             metrics["reward/unaided"] = sum(unaided) / len(unaided)
+    if rollouts and any(s.turns for s in (*rollouts, *demos)):
+        metrics["length/turns"] = sum(max(1, s.turns) for s in rollouts) / len(rollouts)
     everything = rollouts + demos
     metrics["reward/unjudged"] = sum(not s.is_judged for s in everything)
     metrics["reward/timeouts"] = sum(s.status == "timeout" for s in everything)

@@ -1,0 +1,90 @@
+"""Answers turns of a policy in processes that cannot hang the run; a conversation stays with one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from srft.environments.kinds import check_environment
+from srft.workers.pool import Worker, WorkerPool
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an environment has to say to a turn.
+
+    Args:
+        said: To the policy; None: the conversation is over.
+        status: "ok"; "timeout": its process was killed at the deadline; "error": that died twice.
+        message: What went wrong, empty for "ok".
+    """
+
+    said: str | None
+    status: Literal["ok", "timeout", "error"] = "ok"
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A conversation at its newest turn.
+
+    Args:
+        key: Tells it from the others of its batch; >= 0.
+        texts: What the policy has said, turn by turn, at least one.
+        answer: The example's.
+        row: The example's.
+    """
+
+    key: int
+    texts: list[str]
+    answer: Any
+    row: dict[str, Any]
+
+
+class EnvironmentPool(WorkerPool[Reply]):
+    """Worker processes that answer for one environment.
+
+    Each has the conversations whose key falls to it. One that was killed leaves its conversations to its successor,
+    which plays their turns so far again: an environment should answer the same turns alike.
+
+    Args:
+        name: "calculator" or "path/to/file.py:Class".
+        workers: Number of processes, >= 1.
+        deadline_s: Seconds that an answer may take, > 0.
+
+    Raises:
+        ValueError: On an unknown environment, a missing file, or a bad number.
+    """
+
+    def __init__(self, name: str, workers: int, deadline_s: float) -> None:
+        check_environment(name)
+        super().__init__("srft.environments.worker", name, f"env.name={name}", workers, deadline_s)
+        self._batch = 0
+
+    def begin(self) -> None:
+        """Forget all conversations: the next are others, whatever their keys."""
+        self._batch += 1
+
+    def answer(self, asked: Sequence[Asked]) -> list[Reply]:
+        """Answer each conversation's newest turn, in order.
+
+        Args:
+            asked: Conversations since the last ``begin``, each once.
+
+        Raises:
+            ValueError: When the environment raises, with file and line; when it cannot be loaded.
+        """
+        return self._run([(self._batch, one.key, one.texts, one.answer, one.row) for one in asked])
+
+    def _result(self, payload: Any) -> Reply:
+        said, status, message = payload
+        if status == "raised":
+            raise ValueError(f"{self._about}: {message}")
+        return Reply(said)
+
+    def _failure(self, status: Literal["timeout", "error"], message: str) -> Reply:
+        return Reply(None, status, message)
+
+    def _takes(self, worker: Worker, item: Any) -> bool:
+        return item[1] % self._size == worker.slot

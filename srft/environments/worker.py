@@ -1,0 +1,57 @@
+"""The process that answers one turn at a time; started by srft.environments.pool, imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from srft.environments.kinds import Environment, Maker, load_environment, told
+from srft.workers.serving import serve
+
+
+@dataclass
+class _Open:
+    """The conversations that this process takes part in.
+
+    Args:
+        maker: Of an environment.
+        file: That it is in, None where it is built in.
+        batch: The one that they are of.
+        talks: By key, each with the turns that it has answered.
+    """
+
+    maker: Maker
+    file: Path | None
+    batch: int = -1
+    talks: dict[int, tuple[Environment, int]] = field(default_factory=dict)
+
+
+def _load(name: str) -> _Open:
+    maker, path = load_environment(name), name.rpartition(":")[0]
+    return _Open(maker, Path(path).resolve() if path else None)
+
+
+def _answer(still: _Open, item: tuple[int, int, list[str], Any, dict[str, Any]]) -> tuple[str | None, str, str]:
+    """What is said to the last of these turns; those before are played again where another process had heard them."""
+    batch, key, texts, answer, row = item
+    if batch != still.batch:
+        still.batch, still.talks = batch, {}
+    said: Any = None
+    try:
+        environment, heard = still.talks.pop(key) if key in still.talks else (still.maker(answer, row), 0)
+        for text in texts[heard:]:
+            said = environment.step(text)
+    # whatever code of the user's raises is told with its place, and ends the run
+    except Exception as error:
+        return None, "raised", told(error, still.file)
+    if said is None:
+        return None, "ok", ""
+    if not isinstance(said, str):
+        return None, "raised", f"step must return text or None, got {type(said).__name__} {said!r:.80}"
+    still.talks[key] = (environment, len(texts))
+    return said, "ok", ""
+
+
+if __name__ == "__main__":
+    serve(_load, _answer)

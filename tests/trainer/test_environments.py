@@ -1,0 +1,156 @@
+"""Environments: what is found wrong before a model is loaded, and what their processes survive."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from srft.environments.calculator import Calculator
+from srft.environments.kinds import check_environment
+from srft.environments.pool import Asked, EnvironmentPool, Reply
+from srft.options import load_config
+
+GUESS = """
+import time, os
+
+class Guess:
+    def __init__(self, answer, row):
+        self.secret, self.log, self.turns = int(answer), row.get("log"), 0
+
+    def step(self, text):
+        self.turns += 1
+        if self.log:
+            with open(self.log, "a") as log:
+                log.write(f"{os.getpid()} {text}\\n")
+        if text == "sleep":
+            time.sleep(60)
+        if text == "die":
+            os._exit(7)
+        if text == "raise":
+            return 1 // 0
+        if text == "number":
+            return 3
+        guess = int(text)
+        return None if guess == self.secret else f"{'<' if guess < self.secret else '>'} turn {self.turns}"
+"""
+
+
+@pytest.fixture
+def guess(tmp_path: Path) -> str:
+    path = tmp_path / "my_env.py"
+    path.write_text(GUESS)
+    return f"{path}:Guess"
+
+
+def asked(*texts: str, key: int = 0, secret: str = "5", log: Path | None = None) -> Asked:
+    return Asked(key, list(texts), secret, {"log": str(log)} if log else {})
+
+
+@pytest.mark.parametrize(
+    ("said", "reply"),
+    [
+        ("12+30=", "42"), ("so 2*(3+4) =", "14"), ("7/2=", "7/2"), ("1/0=", "error"), ("what=", "error"), ("#42", None),
+        ("a\n9-10=\n", "-1"), ("", None),
+    ],
+)  # fmt: skip
+def test_the_calculator(said: str, reply: str | None) -> None:
+    """The expression before the last sign of equality, exactly; a turn without one is the last."""
+    assert Calculator("", {}).step(said) == reply
+
+
+def test_conversations_keep_their_state(guess: str) -> None:
+    """Beside each other, over more of them than processes; after ``begin`` the same keys are others."""
+    with EnvironmentPool(guess, 2, 10.0) as pool:
+        for _ in range(2):
+            pool.begin()
+            first = pool.answer([asked("3", key=0), asked("9", key=1), asked("5", key=2)])
+            assert [reply.said for reply in first] == ["< turn 1", "> turn 1", None]
+            second = pool.answer([asked("9", "6", key=1), asked("3", "5", key=0)])
+            assert [reply.said for reply in second] == ["> turn 2", None]
+
+
+def test_a_step_beyond_its_deadline_ends_its_conversation_alone(guess: str, tmp_path: Path) -> None:
+    """The others of its process are played again up to where they were, and go on."""
+    log, began = tmp_path / "log", time.monotonic()
+    with EnvironmentPool(guess, 1, 1.0) as pool:
+        pool.begin()
+        pool.answer([asked("3", key=0, log=log), asked("4", key=1)])
+        late, other = pool.answer([asked("4", "sleep", key=1), asked("3", "4", key=0, log=log)])
+    assert late == Reply(None, "timeout", "killed after 1 s") and other == Reply("< turn 2")
+    heard = [line.split() for line in log.read_text().splitlines()]
+    assert [text for _, text in heard] == ["3", "3", "4"] and heard[0][0] != heard[1][0] == heard[2][0]
+    assert time.monotonic() - began < 50
+
+
+def test_a_process_that_dies_ends_its_conversation_alone(guess: str) -> None:
+    """It is tried twice."""
+    with EnvironmentPool(guess, 1, 10.0) as pool:
+        pool.begin()
+        dead, other = pool.answer([asked("die", key=0), asked("5", key=1)])
+    assert dead.status == "error" and "died twice" in dead.message and other == Reply(None)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("raise", r"my_env.py:18 raised ZeroDivisionError: integer division"),
+        ("what", r"my_env.py:21 raised ValueError: invalid literal"),
+        ("number", "step must return text or None, got int 3"),
+    ],
+)
+def test_what_an_environment_raises_ends_the_run_with_its_place(guess: str, said: str, message: str) -> None:
+    """File and line of the user's, in one line."""
+    with EnvironmentPool(guess, 1, 10.0) as pool, pytest.raises(ValueError, match=rf"env\.name=.*{message}"):
+        pool.begin()
+        pool.answer([asked(said)])
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("class Guess:\n    pass\n", "has no method step; write class Name"),
+        ("class Guess:\n    def step(self, text): pass\n", "has the signature .*, expected class Name"),
+        ("class Guess:\n    def __init__(self, answer, row): pass\n    def step(self): pass\n", "step of .* signature"),
+        ("class Other:\n    pass\n", "has no class 'Guess'; it has: Other"),
+        ("import math\nmath.nothing\n", r"my_env.py:2 raised AttributeError: .*; mend the file"),
+        ("class Guess\n", r"my_env.py:1 raised SyntaxError: .*; mend the file"),
+    ],
+)
+def test_a_file_without_an_environment_is_refused(tmp_path: Path, code: str, message: str) -> None:
+    """When its processes start, which is before a model is loaded."""
+    (tmp_path / "my_env.py").write_text(code)
+    with EnvironmentPool(f"{tmp_path}/my_env.py:Guess", 1, 10.0) as pool:
+        with pytest.raises(ValueError, match=f"(?s)env.name=.* cannot be loaded: .*{message}"):
+            pool.prewarm()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("calculater", "did you mean 'calculator'"),
+        ("nowhere.py:Guess", "no such file nowhere.py"),
+        (f"{__file__}:not a name", "is not a class name"),
+    ],
+)
+def test_names_that_cannot_be_right(name: str, message: str) -> None:
+    """Nothing is started for them."""
+    with pytest.raises(ValueError, match=message):
+        check_environment(name)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["env.name=calculator", "method.name=prefix_rft"], "puts demonstrations into prompts or rollouts"),
+        (["env.name=calculator", "method.name=uft"], "puts demonstrations into prompts or rollouts"),
+        (["env.name=calculator", "method.name=self_distill"], "puts demonstrations into prompts or rollouts"),
+        (["env.name=calculator", "data.corrupt_demos=0.5"], "reads conversations; set it to 0"),
+        (["data.train=calculator"], "answered in turns; set env.name=calculator"),
+    ],
+)
+def test_options_that_do_not_go_with_turns(words: list[str], message: str) -> None:
+    """In one line, before anything is read."""
+    with pytest.raises(ValueError, match=message):
+        load_config(words)
