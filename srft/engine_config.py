@@ -28,6 +28,14 @@ class EngineConfig(Section):
     """vllm: share of the GPU's memory the engine may take."""
     ranks_per_engine: int | None = Field(None, gt=0)
     """vllm: neighbouring ranks that share an engine; unset: one each on GPUs, one for all of a machine without."""
+    devices: list[Annotated[int, Field(ge=0)]] = []
+    """vllm: GPUs of this machine for engines alone, by torch's numbers, such as [6, 7]; unset: training's own."""
+    tensor_parallel: int = Field(1, gt=0)
+    """vllm: GPUs that one engine is spread over, or processes on a CPU; engine.devices have an engine for each so many,
+    and without these the ranks that have so many GPUs share one."""
+    sleep: bool | None = None
+    """vllm: give the GPU's memory back while training goes on; unset: where training computes on the same GPU, unless
+    rollout.max_lag has both at once."""
     urls: Annotated[list[Annotated[str, Field(pattern=_URL)]], BeforeValidator(one_or_more)] = []
     """http: the servers, such as ["http://gpu1:8000", "http://gpu2:8000"], each a `vllm serve` for this run alone."""
     weights_dir: Path | None = None
@@ -53,6 +61,39 @@ class EngineConfig(Section):
                     f"engine.ranks_per_engine={self.ranks_per_engine}, but with engine.kind=http all ranks share the "
                     "servers; leave it unset"
                 )
+            self.refuse_unless_vllm("http")
         elif useless := [f"engine.{name}={value}" for name, value in given.items() if value]:
             raise ValueError(f"{' and '.join(useless)} is for engine.kind=http, got engine.kind={self.kind}; unset it")
+        if self.kind == "hf":
+            self.refuse_unless_vllm("hf")
+        self._refuse_unfit_devices()
         return self
+
+    def refuse_unless_vllm(self, kind: str) -> None:
+        """Check that nothing is asked for that engines of this kind do not have.
+
+        Args:
+            kind: Not "vllm".
+
+        Raises:
+            ValueError: When something is.
+        """
+        spread = self.tensor_parallel if self.tensor_parallel > 1 else None
+        asked = {"devices": self.devices, "tensor_parallel": spread, "sleep": "true" if self.sleep else None}
+        if given := [f"engine.{name}={value}" for name, value in asked.items() if value]:
+            raise ValueError(f"{' and '.join(given)} is for engine.kind=vllm, got {kind}; set that, or unset it")
+
+    def _refuse_unfit_devices(self) -> None:
+        named = f"engine.devices={self.devices}"
+        if len(set(self.devices)) < len(self.devices):
+            raise ValueError(f"{named} names a GPU twice; name each once")
+        if len(self.devices) % self.tensor_parallel:
+            raise ValueError(
+                f"{named} are {len(self.devices)} GPUs, which engine.tensor_parallel={self.tensor_parallel} does not "
+                "divide; name as many for each engine"
+            )
+        if self.devices and self.ranks_per_engine is not None:
+            raise ValueError(
+                f"engine.ranks_per_engine={self.ranks_per_engine}, but {named} says how many engines there are; leave "
+                "it unset"
+            )

@@ -18,6 +18,7 @@ from srft.data.problems import data_state
 from srft.data.sampler import StepSampler
 from srft.dataset import Prompts, make_prompts, read_problems, warm_starts
 from srft.engine.base import Sampling
+from srft.engine.placement import place_engines
 from srft.engine.sampling import describe_ends, make_sampling
 from srft.engine.start import cores_divided, engine_bytes, start_engine
 from srft.evaluation.held_out import FurtherSet, further_sets
@@ -114,6 +115,8 @@ def prepared(config: Config) -> Iterator[Run]:
         RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool,
         ExitStack() as pools,
     ):
+        if not config.train.replay:
+            place_engines(config, world)  # for what it refuses
         data = data_state(problems)
         _refuse_differences(config, data, world)
         refuse_other_data(config, data, checkpoint)
@@ -155,8 +158,11 @@ def prepared(config: Config) -> Iterator[Run]:
                     log.say(describe_lag(config, threads, world.size))
                 if proof is not None:
                     log.say(proof.sentence())
-                probe = make_probe(prompts.train, config)
-                sync = None if actor is None else WeightSync(learner.model, actor.engine, probe, config, world)
+                sync = None
+                if actor is not None:
+                    probe = make_probe(prompts.train, config, world)
+                    sync = WeightSync(learner.model, actor.engine, probe, config, world)
+                    actor.engine.sleep()
                 if not config.train.rollouts_only:
                     log.say(worst_case(learner))
                 yield Run(world, prompts, actor, rollouts, learner, sync, stop, progress, log, speed, further)

@@ -61,7 +61,10 @@ class Rollouts:
             clock: Has the seconds that training waits, as "rollout" and "reward".
         """
         if not self._lag:
-            return self._make(self._learner.now(step), clock)
+            made = self._make(self._learner.now(step), clock)
+            with clock("rollout"):
+                self._actor.engine.sleep()
+            return made
         with clock("rollout"):
             # before the first step nothing is trained that could be waited for
             for early in range(step, step + self._lag):

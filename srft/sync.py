@@ -13,6 +13,7 @@ from srft.batch import Response, pack
 from srft.config import Config
 from srft.data.prompts import Prompt
 from srft.engine.base import Engine
+from srft.engine.placement import place_engines
 from srft.policy.forwards import packed_forward, sampler_logprobs
 from srft.policy.model import device_of
 from srft.policy.parallel import ALONE, World
@@ -156,20 +157,25 @@ class WeightSync:
         return "; ".join(lines)
 
 
+def make_probe(prompts: list[Prompt], config: Config, world: World = ALONE) -> list[list[int]]:
+    """Return a few prompts, with their demonstrations where they have some, cut to what an engine can score.
+
+    Args:
+        prompts: Those of training, one or more.
+        config: The whole configuration.
+        world: The ranks.
+
+    Returns:
+        As many as reach every engine that is asked in turn; prompts that are too few come again.
+    """
+    most, engines = min(256, config.longest_sequence - 1), place_engines(config, world).engines
+    chosen = [prompts[i % len(prompts)] for i in range(max(min(4, len(prompts)), engines))]
+    whole = [p.prompt_ids + (p.demo_ids[0] if p.demo_ids else []) for p in chosen]
+    return [(ids if len(ids) > 1 else ids * 2)[:most] for ids in whole]
+
+
 def _counted(named_tensors: Iterable[tuple[str, Tensor]], sizes: list[int]) -> Iterator[tuple[str, Tensor]]:
     """The same tensors; the bytes of those that were taken are in ``sizes``."""
     for name, tensor in named_tensors:
         sizes.append(tensor.nbytes)
         yield name, tensor
-
-
-def make_probe(prompts: list[Prompt], config: Config) -> list[list[int]]:
-    """Return a few prompts, with their demonstrations where they have some, cut to what an engine can score.
-
-    Args:
-        prompts: Those that are learned from.
-        config: The whole configuration.
-    """
-    most = min(256, config.longest_sequence - 1)
-    whole = [p.prompt_ids + (p.demo_ids[0] if p.demo_ids else []) for p in prompts[:4]]
-    return [(ids if len(ids) > 1 else ids * 2)[:most] for ids in whole]

@@ -92,5 +92,8 @@ class Engine(Protocol):
             sequences: At least two tokens each.
         """
 
+    def sleep(self) -> None:
+        """Give back the memory of training's GPU until the next update, where the engine can and is to."""
+
     def close(self) -> None:
         """Release the engine; safe to call twice."""

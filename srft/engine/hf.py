@@ -154,6 +154,9 @@ class HfEngine:
             rows.append(logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist())
         return rows
 
+    def sleep(self) -> None:
+        """Nothing to give back: it is no larger than its weights."""
+
     def close(self) -> None:
         """Nothing to release: the memory goes with the object."""
 

@@ -167,6 +167,9 @@ class HttpEngine:
         answers = iter(self._answers(asked))
         return [_scores(next(answers), sequence) if len(sequence) > 1 else [] for sequence in sequences]
 
+    def sleep(self) -> None:
+        """Nothing to give back: servers have devices of their own."""
+
     def close(self) -> None:
         """Remove the folder of the weights; the servers go on. Safe to call twice."""
         shutil.rmtree(self.folder, ignore_errors=True)

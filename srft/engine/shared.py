@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class SharedEngine:
         world: The ranks; of those that make rollouts while others train, ``World.beside``.
         ranks_per_engine: Ranks of a group, neighbours; divides their number.
         most_restarts: How often engines may be started again in this run, all together, >= 0.
+        sleeps: Let the engines sleep between ``sleep`` and the next update.
         keeps_weights: Give an engine that is started again those of the last update, kept in the CPU's memory of the
             rank that runs it, not ``weights``; for a policy that is trained while the engine samples.
 
@@ -44,10 +46,11 @@ class SharedEngine:
         ranks_per_engine: int,
         most_restarts: int,
         *,
+        sleeps: bool = False,
         keeps_weights: bool = False,
     ) -> None:
         self._start, self._weights, self._world, self._most = start, weights, world, most_restarts
-        self._keeps = keeps_weights
+        self._sleeps, self._keeps = sleeps, keeps_weights
         self._first = world.rank - world.rank % ranks_per_engine
         self._runs_it = world.rank == self._first
         self._members = range(self._first, self._first + ranks_per_engine)
@@ -95,6 +98,9 @@ class SharedEngine:
             Elsewhere: As ``generate``.
         """
         self.version = version
+        if self._sleeps:
+            # what training's allocators keep on any rank would be missing to an engine that wakes
+            self._together(torch.cuda.empty_cache)
         if self._keeps and self._runs_it:
             kept = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in named_tensors]
             self._weights, named_tensors = (lambda: kept), kept
@@ -118,6 +124,22 @@ class SharedEngine:
             return [[next(scores) for _ in sequences] for sequences in asked]
 
         return self._ask(sequences, answer)
+
+    def sleep(self) -> None:
+        """Let the engines give back their GPUs' memory until the next update, where they are to.
+
+        Raises:
+            EngineError: As ``generate``.
+            Elsewhere: As ``generate``.
+        """
+
+        def work() -> None:
+            if self._runs_it:
+                assert self._engine is not None
+                self._engine.sleep()
+
+        if self._sleeps:
+            self._until_served(self._together(work), work)
 
     def close(self) -> None:
         """Release the engine; no collective, and safe to call twice."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -18,11 +18,15 @@ from transformers import PreTrainedModel
 from srft.config import Config
 from srft.engine.base import Engine
 from srft.engine.hf import HfEngine
+from srft.engine.placement import ASLEEP_BYTES, Placement, place_engines
 from srft.engine.shared import SharedEngine
 from srft.policy.export import export_model
 from srft.policy.learner import Learner
 from srft.policy.parallel import World
 from srft.policy.weights import whole_tensors
+
+if TYPE_CHECKING:
+    from srft.engine.vllm import VllmEngine
 
 
 @contextmanager
@@ -62,86 +66,79 @@ def start_engine(learner: Learner, folder: Path, threads: int | None = None) -> 
             OMP_NUM_THREADS, or in a run of one process half the cores.
 
     Raises:
-        ValueError: When vLLM is asked for and not installed, ``engine.ranks_per_engine`` does not fit the ranks, or a
-            server of ``engine.urls`` does not fit the policy.
+        ValueError: When vLLM is asked for and not installed, as ``placement.place_engines``, or when a server of
+            ``engine.urls`` does not fit the policy.
         EngineError: When it cannot be started.
     """
     config, world = learner.config, learner.world
-    kind = _kind(config, world)
-    sharing = _ranks_per_engine(learner, kind)
-    if kind == "hf":
+    place = place_engines(config, world)
+    start: Callable[[], Engine]
+    if place.kind == "hf":
         return start_in_process(learner, config.engine_dtype)
-    if kind == "http":
-        starts = count()
-        start = lambda: _meet_servers(learner, folder, again=next(starts) > 0)  # noqa: E731
+    if place.kind == "http":
+        start = partial(_meet_servers, learner, folder, count())
     else:
         export_model(folder / "model", learner.model, learner.tokenizer, world)
-        threads = _threads(sharing, threads) if world.size > 1 else threads
-        start = partial(_start_vllm, learner, folder, threads)
-    weights = partial(whole_tensors, learner.model, config.engine_dtype)
+        threads = _threads(place.ranks_per_engine, threads) if world.size > 1 else threads
+        start = partial(_start_vllm, learner, folder, threads, place)
+    weights, most = partial(whole_tensors, learner.model, config.engine_dtype), config.engine.restarts
     lags = config.rollout.max_lag > 0
-    return SharedEngine(start, weights, world.beside(), sharing, config.engine.restarts, keeps_weights=lags)
-
-
-def _kind(config: Config, world: World) -> str:
-    if config.engine.kind != "auto":
-        return config.engine.kind
-    return "vllm" if world.device.type == "cuda" and importlib.util.find_spec("vllm") else "hf"
+    return SharedEngine(
+        start, weights, world.beside(), place.ranks_per_engine, most, sleeps=place.sleeps, keeps_weights=lags
+    )
 
 
 def engine_bytes(config: Config, model: PreTrainedModel, world: World) -> int:
-    """Return what an engine will take of the memory of a rank's GPU: vLLM's share, or a copy of the policy.
+    """Return what an engine takes of the memory of a rank's GPU while training goes on: vLLM's share, unless it sleeps,
+    or a copy of the policy.
 
-    On a CPU, and of servers, 0.
+    On a CPU, of servers, and of engines on GPUs of their own, 0.
 
     Args:
         config: The whole configuration.
         model: The policy.
         world: The ranks.
     """
-    if world.device.type != "cuda" or config.engine.kind == "http":
+    place = place_engines(config, world)
+    if not place.shares_device:
         return 0
-    if _kind(config, world) == "vllm":
+    if place.sleeps:
+        return ASLEEP_BYTES
+    if place.kind == "vllm":
         return int(config.engine.gpu_memory_utilization * torch.cuda.mem_get_info(world.device)[1])
     return sum(p.numel() for p in model.parameters()) * config.engine_dtype.itemsize
 
 
-def _ranks_per_engine(learner: Learner, kind: str) -> int:
-    """How many ranks share an engine.
+def _start_vllm(learner: Learner, folder: Path, threads: int | None, place: Placement) -> Engine:
+    """The engine of a group of ranks, or all of them, each with a log of its own."""
+    from srft.engine.replicas import Replicas
 
-    On a GPU each rank's own device has room for one of its own. Ranks on CPUs share those: a second vLLM there costs
-    2.3 GB and was slower than one (two replicas on two cores).
-    """
-    asked, world = learner.config.engine.ranks_per_engine, learner.world
-    if kind == "http":  # the first rank gives the servers their weights, and asks them for all
-        return world.size
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    sharing = asked or (here if kind == "vllm" and world.device.type == "cpu" else 1)
-    if kind == "hf" and sharing > 1:
-        raise ValueError(
-            f"engine.ranks_per_engine={sharing}, but engine.kind=hf samples in each rank's own process; leave it "
-            "unset, or set engine.kind=vllm"
-        )
-    if here % sharing:
-        raise ValueError(
-            f"engine.ranks_per_engine={sharing} must divide the number of ranks on a machine, {here}; take 1 or {here}"
-        )
-    return sharing
+    several = len(place.visible) > 1
+    starts = []
+    for number, visible in enumerate(place.visible):
+        which = (str(learner.world.rank),) * (learner.world.rank > 0 or several) + (str(number),) * several
+        log_path = folder / f"{'-'.join(('vllm', *which))}.log"
+        starts.append(partial(_start_one, learner, folder, log_path, threads, visible, place.sleeps))
+    return Replicas(starts) if several else starts[0]()
 
 
-def _start_vllm(learner: Learner, folder: Path, threads: int | None) -> Engine:
+def _start_one(
+    learner: Learner, folder: Path, log_path: Path, threads: int | None, visible: str | None, sleeps: bool
+) -> VllmEngine:
     from srft.engine.vllm import VllmEngine
 
-    config, world = learner.config, learner.world
+    config, spread = learner.config, learner.config.engine.tensor_parallel
     return VllmEngine(
         folder / "model",
         dtype=str(config.engine_dtype).removeprefix("torch."),
         max_model_len=config.longest_sequence,
         python=config.engine.python,
         gpu_memory_utilization=config.engine.gpu_memory_utilization,
-        num_threads=threads,
-        visible_devices=_own_device(world) if world.size > 1 else None,
-        log_path=folder / (f"vllm-{world.rank}.log" if world.rank else "vllm.log"),
+        num_threads=threads and max(1, threads // spread),
+        visible_devices=visible,
+        tensor_parallel=spread,
+        sleeps=sleeps,
+        log_path=log_path,
         tokenizer=learner.tokenizer if config.rollout.stop else None,
         seed=config.train.seed,
         trust_remote_code=config.model.trust_remote_code,
@@ -149,7 +146,8 @@ def _start_vllm(learner: Learner, folder: Path, threads: int | None) -> Engine:
     )
 
 
-def _meet_servers(learner: Learner, folder: Path, again: bool) -> Engine:
+def _meet_servers(learner: Learner, folder: Path, starts: Iterator[int]) -> Engine:
+    """The servers that run already; of those that were met before and lost, one is waited for."""
     from srft.engine.http import HttpEngine
 
     config, model = learner.config, learner.model
@@ -172,22 +170,13 @@ def _meet_servers(learner: Learner, folder: Path, again: bool) -> Engine:
         max_model_len=config.longest_sequence,
         tokenizer=learner.tokenizer if config.rollout.stop else None,
         deadline_s=config.engine.deadline_s,
-        patience_s=config.engine.deadline_s if again else 0.0,
+        patience_s=config.engine.deadline_s if next(starts) else 0.0,
     )
 
 
 def _threads(sharing: int, share: int | None) -> int:
     """Threads of an engine that so many ranks ask: what each leaves it, or where all wait for its answers theirs."""
     return sharing * (share or int(os.environ.get("OMP_NUM_THREADS", "1")))
-
-
-def _own_device(world: World) -> str | None:
-    """The one GPU that this rank's engine may see, as CUDA_VISIBLE_DEVICES names it."""
-    if world.device.type != "cuda":
-        return None
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    index = world.device.index or 0
-    return visible[index] if visible else str(index)
 
 
 def start_in_process(learner: Learner, dtype: torch.dtype) -> HfEngine:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -42,6 +43,8 @@ class VllmEngine:
         kv_cache_gib: float | None = None,
         num_threads: int | None = None,
         visible_devices: str | None = None,
+        tensor_parallel: int = 1,
+        sleeps: bool = False,
         enforce_eager: bool = False,
         trust_remote_code: bool = False,
         start_timeout_s: float = 1200.0,
@@ -62,6 +65,8 @@ class VllmEngine:
                 VLLM_CPU_KVCACHE_SPACE of the environment or 1.
             num_threads: OMP_NUM_THREADS of the process; None is that of the environment, else half the cores.
             visible_devices: CUDA_VISIBLE_DEVICES of the process; None inherits it.
+            tensor_parallel: GPUs, or processes on a CPU, that the model is spread over, > 0.
+            sleeps: It can ``sleep``; needs a GPU, and no expandable segments in PYTORCH_CUDA_ALLOC_CONF.
             enforce_eager: No compilation and no CUDA graphs; always so on CPU.
             trust_remote_code: Run model code found in the folder.
             start_timeout_s: Seconds until a model that is not ready counts as failed, > 0.
@@ -78,7 +83,8 @@ class VllmEngine:
         self.log_path = Path(log_path).resolve()
         self.max_model_len = max_model_len
         self.version = self.restarts = 0
-        self._tokenizer = tokenizer
+        self._tokenizer, self._spread, self._sleeps = tokenizer, tensor_parallel, sleeps
+        self._asleep = False
         _check_arguments(self.model_dir, dtype, max_model_len, gpu_memory_utilization, start_timeout_s, deadline_s)
 
         python = python or sys.executable
@@ -105,6 +111,8 @@ class VllmEngine:
             kv_cache_gib=kv_cache_gib,
             enforce_eager=enforce_eager,
             trust_remote_code=trust_remote_code,
+            tensor_parallel=tensor_parallel,
+            sleeps=sleeps,
         )["vocab_size"]
 
     def generate(
@@ -145,21 +153,35 @@ class VllmEngine:
 
         Args:
             named_tensors: All weights, whole, named as in the checkpoint, in any float dtype, on any device.
-                A head tied to the embedding may be left out. Only a part of them is copied at a time.
+                A head tied to the embedding may be left out. Only a part of them is copied at a time, but for an
+                engine of several processes, which read them each for itself, as fast as it can.
             version: Goes into every ``Completion`` from here on.
 
         Raises:
             EngineError: When vLLM fails, or a weight is unknown or missing.
         """
-        try:
+        if self._spread > 1:
+            with weight_files(named_tensors, self.folders) as files:
+                self.load_files(files, version)
+            return
+        with self._renewed(version):
             self._child.call("update")
             for piece in in_pieces(named_tensors, _FILE_BYTES):
                 self._send_file(piece)
             self._child.call("update_end")
-        except BaseException:
-            self.close()
-            raise
-        self.version = version
+
+    def load_files(self, files: list[Path], version: int) -> None:
+        """Replace the weights by those of files, as ``update_weights`` does.
+
+        Args:
+            files: From ``weight_files``; with every weight.
+            version: Goes into every ``Completion`` from here on.
+
+        Raises:
+            EngineError: As ``update_weights``.
+        """
+        with self._renewed(version):
+            self._child.call("load", paths=list(map(str, files)))
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Return log p(token t | tokens before t) for t = 1 .. len-1 of each sequence, at temperature 1.
@@ -175,25 +197,79 @@ class VllmEngine:
         scores = iter(self._child.call("score", sequences=[s for s in sequences if len(s) > 1])["scores"])
         return [next(scores) if len(sequence) > 1 else [] for sequence in sequences]
 
+    def sleep(self) -> None:
+        """Give back the GPU's memory, weights and cache, until the next update of the weights, if it is to.
+
+        Raises:
+            EngineError: When vLLM fails.
+        """
+        if self._sleeps and not self._asleep:
+            self._child.call("sleep")
+            self._asleep = True
+
+    @contextmanager
+    def _renewed(self, version: int) -> Iterator[None]:
+        """The body gives the model new weights. An engine that sleeps has room for these first, then for its cache."""
+        try:
+            if self._asleep:
+                self._child.call("wake", what="weights")
+            yield
+            if self._asleep:
+                self._child.call("wake", what="kv_cache")
+        except BaseException:
+            self.close()
+            raise
+        self.version, self._asleep = version, False
+
     def close(self) -> None:
         """Ask the process to end, then kill its whole group; safe to call twice."""
         self._child.close()
 
     def _send_file(self, piece: dict[str, Tensor]) -> None:
-        need = sum(tensor.nbytes for tensor in piece.values())
-        # vLLM may still map the previous file while it collects the tensors of one layer
-        folder = next((f for f in self.folders if shutil.disk_usage(f).free > 2 * need), None)
-        if folder is None:
-            raise EngineError(
-                f"no room for {2 * need / 2**20:.0f} MiB of weights in any of "
-                f"{', '.join(str(f.parent) for f in self.folders)}; free some, or set TMPDIR"
-            )
-        path = folder / "weights.safetensors"
+        path = _with_room(piece, self.folders) / "weights.safetensors"
         save_file(piece, path)
         try:
             self._child.call("update_file", path=str(path))
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def weight_files(named_tensors: Iterable[tuple[str, Tensor]], folders: Sequence[Path]) -> Iterator[list[Path]]:
+    """While entered, weights are in files, all of them at once, which several processes can read.
+
+    Args:
+        named_tensors: As for ``VllmEngine.update_weights``.
+        folders: Where files may be, the fastest first.
+
+    Yields:
+        The files.
+
+    Raises:
+        EngineError: When there is no room for them.
+    """
+    files: list[Path] = []
+    try:
+        for piece in in_pieces(named_tensors, _FILE_BYTES):
+            files.append(_with_room(piece, folders) / f"weights-{len(files)}.safetensors")
+            save_file(piece, files[-1])
+        yield files
+    finally:
+        for path in files:
+            path.unlink(missing_ok=True)
+
+
+def _with_room(piece: dict[str, Tensor], folders: Sequence[Path]) -> Path:
+    """The first folder that can take these weights."""
+    need = sum(tensor.nbytes for tensor in piece.values())
+    # vLLM may still map the previous file while it collects the tensors of one layer
+    folder = next((f for f in folders if shutil.disk_usage(f).free > 2 * need), None)
+    if folder is None:
+        raise EngineError(
+            f"no room for {2 * need / 2**20:.0f} MiB of weights in any of {', '.join(str(f.parent) for f in folders)}; "
+            "free some, or set TMPDIR"
+        )
+    return folder
 
 
 def _check_arguments(

@@ -7,14 +7,10 @@ what that needs itself, nothing is imported. ``srft.engine.http`` calls the meth
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from srft.engine.vllm_worker import replace_weights
-
-if TYPE_CHECKING:
-    import torch
+from srft.engine.vllm_worker import load_files
 
 PROTOCOL = 1
 """Counts what trainer and server must agree on."""
@@ -59,19 +55,10 @@ class Weights:
             files = sorted(Path(folder).glob("*.safetensors"))
             if not files:
                 raise ValueError(f"{folder} is not there, or empty; engine.weights_dir must be seen by every server")
-            replace_weights(self, _tensors(files))
+            load_files(self, list(map(str, files)))
         # an exception would come to the caller without its text
         except Exception as error:
             traceback.print_exc()
             return {"error": f"{type(error).__name__}: {error}"}
         self.srft_label = label
         return {}
-
-
-def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
-
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)

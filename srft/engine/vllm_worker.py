@@ -156,6 +156,8 @@ def _start(config: dict[str, Any]) -> LLM:
         kv_cache_memory_bytes=int(kv_cache_gib * 2**30) if kv_cache_gib else None,
         enforce_eager=on_cpu or config["enforce_eager"],
         enable_prefix_caching=True,
+        tensor_parallel_size=config["tensor_parallel"],
+        enable_sleep_mode=config["sleeps"],
         **(_whole_prompts(config["max_model_len"]) if on_cpu else {}),
     )
 
@@ -243,11 +245,42 @@ def _incoming_tensors(request_fd: int, reply_fd: int) -> Iterator[tuple[str, tor
                 yield name, file.get_tensor(name)
 
 
-def _update(llm: LLM, request_fd: int, reply_fd: int) -> dict[str, Any]:
-    llm.collective_rpc(replace_weights, args=(_incoming_tensors(request_fd, reply_fd),))
+def _renew(llm: LLM, request: dict[str, Any], request_fd: int, reply_fd: int) -> dict[str, Any]:
+    """Take new weights, or do what comes before and after them where the engine sleeps."""
+    op = request["op"]
+    if op == "sleep":
+        # level 2 drops the weights, too: others come before anything is asked
+        llm.sleep(level=2)
+        return {}
+    if op == "wake":
+        llm.wake_up(tags=[request["what"]])
+        return {}
+    if op == "update":
+        llm.collective_rpc(replace_weights, args=(_incoming_tensors(request_fd, reply_fd),))
+    else:
+        assert op == "load"
+        llm.collective_rpc(load_files, args=(request["paths"],))
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM could not drop its prefix cache after the update")
     return {}
+
+
+def load_files(worker: Any, paths: list[str]) -> None:
+    """Give the model of a worker the weights of safetensors files, as ``replace_weights`` does.
+
+    Args:
+        worker: vLLM's, with the model or a part of it.
+        paths: Files with every weight, whole.
+    """
+    from safetensors import safe_open
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    yield name, file.get_tensor(name)
+
+    replace_weights(worker, tensors())
 
 
 def replace_weights(worker: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -307,6 +340,11 @@ def _show_progress(llm: LLM, reply_fd: int) -> None:
     llm.llm_engine.step = step_and_say
 
 
+def _executor(llm: LLM) -> Any:
+    """What holds the processes of an engine that has several."""
+    return llm.llm_engine.engine_core.engine_core.model_executor
+
+
 def _serve(request_fd: int, reply_fd: int) -> None:
     llm: LLM | None = None
     while True:
@@ -317,17 +355,20 @@ def _serve(request_fd: int, reply_fd: int) -> None:
             if request["op"] == "start":
                 llm = _start(request)
                 _show_progress(llm, reply_fd)
+                if request["tensor_parallel"] > 1:
+                    _executor(llm).register_failure_callback(lambda: os._exit(1))
                 reply: dict[str, Any] = {"vocab_size": llm.model_config.get_vocab_size()}
             elif request["op"] == "generate":
                 reply = _generate(llm, request)
             elif request["op"] == "score":
                 reply = _score(llm, request)
             else:
-                assert request["op"] == "update"
-                reply = _update(llm, request_fd, reply_fd)
+                reply = _renew(llm, request, request_fd, reply_fd)
         # whatever vLLM raises belongs to the caller, who closes this process if it cannot go on
         except Exception as error:
             traceback.print_exc()
+            if llm is not None and getattr(_executor(llm), "is_failed", False):
+                os._exit(1)  # one of its processes died: it is lost, which is mended, and has not merely failed
             reply = {"error": f"{type(error).__name__}: {error}"}
         write_message(reply_fd, reply)
 

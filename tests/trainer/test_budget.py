@@ -10,6 +10,7 @@ import torch
 
 from srft.batch import Batch
 from srft.config import Config
+from srft.engine.placement import ASLEEP_BYTES
 from srft.engine.start import engine_bytes
 from srft.policy import budget
 from srft.policy.budget import choose_tokens_per_microbatch
@@ -151,11 +152,14 @@ def test_what_is_measured_is_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_an_engine_takes(monkeypatch: pytest.MonkeyPatch, memory: Memory) -> None:
-    """A share of the GPU, or a copy of the policy in its dtype; nothing of it on a CPU, or for servers elsewhere."""
+    """A share of the GPU, less while it sleeps, or a copy of the policy; nothing on a CPU, or by what is elsewhere."""
     model = policy(plain_model())
     size = sum(p.numel() for p in model.parameters())
-    vllm = tiny_config("engine.kind=vllm", "engine.gpu_memory_utilization=0.3")
+    vllm = tiny_config("engine.kind=vllm", "engine.gpu_memory_utilization=0.3", "engine.sleep=false")
     assert engine_bytes(vllm, model, GPU) == int(0.3 * memory.total)
+    assert engine_bytes(tiny_config("engine.kind=vllm"), model, GPU) == ASLEEP_BYTES
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert engine_bytes(tiny_config("engine.kind=vllm", "engine.devices=[1]"), model, GPU) == 0
     assert engine_bytes(tiny_config("engine.kind=hf"), model, GPU) == 4 * size
     assert engine_bytes(tiny_config("engine.kind=hf", "model.compute_dtype=bfloat16"), model, GPU) == 2 * size
     assert engine_bytes(vllm, model, World()) == 0

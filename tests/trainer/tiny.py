@@ -158,6 +158,9 @@ class FakeEngine:
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         return [[0.0] * (len(s) - 1) for s in sequences]
 
+    def sleep(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
