@@ -49,7 +49,30 @@ def describe(planner: Planner) -> list[str]:
         f"A step: {train.prompts_per_step} prompts, {sequences:,} sequences, "
         f"{format_count(sequences * lengths.sequence)} tokens, {_teraflops(flops)} of training.",
         *([] if planner.teacher is None else [f"A teacher of {_millions(planner.teacher.parameters)} parameters."]),
+        *_about_rollouts(config),
     ]
+
+
+def _about_rollouts(config: Config) -> list[str]:
+    """What the options say of rollouts that a plan counts otherwise than by an engine beside training, in turn."""
+    said, engine = [], config.engine
+    if config.train.replay:
+        return ["Rollouts are those of train.replay: no engine, no weights for one."]
+    if engine.kind == "http":
+        said.append(
+            f"Rollouts by {len(engine.urls)} server{'s' if len(engine.urls) > 1 else ''}, each taken to have a device "
+            "like one of these for itself."
+        )
+    if engine.devices:
+        number, spread = len(engine.devices), engine.tensor_parallel
+        each = f", one for every {spread} GPUs" if spread > 1 else ""
+        said.append(f"Engines on {number} GPU{'s' if number > 1 else ''} of each machine that train nothing{each}.")
+    if config.rollout.max_lag:
+        said.append(
+            "Rollouts go on beside training (rollout.max_lag): a step takes the longer of the two, where they share no "
+            "GPU."
+        )
+    return said
 
 
 def _millions(parameters: int) -> str:
@@ -77,12 +100,14 @@ def table(planner: Planner, plans: Sequence[Plan]) -> Table:
         result.add_row(label, *cells)
 
     # in the order of the plan that has most, so that what stands comes first
-    by_length = sorted((plan.memory.parts() for plan in plans), key=len, reverse=True)
-    for name in dict.fromkeys(name for parts in by_length for name in parts):
-        line(f"GiB  {name}", [_gib(plan.memory.parts().get(name, 0)) for plan in plans])
-    line("GiB  in all, at the worst moment", [_gib(plan.memory.peak) for plan in plans])
+    of_plans = [plan.memory.parts(plan.memory.shown) for plan in plans]
+    for name in dict.fromkeys(name for parts in sorted(of_plans, key=len, reverse=True) for name in parts):
+        line(f"GiB  {name}", [_gib(parts.get(name, 0)) for parts in of_plans])
+    line("GiB  in all, at the worst moment", [_gib(plan.memory.at(plan.memory.shown)) for plan in plans])
+    if any(plan.memory.shown != plan.memory.worst for plan in plans):
+        line("GiB  in all, while the engine samples", [_gib(plan.memory.peak) for plan in plans])
     line("GiB  of the device", [_gib(plan.layout.device.memory) for plan in plans])
-    line("     the worst moment", [plan.memory.worst.replace("backward", "back") for plan in plans])
+    line("     the worst moment", [plan.memory.shown.replace("backward", "back") for plan in plans])
     if any(plan.memory.host for plan in plans):
         line("GiB  of the host, a rank", [_gib(plan.memory.host) for plan in plans])
     longest = planner.config.longest_sequence * planner.shape.kv_bytes
@@ -160,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "srft.plan",
         "Plans a run from shapes alone. --gpus 8,64: how many; --gpu H100: which (or cpu); --gpu-memory 80: GiB, when "
         "other; --prompt-tokens, --response-tokens: expected lengths; --as-configured: not the recommended layout, but "
-        "that of the options; --engine-gpus 4: as if an engine had so many GPUs, where it has one.",
+        "that of the options; --engine-gpus 4: GPUs of an engine, in place of engine.tensor_parallel.",
     )
     parser = argparse.ArgumentParser(prog="python -m srft.plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--gpus", default=_COUNTS)
@@ -168,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpu-memory", type=float)
     parser.add_argument("--prompt-tokens", type=int)
     parser.add_argument("--response-tokens", type=int)
-    parser.add_argument("--engine-gpus", type=int, default=1)
+    parser.add_argument("--engine-gpus", type=int)
     parser.add_argument("--as-configured", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     transformers.utils.logging.disable_progress_bar()

@@ -5,9 +5,10 @@ from __future__ import annotations
 # ruff: noqa: E402
 import sys
 
-from srft.launch import start_ranks
+from srft.launch import share_cores, start_ranks
 
 if __name__ == "__main__":
+    share_cores()
     start_ranks(sys.argv[1:])  # what waits for the ranks needs none of the imports below
 
 import transformers

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from srft.config import Config
 from srft.planning.devices import GPUS_A_NODE, Device
-from srft.planning.memory import ENGINE_SHARE, Layout, Memory, plan_memory, uses_vllm
+from srft.planning.memory import ENGINE_ASLEEP, ENGINE_SHARE, Layout, Memory, plan_memory, uses_vllm
 from srft.planning.models import ModelShape, build_policy, measure_shape, read_shape, read_teacher
 from srft.planning.pace import Pace, Tokens, expected_lengths, plan_pace
 from srft.planning.trace import BodyPasses, trace_body
@@ -94,16 +94,18 @@ class Planner:
         if ranks % shard:
             raise ValueError(f"train.shard_ranks={shard} must divide the number of ranks, {ranks}")
         checkpointing, tokens = self.config.model.gradient_checkpointing, self.config.microbatch_tokens
-        return self.plan(Layout(device, tokens, ranks, shard, checkpointing, train.cpu_offload))
+        spread, apart = self.config.engine.tensor_parallel, engines_apart(self.config, ranks)
+        return self.plan(Layout(device, tokens, ranks, shard, checkpointing, train.cpu_offload, spread, apart))
 
-    def recommended(self, device: Device, ranks: int, engine_ranks: int = 1) -> Plan:
+    def recommended(self, device: Device, ranks: int, engine_ranks: int | None = None) -> Plan:
         """Return the plainest layout that fits and is about as fast as any; the nearest to fitting where none does.
 
         Args:
             device: Each of the devices.
             ranks: How many.
-            engine_ranks: Devices of an engine.
+            engine_ranks: Devices of an engine; None takes ``engine.tensor_parallel``.
         """
+        engine_ranks = engine_ranks or self.config.engine.tensor_parallel
         plans = [self._roomy(layout) for layout in _layouts(self.config, device, ranks, engine_ranks)]
         if fitting := [plan for plan in plans if plan.memory.fits]:
             limit = _ABOUT_AS_FAST * min(plan.pace.step for plan in fitting)
@@ -115,8 +117,15 @@ class Planner:
         """A layout whose engine gets what training leaves, in hundredths."""
         if not (self.config.method.needs_rollouts and layout.device.is_gpu and uses_vllm(self.config, layout.device)):
             return self.plan(layout)
+        if layout.engines_apart:
+            return self.plan(layout, 0.9)
         least, whole = self.plan(layout, 0.01), layout.device.memory
-        left = (whole - least.memory.peak) / whole + 0.01
+        if not least.memory.trains:
+            return least
+        # an engine that sleeps stands beside what stands, one that is awake beside the worst moment of training
+        asleep = least.memory.standing.get(ENGINE_ASLEEP)
+        taken = sum(least.memory.standing.values()) - asleep if asleep else least.memory.peak - int(0.01 * whole)
+        left = (whole - taken) / whole
         return self.plan(layout, min(0.9, max(0.01, math.floor(100 * left) / 100)))
 
     def obstacle(self, plan: Plan) -> str:
@@ -163,7 +172,21 @@ def _layouts(config: Config, device: Device, ranks: int, engine_ranks: int) -> I
     if config.train.vocab_parallel:  # which goes with neither replicas nor offload
         shards, offloads = [ranks], (False,)
     for offload, checkpointing, tokens, shard in product(offloads, (False, True), sizes, shards):
-        yield Layout(device, tokens, ranks, shard, checkpointing, offload, min(engine_ranks, ranks))
+        apart = engines_apart(config, ranks)
+        spread = engine_ranks if apart else min(engine_ranks, ranks)
+        yield Layout(device, tokens, ranks, shard, checkpointing, offload, spread, apart)
+
+
+def engines_apart(config: Config, ranks: int) -> int:
+    """Return how many engines have devices of their own, on all machines together.
+
+    Args:
+        config: The whole configuration.
+        ranks: Of training, as many on a machine as it has devices beside those.
+    """
+    devices = len(config.engine.devices)
+    machines = math.ceil(ranks / max(1, GPUS_A_NODE - devices))
+    return devices // config.engine.tensor_parallel * machines
 
 
 def settings(plan: Plan) -> list[str]:
@@ -179,6 +202,8 @@ def settings(plan: Plan) -> list[str]:
         options.append(f"train.shard_ranks={layout.shard}")
     if layout.offload:
         options.append("train.cpu_offload=true")
-    if plan.memory.standing.get(ENGINE_SHARE):
+    if layout.engine_ranks > 1:
+        options.append(f"engine.tensor_parallel={layout.engine_ranks}")
+    if layout.engines_apart or ENGINE_SHARE in plan.memory.standing or ENGINE_ASLEEP in plan.memory.standing:
         options.append(f"engine.gpu_memory_utilization={plan.share:g}")
     return options

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from srft.config import Config
+from srft.engine.placement import ASLEEP_BYTES
 from srft.planning.devices import Device
 from srft.planning.models import ModelShape
 from srft.planning.trace import BodyPasses, Held
@@ -18,6 +19,9 @@ _CONTEXT, _NCCL, _FRAGMENTS = int(0.8 * 2**30), 2**30, 0.03
 # what a vLLM process needs beside weights and cache: its activations, graphs and context
 _ENGINE_OVERHEAD = 3 * 2**30
 ENGINE_SHARE = "engine, by its share of the device"
+ENGINE_ASLEEP = "engine, asleep"
+# what servers are taken to give their weights and cache of a device like the trainer's
+_SERVERS_SHARE = 0.9
 OVERHEAD = "context, NCCL, fragments"
 _ROOT, _BLOCKS = "gathered: embedding, norm, head", "gathered: two blocks, fp32"
 
@@ -33,7 +37,8 @@ class Layout:
         shard: Ranks that share one copy of weights, gradients and moments.
         checkpointing: Recompute activations in backward.
         offload: Keep that copy in the memory of the host.
-        engine_ranks: Ranks that share one engine.
+        engine_ranks: Ranks that share one engine; devices of one, where it has its own.
+        engines_apart: Engines on devices of their own, which are beside the ranks'; 0: on the ranks'.
     """
 
     device: Device
@@ -43,6 +48,7 @@ class Layout:
     checkpointing: bool = False
     offload: bool = False
     engine_ranks: int = 1
+    engines_apart: int = 0
 
     @property
     def gathers(self) -> bool:
@@ -76,7 +82,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """Bytes at that moment, all parts together."""
-        return sum(self.standing.values()) + sum(self.moments[self.worst].values())
+        return self.at(self.worst)
 
     @property
     def fits(self) -> bool:
@@ -88,9 +94,27 @@ class Memory:
         """Whether the device and its host hold what training needs."""
         return self.peak <= self.device.memory and (not self.host or self.host <= self.device.host)
 
-    def parts(self) -> dict[str, int]:
-        """Return every part at the worst moment, those of no size left out."""
-        return {name: size for name, size in (self.standing | self.moments[self.worst]).items() if size}
+    @property
+    def shown(self) -> str:
+        """The moment whose parts tell most: the worst, but of training where an engine sleeps meanwhile."""
+        training = {name: parts for name, parts in self.moments.items() if name != "rollout"}
+        return replace(self, moments=training).worst if ENGINE_ASLEEP in self.standing else self.worst
+
+    def at(self, moment: str) -> int:
+        """Return the bytes of all parts together at a moment.
+
+        Args:
+            moment: Its name.
+        """
+        return sum(self.standing.values()) + sum(self.moments[moment].values())
+
+    def parts(self, moment: str | None = None) -> dict[str, int]:
+        """Return every part at a moment, those of no size left out.
+
+        Args:
+            moment: Its name; None takes the worst.
+        """
+        return {name: size for name, size in (self.standing | self.moments[moment or self.worst]).items() if size}
 
 
 def plan_memory(
@@ -124,7 +148,7 @@ def plan_memory(
     host = 0
     if layout.offload:
         host, standing = sum(standing.values()), {}
-    engine, cache = _engine(shape, config, layout)
+    engine, sampling, cache = _engine(shape, config, layout)
     standing |= engine
     if layout.device.is_gpu:
         standing[OVERHEAD] = int(
@@ -133,7 +157,9 @@ def plan_memory(
     moments = _moments(shape, passes, config, layout, rows)
     if teacher is not None:
         moments["forward of the teacher"] = _teaching(teacher, config, layout, rows)
-    if not uses_vllm(config, layout.device) and config.engine.kind != "http":
+    if sampling:
+        moments["rollout"] = sampling
+    if samples(config) and not uses_vllm(config, layout.device) and config.engine.kind != "http":
         sequences = min(config.engine.max_batch, config.train.prompts_per_step * config.train.rollouts_per_prompt)
         wide = config.engine_dtype.itemsize / 2
         moments["rollout"] = {"keys and values": int(sequences * config.longest_sequence * shape.kv_bytes * wide)}
@@ -150,6 +176,39 @@ def uses_vllm(config: Config, device: Device) -> bool:
     return config.engine.kind == "vllm" or (config.engine.kind == "auto" and device.is_gpu)
 
 
+def samples(config: Config) -> bool:
+    """Say whether a run's rollouts are sampled while it trains, neither absent nor recorded.
+
+    Args:
+        config: The whole configuration.
+    """
+    return config.method.needs_rollouts and not config.train.replay
+
+
+def sleeps(config: Config, layout: Layout) -> bool:
+    """Say whether the engine gives its memory back while training goes on.
+
+    Args:
+        config: The whole configuration.
+        layout: How the run lies on its devices.
+    """
+    if not uses_vllm(config, layout.device) or layout.engines_apart or not layout.device.is_gpu:
+        return False
+    return not config.rollout.max_lag if config.engine.sleep is None else config.engine.sleep
+
+
+def num_engines(config: Config, layout: Layout) -> float:
+    """Return how many engines divide what all ranks ask.
+
+    Args:
+        config: The whole configuration.
+        layout: How the run lies on its devices.
+    """
+    if config.engine.kind == "http":
+        return len(config.engine.urls)
+    return layout.engines_apart or layout.ranks / layout.engine_ranks
+
+
 def splits_head(config: Config, layout: Layout) -> bool:
     """Say whether each rank keeps its rows of the head, and hidden states are gathered instead.
 
@@ -160,18 +219,24 @@ def splits_head(config: Config, layout: Layout) -> bool:
     return config.train.vocab_parallel and 1 < layout.ranks == layout.shard
 
 
-def _engine(shape: ModelShape, config: Config, layout: Layout) -> tuple[dict[str, int], int]:
-    """What the engine takes of each device, and what of that is left for keys and values."""
-    weights = shape.parameters * config.engine_dtype.itemsize
-    if not config.method.needs_rollouts or config.engine.kind == "http":
-        return {}, 1
-    if not uses_vllm(config, layout.device):
-        return {"engine's copy of the weights": weights}, 1
-    share = int(config.engine.gpu_memory_utilization * layout.device.memory)
+def _engine(shape: ModelShape, config: Config, layout: Layout) -> tuple[dict[str, int], dict[str, int], int]:
+    """What the engine takes of each device all the time and while it samples, and what is left for keys and values."""
+    weights, on_servers = shape.parameters * config.engine_dtype.itemsize, config.engine.kind == "http"
+    if not samples(config):
+        return {}, {}, 1
+    if not on_servers and not uses_vllm(config, layout.device):
+        return {"engine's copy of the weights": weights}, {}, 1
     if not layout.device.is_gpu:
-        return {}, 1  # a process of its own, which has a memory of its own
-    cache = share - weights // layout.engine_ranks - _ENGINE_OVERHEAD
-    return {ENGINE_SHARE: share}, cache
+        return {}, {}, 1  # processes of their own, which have a memory of their own
+    share = int((_SERVERS_SHARE if on_servers else config.engine.gpu_memory_utilization) * layout.device.memory)
+    cache = share - weights // (1 if on_servers else layout.engine_ranks) - _ENGINE_OVERHEAD
+    if on_servers:
+        return {}, {}, max(1, cache)  # whether they fit is not the trainer's to say
+    if layout.engines_apart:
+        return {}, {}, cache
+    if sleeps(config, layout):
+        return {ENGINE_ASLEEP: ASLEEP_BYTES}, {ENGINE_SHARE: max(0, share - ASLEEP_BYTES)}, cache
+    return {ENGINE_SHARE: share}, {}, cache
 
 
 def _moments(

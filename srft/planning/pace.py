@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from srft.config import Config
 from srft.planning.devices import GPUS_A_NODE, HOST_LINK, TRAFFIC_SHARE
-from srft.planning.memory import Layout, splits_head, uses_vllm
+from srft.planning.memory import Layout, num_engines, samples, splits_head, uses_vllm
 from srft.planning.models import ModelShape
 from srft.planning.trace import BodyPasses
 
@@ -58,11 +58,14 @@ class Pace:
     computing: float
     micro_batches: int
     idle: float
+    at_once: bool = False
+    """Rollouts and training go on beside each other."""
 
     @property
     def step(self) -> float:
-        """All of them."""
-        return self.rollout + self.train + self.sync
+        """All of them, or the longer of the two that go on at once."""
+        turn = max(self.rollout, self.train) if self.at_once else self.rollout + self.train
+        return turn + self.sync
 
 
 def training_flops(shape: ModelShape, tokens: float, responses: float, squares: float) -> float:
@@ -126,16 +129,27 @@ def plan_pace(
     computing = updates * count * one * filled
     seconds = updates * count * max(one * filled, gather)
     optimizer = updates * _ADAMW_TRAFFIC * shape.trained / layout.shard / (HOST_LINK if layout.offload else traffic)
-    rollout = _rollout(shape, config, layout, lengths, cache) if config.method.needs_rollouts else 0.0
+    rollout = _rollout(shape, config, layout, lengths, cache) if samples(config) else 0.0
     weights = shape.parameters * config.engine_dtype.itemsize
     sync = weights / HOST_LINK * 2 if device.is_gpu else weights * 2 / device.traffic
     if layout.shard > 1:
         sync += 4 * shape.parameters / _link(layout)
-    if not config.method.needs_rollouts:
+    if not samples(config):
         sync = 0.0
+    halved = 1
+    at_once = _at_once(config, layout)
+    if at_once and not device.is_gpu and config.engine.kind != "http":
+        halved = 2  # each has half of the cores
     return Pace(
-        rollout, seconds + optimizer, sync, updates * count * gather, computing, updates * count, 1 - filled
+        halved * rollout, halved * (seconds + optimizer), sync, updates * count * gather, halved * computing,
+        updates * count, 1 - filled, at_once,
     )  # fmt: skip
+
+
+def _at_once(config: Config, layout: Layout) -> bool:
+    """Whether rollouts go on beside training: they lag, and are made elsewhere, or by cores of their own."""
+    elsewhere = config.engine.kind == "http" or layout.engines_apart > 0 or not layout.device.is_gpu
+    return config.rollout.max_lag > 0 and samples(config) and elsewhere
 
 
 def _forwards(shape: ModelShape, config: Config, teacher: ModelShape | None) -> float:
@@ -195,15 +209,15 @@ def _gathering(shape: ModelShape, layout: Layout, head_stays: int) -> float:
 def _rollout(shape: ModelShape, config: Config, layout: Layout, lengths: Tokens, cache: int) -> float:
     """Tokens come one after another; each reads the weights once for all sequences at work, and their caches."""
     device, traffic = layout.device, layout.device.traffic * TRAFFIC_SHARE
-    engines = layout.ranks / layout.engine_ranks
+    engines, spread = num_engines(config, layout), 1 if config.engine.kind == "http" else layout.engine_ranks
     sequences = config.train.prompts_per_step * config.train.rollouts_per_prompt / engines
     at_once: float = config.engine.max_batch
-    if uses_vllm(config, device):
-        at_once = max(1.0, cache * layout.engine_ranks / (shape.kv_bytes * lengths.sequence))
+    if uses_vllm(config, device) or (config.engine.kind == "http" and device.is_gpu):
+        at_once = max(1.0, cache * spread / (shape.kv_bytes * lengths.sequence))
     at_once = min(at_once, sequences)
     reads = shape.parameters * config.engine_dtype.itemsize + at_once * shape.kv_bytes * lengths.sequence / 2
     computes = 2 * (shape.products + shape.head) * at_once / device.products
-    one = max(reads / (traffic * layout.engine_ranks), computes / layout.engine_ranks)
+    one = max(reads / (traffic * spread), computes / spread)
     # the longest completion reaches the limit, however few tokens the others have
     steps = max(config.rollout.max_new_tokens, sequences * lengths.response / at_once)
     return steps * one

@@ -93,8 +93,13 @@ def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
     return found
 
 
-@pytest.mark.parametrize(("asked", "turns"), [(None, "0"), ("ACTIVE", "[1-9][0-9]*")])
-@pytest.mark.parametrize("module", ["srft.train", "srft.evaluate"])
+@pytest.mark.parametrize(
+    ("module", "asked", "turns"),
+    [
+        *((f"srft.{name}", None, "0") for name in ("train", "evaluate", "selftest", "experiments")),
+        ("srft.train", "ACTIVE", "[1-9][0-9]*"),
+    ],
+)
 def test_threads_that_wait_sleep_unless_the_environment_says_how(module: str, asked: str | None, turns: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"OMP_WAIT_POLICY": asked} if asked else {})

@@ -57,12 +57,13 @@ def test_one_gpu_takes_adapters_and_not_the_whole_policy(math_7b: Planner) -> No
     assert one.memory.moments["loss"]["head: weight and its gradient"] == 2 * adapters.shape.head
 
 
-def test_the_recommended_layout_is_about_as_fast_as_any(math_7b: Planner) -> None:
-    """On 126 GiB the plainest leaves its engine so small a cache that a step takes more than twice as long."""
+def test_the_recommended_layout_is_about_as_fast_as_any() -> None:
+    """On 126 GiB the plainest leaves an engine that does not sleep so small a cache that a step takes twice as long."""
     device = replace(H100, memory=126 * GIB)
-    plans = [math_7b._roomy(layout) for layout in advice._layouts(math_7b.config, device, 8, 1)]
+    awake = Planner(load_config([RECIPE, "train.updates_per_step=1", "engine.sleep=false"]))
+    plans = [awake._roomy(layout) for layout in advice._layouts(awake.config, device, 8, 1)]
     fitting = [plan for plan in plans if plan.memory.fits]
-    best, found = min(plan.pace.step for plan in fitting), math_7b.recommended(device, 8)
+    best, found = min(plan.pace.step for plan in fitting), awake.recommended(device, 8)
     assert fitting[0].pace.step > 2 * best and found.pace.step <= 1.15 * best
     assert not any(plan.pace.step <= 1.15 * best for plan in fitting[: fitting.index(found)])
 
@@ -187,6 +188,23 @@ def test_the_command_prints_parts_seconds_and_options(capsys: pytest.CaptureFixt
         assert part in text, part
     assert "8 x H100: fits. train.tokens_per_microbatch=16384 model.gradient_checkpointing=true" in text
     assert "64 x H100: fits." in text
+
+
+def test_rollouts_beside_training_are_said(math_7b: Planner) -> None:
+    """Engines on GPUs of their own, those that are behind, and the options of a layout with both."""
+    config = load_config([
+        RECIPE, "train.updates_per_step=1", "engine.devices=[4,5,6,7]", "engine.tensor_parallel=2", "rollout.max_lag=1",
+    ])  # fmt: skip
+    planner = Planner(config)
+    said = plan.describe(planner)[3:]
+    assert said[0] == "Engines on 4 GPUs of each machine that train nothing, one for every 2 GPUs."
+    assert said[1].startswith("Rollouts go on beside training") and len(said) == 2
+    found = planner.as_configured(H100, 4)
+    assert (found.layout.engines_apart, found.layout.engine_ranks) == (2, 2) and found.pace.at_once
+    assert {"engine.tensor_parallel=2", "engine.gpu_memory_utilization=0.9"} <= set(
+        settings(planner.recommended(H100, 4))
+    )
+    assert advice.engines_apart(config, 16) == 8 and advice.engines_apart(math_7b.config, 16) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from srft.config import Config
+from srft.engine.placement import ASLEEP_BYTES
 from srft.options import load_config
-from srft.planning.devices import find_device, known_gpu
-from srft.planning.memory import Layout, plan_memory
+from srft.planning.devices import find_device, known_gpu, this_cpu
+from srft.planning.memory import ENGINE_ASLEEP, ENGINE_SHARE, Layout, Memory, plan_memory
 from srft.planning.models import KNOWN, ModelShape, build_policy, measure_shape, read_shape
+from srft.planning.pace import Pace, Tokens, plan_pace
 from srft.planning.trace import BodyPasses, Held, trace_body
 
 GIB = 2**30
@@ -204,6 +206,73 @@ def test_servers_take_nothing_of_the_trainers_devices() -> None:
     engines = {kind: set(memory.standing) - set(of["http"].standing) for kind, memory in of.items()}
     assert all(engines[kind] for kind in ("vllm", "hf")) and "rollout" in of["hf"].moments
     assert "rollout" not in of["http"].moments and not any("engine" in part for part in of["http"].standing)
+
+
+def plan_of(*options: str, **layout: object) -> tuple[Memory, Pace]:
+    """Memory and seconds of the 7B recipe on one layout, whose passes take nothing."""
+    config = load_config(["recipes/qwen2.5-math-7b.toml", *options])
+    shape, passes = shape_of(config), BodyPasses(*[Held(0, 0)] * 4, flops=1e15, moved=1e12)
+    place = Layout(H100, 16384, 8, 8, **layout)
+    memory = plan_memory(shape, passes, config, place, 1024)
+    return memory, plan_pace(shape, passes, config, place, Tokens(512, 4096), max(0, memory.engine_cache))
+
+
+def test_an_engine_that_sleeps_takes_its_share_while_it_samples_alone() -> None:
+    """Of a GPU it has with training; awake, or beside a batch that is made meanwhile, it keeps it."""
+    share = int(0.45 * H100.memory)
+    asleep, _ = plan_of()
+    assert asleep.standing[ENGINE_ASLEEP] == ASLEEP_BYTES and ENGINE_SHARE not in asleep.standing
+    assert asleep.moments["rollout"] == {ENGINE_SHARE: share - ASLEEP_BYTES}
+    for option in ("engine.sleep=false", "rollout.max_lag=1"):
+        awake, _ = plan_of(option)
+        assert awake.standing[ENGINE_SHARE] == share and "rollout" not in awake.moments
+        assert awake.engine_cache == asleep.engine_cache
+        assert awake.at("loss") - asleep.at("loss") == share - ASLEEP_BYTES
+        assert awake.shown == awake.worst and asleep.shown != "rollout" == asleep.worst
+
+
+def test_engines_apart_take_nothing_of_training_and_two_read_half_each() -> None:
+    """Their GPUs hold their weights; two engines of two GPUs are as fast as four GPUs are."""
+    one, alone = plan_of("engine.devices=[7]", engines_apart=1)
+    assert not any("engine" in part for part in one.standing) and "rollout" not in one.moments
+    two, several = plan_of("engine.devices=[4,5,6,7]", "engine.tensor_parallel=2", engines_apart=2, engine_ranks=2)
+    assert two.engine_cache > one.engine_cache > 0
+    assert several.rollout < alone.rollout / 2 and several.train == alone.train
+
+
+def test_rollouts_that_are_recorded_need_no_engine() -> None:
+    """No share, no seconds, no weights that are sent."""
+    memory, pace = plan_of("train.replay=runs/first")
+    assert not any("engine" in part for part in memory.standing) and "rollout" not in memory.moments
+    assert pace.rollout == pace.sync == 0 and pace.step == pace.train and memory.fits
+
+
+@pytest.mark.parametrize(
+    ("options", "layout", "at_once"),
+    [
+        ([], {"engines_apart": 1}, False), (["rollout.max_lag=1"], {"engines_apart": 1}, True),
+        (["rollout.max_lag=1"], {}, False),
+        (["rollout.max_lag=1", "engine.kind=http", "engine.urls=http://a:1", "engine.weights_dir=/w"], {}, True),
+    ],
+)  # fmt: skip
+def test_a_step_takes_the_longer_of_what_goes_on_at_once(options: list[str], layout: dict, at_once: bool) -> None:
+    """Where rollouts lag and have devices of their own; on one GPU both want it."""
+    _, pace = plan_of(*options, **layout)
+    both = pace.rollout, pace.train
+    assert min(both) > 0 and pace.at_once is at_once
+    assert pace.step == pytest.approx((max(both) if at_once else sum(both)) + pace.sync)
+
+
+def test_a_lag_on_a_cpu_halves_the_cores_of_both() -> None:
+    """So that a step is not faster than the two in turn."""
+    config, late = (load_config(["model.name=Qwen/Qwen2.5-0.5B", *more]) for more in ([], ["rollout.max_lag=1"]))
+    shape, passes = shape_of(config), BodyPasses(*[Held(0, 0)] * 4, flops=1e12, moved=1e9)
+    turns, beside = (
+        plan_pace(shape, passes, c, Layout(this_cpu(1e11), 1024), Tokens(100, 100), 0) for c in (config, late)
+    )
+    assert beside.rollout == 2 * turns.rollout and beside.at_once
+    # and one more forward pass
+    assert beside.train > 2 * turns.train
 
 
 def test_mixtures_of_experts_are_refused() -> None:
