@@ -107,6 +107,7 @@ def configuration(folder: Path, options: argparse.Namespace) -> Config:
     ]  # fmt: skip
     if options.device == "cuda":
         shape += ["model.compute_dtype=bfloat16", "model.gradient_checkpointing=true"]
+    shape.append(f"model.compile={options.compile}")
     return load_config([
         *shape, "name=step", f"runs_dir={folder}", f"cache_dir={folder}", f"data.train={folder / 'prompts.jsonl'}",
         "data.columns.prompt=prompt", "data.columns.answer=answer", "data.eval_limit=8",
@@ -235,6 +236,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", help="folder of a model in place of a tiny one")
+    parser.add_argument("--compile", action="store_true", help="ours with model.compile=true")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out")
     options = parser.parse_args()
     rates: list[Spent] = []
