@@ -97,8 +97,9 @@ class Rollouts:
         self._made = self._maker.submit(self._make_beside, now)
 
     def _make_beside(self, now: StepInfo) -> Sampled:
-        clock = Clock(step=now.step)
+        clock = Clock(self._actor.world, now.step)
         made = self._make(now, clock)
+        self._actor.world.at("")
         return replace(made, seconds=clock.seconds()["time/step"])
 
     def _make(self, now: StepInfo, clock: Clock) -> Sampled:

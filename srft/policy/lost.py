@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-_PLACE = "srft/at/{}"
+_PLACE, _BESIDE = "srft/at/{}", "srft/beside/{}"
 _FAILED = "srft/failed/{}"
 # ranks that wait for another one give up within moments of each other; who comes later is the one
 _HEARING_S = 1.5
@@ -19,14 +19,15 @@ class LostRank(RuntimeError):
     """Ranks that should have met did not; the message says which is missing, and where it was."""
 
 
-def note_place(rank: int, place: str) -> None:
+def note_place(rank: int, place: str, *, beside: bool = False) -> None:
     """Note where a rank is, in the store that all ranks of the default process group share.
 
     Args:
         rank: This one.
-        place: Such as "step 3, rollout".
+        place: Such as "step 3, rollout"; empty: nowhere.
+        beside: It is where a thread of the rank is, beside the one that trains.
     """
-    _store().set(_PLACE.format(rank), place)
+    _store().set((_BESIDE if beside else _PLACE).format(rank), place)
 
 
 @contextmanager
@@ -80,8 +81,9 @@ def _diagnosis(rank: int, size: int, deadline_s: float, error: RuntimeError) -> 
 
 
 def _place(rank: int) -> str:
-    key = _PLACE.format(rank)
-    return _store().get(key).decode() if _store().check([key]) else "the start"
+    keys = [key.format(rank) for key in (_PLACE, _BESIDE)]
+    own, beside = (_store().get(key).decode() if _store().check([key]) else "" for key in keys)
+    return "; beside it ".join(filter(None, (own or "the start", beside)))
 
 
 def _first_line(error: BaseException) -> str:

@@ -187,10 +187,10 @@ class World:
         """Note where this rank is, for the diagnosis of a rank that others wait for in vain.
 
         Args:
-            place: Such as "step 3, rollout".
+            place: Such as "step 3, rollout"; empty: nowhere.
         """
         if self.size > 1:
-            note_place(self.rank, place)
+            note_place(self.rank, place, beside=self.group is not None)
 
 
 ALONE = World()

@@ -160,12 +160,15 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=30)
     parser.add_argument("--engine", choices=["vllm", "hf"], default="vllm")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--lag", type=int, default=0, help="rollout.max_lag")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None, help="kept; unset: a new one in the temporary folder")
     given = parser.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="kill-at-random-"))
     rng, killed = random.Random(given.seed), []
-    options: dict[str, object] = {"engine__kind": given.engine, "train__ranks": given.ranks}
+    options: dict[str, object] = {
+        "engine__kind": given.engine, "train__ranks": given.ranks, "rollout__max_lag": given.lag,
+    }  # fmt: skip
     first = Session(folder / "killed", options, steps=100_000)
     first.wait_for_rows(2, 600)
     window = 1.5 * (time.monotonic() - first.began)

@@ -24,6 +24,8 @@ def rank_main(rank: int, folder: Path) -> None:
         dist.barrier()
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
         note_place(rank, "step 3, rollout" if rank else "step 3, train")
+        for place in ("step 4, rollout", "step 4, reward" * rank):
+            note_place(rank, place, beside=True)
         try:
             with lost_ranks_named(rank, 2, 2.0):
                 if case == "own":
@@ -43,13 +45,14 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[object]]]:
 
 
 def test_rank_that_does_not_come_is_named(said: list[list[list[object]]]) -> None:
-    """Who waited, for how long, for whom; and the one that comes after all hears that it was given up."""
+    """Who waited, for how long, for whom, and at what beside training; the last to come hears that it was given up."""
     assert said[0][1] == [
         True,
         "rank 0 waited at 'step 3, train', and another did not come within train.collective_deadline_s=2 s: "
-        "rank 1, last at 'step 3, rollout'",
+        "rank 1, last at 'step 3, rollout; beside it step 4, reward'",
     ]
-    assert said[1][1] == [True, "the other ranks gave up waiting for rank 1, at 'step 3, rollout' until now"]
+    until = "at 'step 3, rollout; beside it step 4, reward' until now"
+    assert said[1][1] == [True, f"the other ranks gave up waiting for rank 1, {until}"]
 
 
 def test_other_errors_stay_what_they_are(said: list[list[list[object]]]) -> None:

@@ -106,7 +106,8 @@ def test_a_killed_rank_ends_the_other(runs: tuple[Path, dict[str, list[int]]]) -
     """Which names it, while its own batch was being made; nobody waits for ``train.collective_deadline_s``."""
     assert runs[1]["killed"] == [2, -signal.SIGKILL]
     said = (runs[0] / "killed-0.log").read_text()
-    assert re.search("error: rank 0 waited at 'step [23], .* is gone or has failed: rank 1, last at 'step 3, ", said)
+    where = r"error: rank 0 waited at 'step [23], .* is gone or has failed: rank 1, last at '"
+    assert re.search(where + r"step 3, \w+; beside it step 4, reward'", said)
 
 
 def test_it_goes_on_to_the_same_bits(runs: tuple[Path, dict[str, list[int]]]) -> None:
