@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.forks import run_forked
 
 
 def results_of_two_ranks(module: str, folder: Path) -> list[Any]:
@@ -30,33 +28,31 @@ def results_of_ranks(module: str, folder: Path, ranks: int, seconds: int = 280) 
         ranks: How many; each finds the number in its environment as WORLD_SIZE.
         seconds: After which one that has not ended hangs.
     """
-    command = f"import sys, pathlib; from {module} import rank_main; from tests.ranks import run_forked; "
-    command += f"run_forked(rank_main, {ranks}, pathlib.Path(sys.argv[1]))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", command, str(folder)], env=environment, cwd=ROOT, start_new_session=True
-    )
-    try:
-        assert parent.wait(timeout=seconds) == 0
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(parent.pid, signal.SIGKILL)
-        parent.wait()
+    environment = {**os.environ, "WORLD_SIZE": str(ranks)}
+    status, _, said = run_forked("tests.ranks:run_ranks", [module, ranks, str(folder)], environment, seconds)
+    assert status == 0, said
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def run_forked(main: Callable[[int, Path], None], ranks: int, folder: Path) -> None:
-    """Run ``main(rank, folder)`` in a child for each rank, which need not import again what this process has.
+def run_ranks(module: str, ranks: int, folder: str) -> None:
+    """Run ``rank_main(rank, folder)`` of a module in a child for each rank.
 
     Raises:
         SystemExit: With the statuses that are not 0.
     """
+    main = importlib.import_module(module).rank_main
     children = []
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
-            main(rank, folder)
-            return
+            status = 1
+            try:
+                main(rank, Path(folder))
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(status)
         children.append(child)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if any(statuses):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,8 @@ import torch
 
 from srft.config import Config
 from srft.options import load_config
-from srft.train import fit
+from srft.train import fit, main
+from tests.forks import run_forked
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -137,39 +139,26 @@ def during_call(
     patch.setattr(owner, name, counted)
 
 
-# trainers, forks of one process that has imported all: each is told where to end itself, the n-th call of a function
-KILLED_AT = """
-import importlib, json, os, signal, sys
-from srft import train
-
-statuses = []
-for where, call, words in json.loads(sys.argv[1]):
-    if child := os.fork():
-        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        continue
-    module, _, name = where.rpartition(".")
-    owner = importlib.import_module(module)
-    original, calls = getattr(owner, name), 0
-
-    def deadly(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, deadly)
-    sys.argv[1:] = words
-    train.main()
-    os._exit(0)
-sys.exit(None if set(statuses) == {-signal.SIGKILL} else f"ended with {statuses}")
-"""
-
-
 def kill_runs(runs: list[tuple[str, int, list[str]]]) -> None:
     """Train with each of these command lines and send SIGKILL at the n-th call of a function, a dotted path."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT, json.dumps(runs)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    status, _, said = run_forked("tests.trainer.runs:train_until_killed", [runs], environment(), seconds=240)
+    assert status == 0, said
+
+
+def train_until_killed(runs: list[tuple[str, int, list[str]]]) -> None:
+    """Train as ``kill_runs`` says, each in a fork of this process.
+
+    Raises:
+        SystemExit: Where one was not killed.
+    """
+    statuses = set()
+    for where, call, words in runs:
+        if child := os.fork():
+            statuses.add(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            continue
+        during_call(pytest.MonkeyPatch(), where, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        sys.argv[1:] = words
+        main()
+        os._exit(0)
+    if statuses != {-signal.SIGKILL}:
+        sys.exit(f"ended with {statuses}")
