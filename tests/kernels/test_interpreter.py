@@ -24,11 +24,11 @@ PIECES = {
         " and not (gspo or reinforce or token_weight))",
         60,
     ),
-    "rows": (["rows", "mutations", "properties"], "test_rows or test_mutations or row_is_independent", 30),
-    "cross-entropy": (
-        ["cross_entropy"],
-        "((against_float64 or vocabulary) and (both or softcap)) or (weight_of_0 and smoothed)",
-        12,
+    "rows": (
+        ["rows", "mutations", "properties", "cross_entropy"],
+        "test_rows or test_mutations or row_is_independent or (test_cross_entropy"
+        " and (((against_float64 or vocabulary) and (both or softcap)) or (weight_of_0 and smoothed)))",
+        42,
     ),
     "logits": (
         ["logits", "hard_inputs", "device_path", "head_options", "validation"],
