@@ -61,9 +61,27 @@ class ByWhatTheyShare(LoadScopeScheduling):
 
 
 @functools.cache
+def _text(module: str) -> str:
+    return (TESTS.parent / module).read_text()
+
+
 def _shared_by(module: str) -> str:
-    text = (TESTS.parent / module).read_text()
+    text = _text(module)
     return "vllm" if "pytest.mark.vllm" in text else "fixture" if 'scope="module"' in text else "nothing"
+
+
+def _starts_processes(item: pytest.Item) -> bool:
+    text = _text(item.nodeid.partition("::")[0])
+    return any(word in text for word in ("sys.executable", "Popen", "train_process", "kill_runs", "results_of_"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let workers begin with what starts processes, which takes longest: none waits for another in the end.
+
+    Units of many tests are handed out before those of few as it is.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not _starts_processes(item))
 
 
 @pytest.hookimpl(optionalhook=True)
