@@ -26,6 +26,7 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from srft.config import Config
+from srft.conversation import Environment, environment_of
 from srft.data.files import is_local
 from srft.data.templates import stop_token_ids
 from srft.engine.base import Engine, EngineError, Sampling
@@ -152,7 +153,10 @@ def evaluate(given: argparse.Namespace) -> None:
     if len({chosen.name for chosen in sets}) < len(sets):
         raise ValueError(f"two of the sets have one name: {', '.join(chosen.name for chosen in sets)}; rename a file")
     with taken(out), ExitStack() as stack:
-        asked = [_asked(chosen, given, subject, tokenizer, temperature, stack) for chosen in sets]
+        environment = stack.enter_context(environment_of(config, tokenizer))
+        if environment is not None:
+            environment.pool.prewarm()
+        asked = [_asked(chosen, given, subject, tokenizer, temperature, stack, environment) for chosen in sets]
         _keep(out, asked, given, subject, temperature)
         starting = _Starting(config, tokenizer, asked, out, stack)
         for one in asked:
@@ -164,7 +168,7 @@ def evaluate(given: argparse.Namespace) -> None:
 
 def _asked(
     chosen: EvalSet, given: argparse.Namespace, subject: Subject, tokenizer: PreTrainedTokenizerBase,
-    temperature: float, stack: ExitStack,
+    temperature: float, stack: ExitStack, environment: Environment | None,
 ) -> Asked:  # fmt: skip
     config = subject.config
     pool = stack.enter_context(RewardPool(chosen.reward, config.reward.workers, config.reward.deadline_s))
@@ -175,7 +179,7 @@ def _asked(
     sampling = Sampling(temperature, longest, ends, tuple(config.rollout.stop))
     samples = 1 if given.greedy else given.samples or chosen.samples
     batch = given.batch or (config.engine.max_batch if _kind(config) == "hf" else 2048)
-    return Asked(chosen, Drawing(prompts, samples, sampling, given.seed, batch), pool, left_out)
+    return Asked(chosen, Drawing(prompts, samples, sampling, given.seed, batch, environment), pool, left_out)
 
 
 def _end_tokens(config: Config) -> int | list[int] | None:
@@ -202,6 +206,7 @@ def _keep(
             "weights": subject.weights, "temperature": temperature, "seed": given.seed,
             "engine": _kind(config), "dtype": str(config.engine_dtype).removeprefix("torch."),
             "stop": config.rollout.stop, "rope_theta": config.model.rope_theta,
+            **({"environment": config.env.name, "turns": config.env.max_turns} if config.env.name else {}),
         },
         {
             one.chosen.name: {

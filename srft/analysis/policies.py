@@ -90,8 +90,13 @@ def load_policy(source: str, label: str, config: Config) -> Policy:
         config: How it is asked, in which precision and where.
 
     Raises:
-        ValueError: When it cannot be read.
+        ValueError: When it cannot be read, or its run has conversations.
     """
+    if config.env.name is not None:
+        raise ValueError(
+            f"{label} was trained in conversations (env.name={config.env.name}), and an analysis looks at answers of "
+            "one turn; leave it out"
+        )
     other = {"name": source, "tokenizer": None, "reference": None}
     if source != config.model.name and not is_adapter(source):
         # a whole model has in its files what the run put in place of its checkpoint's

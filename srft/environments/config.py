@@ -14,7 +14,7 @@ class EnvConfig(Section):
 
     name: str | None = None
     """"calculator", or path/to/file.py:Class with `__init__(self, answer, row)` and `step(self, text)`, which returns
-    what is said to a turn of the policy, or None when that was the last one; unset: a rollout is one turn. With it
+    what is said to a turn of the policy, or nothing when that was the last one; unset: a rollout is one turn. With it
     demonstrations that are conversations are learned from the assistant's first turn on, and rollout.max_new_tokens
     holds for all that comes after the prompt, what is said to the policy included. The last turn is judged."""
     max_turns: int = Field(8, gt=0)

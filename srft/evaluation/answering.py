@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from srft.config import Config
+from srft.conversation import Environment
 from srft.data.judging import check_answers
 from srft.data.prompts import Prompt, build_prompts
 from srft.engine.base import Engine, Sampling
@@ -34,6 +35,7 @@ class Drawing:
         seed: Of the sampling.
         batch: Answers drawn together. A batch is drawn whole, however much of it is written, so that what an answer
             shares its batch with, which decides its last bits, does not depend on when a process was killed.
+        environment: What the policy talks to; None: it answers in one turn.
     """
 
     prompts: list[Prompt]
@@ -41,6 +43,7 @@ class Drawing:
     sampling: Sampling
     seed: int
     batch: int
+    environment: Environment | None = None
 
 
 def as_prompts(chosen: EvalSet, config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -124,7 +127,7 @@ def answer_all(
         part = drawing.prompts[first : first + step]
         if all(prompt.example.id in answered.rows for prompt in part):
             continue
-        actor = Actor(engine(), drawing.sampling, tokenizer, pool)
+        actor = Actor(engine(), drawing.sampling, tokenizer, pool, environment=drawing.environment)
         answers = draw_answers(actor, part, drawing.samples, drawing.seed)
         answered.add(list(zip(part, answers, strict=True)))
         share = accuracy([tally_of(row) for row in answered.rows.values()])

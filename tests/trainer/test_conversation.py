@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from srft import evaluate as evaluate_command
 from srft.batch import Response
 from srft.conversation import Environment, converse
 from srft.data.examples import Example
@@ -168,6 +169,14 @@ def test_a_conversation_whose_environment_hung_is_not_judged(tmp_path: Path) -> 
         assert (answer.result.status, answer.result.value) == (status, reward)
 
 
+def test_an_environment_without_an_answer_changes_nothing(tmp_path: Path) -> None:
+    """A conversation of one turn is a rollout as ever: the same metrics, samples and weights to the last bit."""
+    path = tmp_path / "silent.py"
+    path.write_text("class Silent:\n    def __init__(self, answer, row): pass\n    def step(self, text): pass\n")
+    alone = train(tmp_path / "alone", train__steps=1)
+    assert_same_run(train(tmp_path / "beside", train__steps=1, env__name=f"{path}:Silent"), alone)
+
+
 RUN = {
     "data__train": "calculator", "env__name": "calculator", "data__task__largest": 9, "rollout__max_new_tokens": 40,
     "env__workers": 1, "train__record_rollouts": True,
@@ -175,7 +184,7 @@ RUN = {
 
 
 def test_a_run_of_conversations_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    """With rollouts a step ahead, which wait in the checkpoint, and a warm start; then it is replayed."""
+    """With rollouts a step ahead, which wait in the checkpoint, and a warm start; evaluated and replayed afterwards."""
     options = RUN | {"rollout__max_lag": 1, "model__warm_start__max_steps": 10}
     whole = train(tmp_path / "whole", **options)
     train(tmp_path / "parts", **options | {"train__steps": 1})
@@ -185,10 +194,12 @@ def test_a_run_of_conversations_goes_on_as_if_it_had_not_stopped(tmp_path: Path)
     assert last["length/turns"] >= 1 and "eval/accuracy" in last
     shown = [row for row in read_lines(whole / "samples.jsonl") if row["demo"]]
     assert all("[user]" in row["completion"] for row in shown)
-    again, first = (
-        read_lines(run / "metrics.jsonl")[1]
-        for run in (train(tmp_path / "again", **RUN | {"train__record_rollouts": False}, train__replay=whole), whole)
-    )
+    words = [str(whole), "calculator", "--greedy", "--max-new-tokens", "40", "--limit", "8", "--out", f"{tmp_path}/e"]
+    evaluate_command.main(words)
+    cut = sum(row["tally"]["cut"] for row in read_lines(tmp_path / "e" / "calculator.jsonl")) / 8
+    assert cut == last["eval/truncated"]
+    replayed = train(tmp_path / "again", **options | {"train__record_rollouts": False, "train__replay": whole})
+    again, first = (read_lines(run / "metrics.jsonl")[1] for run in (replayed, whole))
     assert again["length/mean"] == first["length/mean"] and again["length/turns"] == first["length/turns"]
 
 
