@@ -4,7 +4,7 @@
 
 Before each sync every weight gets noise of its own, and the canary compares trainer and engine after it, as in a run: a
 sync that it does not let pass ends this with its words. A line says the worst it saw, the time of a sync, what the
-processes grew by, and how many folders of weights are left in shared memory and the temporary folder.
+processes grew by, and how many of the folders that weights went through are left.
 """
 
 from __future__ import annotations
@@ -67,30 +67,25 @@ def many_syncs(syncs: int, model: PreTrainedModel, engine: Engine, dtype: str) -
     sync = WeightSync(policy, engine, probe, config)
     pids = live_members(engine.pid) if isinstance(engine, VllmEngine) else []
     originals = [p.detach().clone() for p in policy.parameters()]
-    rows, before = [], (0, 0)
+    # no rows, which would be what grows
+    worst, worst_mean, seconds, size, before = 0.0, 0.0, [], 0.0, (0, 0)
     for number in range(syncs):
         with torch.no_grad():
             for parameter, original in zip(policy.parameters(), originals, strict=True):
                 parameter.copy_(original + 0.05 * torch.randn_like(original))
-        rows.append(sync.push(engine.version + 1))
+        row = sync.push(engine.version + 1)
+        worst, worst_mean = max(worst, row["canary/max_abs_diff"]), max(worst_mean, row["canary/mean_abs_diff"])
+        size = row["sync/bytes"]
+        seconds.append(row["time/weights"])
         if number == min(_SETTLED, syncs - 1):
             before = _memory(["self"]), _memory(pids)
     grown = _memory(["self"]) - before[0], _memory(pids) - before[1]
-    return Seen(
-        max(row["canary/max_abs_diff"] for row in rows), max(row["canary/mean_abs_diff"] for row in rows),
-        [row["time/weights"] for row in rows], rows[-1]["sync/bytes"], grown,
-    )  # fmt: skip
+    return Seen(worst, worst_mean, seconds, size, grown)
 
 
 def hf_engine(model: PreTrainedModel, dtype: str) -> HfEngine:
     """The engine of this process."""
     return HfEngine(model, dtype=getattr(torch, dtype), pad_token_id=0, max_batch=8)
-
-
-def left_folders() -> list[str]:
-    """Folders in which weights travel, of any engine there is."""
-    parents = {Path("/dev/shm"), Path(tempfile.gettempdir())}
-    return sorted(str(folder) for parent in parents for folder in parent.glob("srft-weights-*"))
 
 
 def _memory(pids: Sequence[int | str]) -> int:
@@ -108,7 +103,6 @@ def main() -> None:
     parser.add_argument("--syncs", type=int, default=1000)
     options = parser.parse_args()
     torch.manual_seed(0)
-    before = left_folders()
     with tempfile.TemporaryDirectory() as folder:
 
         model = tiny_model(tied=options.tied, seed=0)
@@ -119,7 +113,7 @@ def main() -> None:
             engine = start(save_model(model, Path(folder)), dtype=options.dtype)
         with closing(engine):
             seen = many_syncs(options.syncs, model, engine, options.dtype)
-    left = [name for name in left_folders() if name not in before]
+        left = [path for path in getattr(engine, "folders", []) if path.exists()]
     print(
         f"{options.engine}, {options.dtype}, {'tied' if options.tied else 'untied'}: {options.syncs} syncs of "
         f"{seen.bytes / 1e6:.2f} MB; canary at worst {seen.worst:.1e}, mean {seen.worst_mean:.1e} nats; median "
