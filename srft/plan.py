@@ -58,6 +58,8 @@ def _about_rollouts(config: Config) -> list[str]:
     said, engine = [], config.engine
     if config.train.replay:
         return ["Rollouts are those of train.replay: no engine, no weights for one."]
+    if config.train.rollouts_only:
+        said.append("Rollouts alone (train.rollouts_only): nothing is trained.")
     if engine.kind == "http":
         said.append(
             f"Rollouts by {len(engine.urls)} server{'s' if len(engine.urls) > 1 else ''}, each taken to have a device "

@@ -140,8 +140,10 @@ def plan_memory(
         "gradients, fp32": _FP32 * shape.trained // layout.shard,
         "AdamW's moments, fp32": 2 * _FP32 * shape.trained // layout.shard,
     }
+    if config.train.rollouts_only:  # nothing but the policy is held, and nothing computed but rollouts
+        standing, teacher = {"weights, fp32": standing["weights, fp32"]}, None
     # under adapters the policy is its own; a model of model.reference is taken to be as large
-    if config.wants_reference and not config.model.lora.rank:
+    elif config.wants_reference and not config.model.lora.rank:
         standing["reference, fp32"] = _FP32 * shape.parameters // layout.shard
     if teacher is not None:
         standing["teacher, fp32"] = _FP32 * teacher.parameters // layout.shard
@@ -154,7 +156,7 @@ def plan_memory(
         standing[OVERHEAD] = int(
             _CONTEXT + (layout.ranks > 1) * _NCCL + _FRAGMENTS * layout.device.memory
         )
-    moments = _moments(shape, passes, config, layout, rows)
+    moments = {"rollout": {}} if config.train.rollouts_only else _moments(shape, passes, config, layout, rows)
     if teacher is not None:
         moments["forward of the teacher"] = _teaching(teacher, config, layout, rows)
     if sampling:

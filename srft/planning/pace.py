@@ -138,6 +138,8 @@ def plan_pace(
         sync = 0.0
     halved = 1
     at_once = _at_once(config, layout)
+    if config.train.rollouts_only:
+        return Pace(rollout, 0.0, 0.0, 0.0, 0.0, 0, 0.0)
     if at_once and not device.is_gpu and config.engine.kind != "http":
         halved = 2  # each has half of the cores
     return Pace(

@@ -16,7 +16,7 @@ from srft.config import Config
 from srft.engine.placement import ASLEEP_BYTES
 from srft.options import load_config
 from srft.planning.devices import find_device, known_gpu, this_cpu
-from srft.planning.memory import ENGINE_ASLEEP, ENGINE_SHARE, Layout, Memory, plan_memory
+from srft.planning.memory import ENGINE_ASLEEP, ENGINE_SHARE, OVERHEAD, Layout, Memory, plan_memory
 from srft.planning.models import KNOWN, ModelShape, build_policy, measure_shape, read_shape
 from srft.planning.pace import Pace, Tokens, plan_pace
 from srft.planning.trace import BodyPasses, Held, trace_body
@@ -245,6 +245,13 @@ def test_rollouts_that_are_recorded_need_no_engine() -> None:
     memory, pace = plan_of("train.replay=runs/first")
     assert not any("engine" in part for part in memory.standing) and "rollout" not in memory.moments
     assert pace.rollout == pace.sync == 0 and pace.step == pace.train and memory.fits
+
+
+def test_rollouts_alone_hold_the_policy_and_its_engine() -> None:
+    """No gradients, moments or activations, and no seconds but those of sampling; the engine has no need to sleep."""
+    memory, pace = plan_of("train.rollouts_only=true")
+    assert set(memory.standing) == {"weights, fp32", ENGINE_SHARE, OVERHEAD} and memory.moments == {"rollout": {}}
+    assert pace.step == pace.rollout > 0
 
 
 @pytest.mark.parametrize(
