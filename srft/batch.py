@@ -55,6 +55,7 @@ class Response:
             then one that was said to it, and so on; empty: one turn of its own. Whatever is of each token, such as its
             log-probability, is of ``own_ids``.
         transcript: A conversation as text, with what was said to the policy; empty where it is none.
+        is_rewarded: Whether an environment has given the reward, so that no verifier is asked.
     """
 
     prompt_ids: list[int]
@@ -81,6 +82,7 @@ class Response:
     entropies: Tensor | None = None
     spans: list[int] = field(default_factory=list)
     transcript: str = ""
+    is_rewarded: bool = False
 
     @property
     def own_places(self) -> Sequence[int]:
@@ -116,6 +118,11 @@ class Response:
     def is_judged(self) -> bool:
         """Whether it has a reward at all; what the verifier did not judge takes no part in training or in means."""
         return self.status != "unjudged"
+
+    @property
+    def lacks_verdict(self) -> bool:
+        """Whether a verifier is to judge it: no environment has, and none failed."""
+        return self.status == "ok" and not self.is_rewarded
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)

@@ -76,7 +76,17 @@ def refuse_unfit_environment(config: Config, tokenizer: PreTrainedTokenizerBase)
 
 @dataclass
 class _Talk:
-    """A conversation as far as it has come; ``opened`` is the thought in which the next turn begins."""
+    """A conversation as far as it has come.
+
+    Args:
+        key: Tells it from the others.
+        prompt: What it is about.
+        seed: Of the next turn.
+        opened: The thought in which that begins, mostly none.
+        response: What has become of it.
+        turns: The policy's and the environment's.
+        heard: Turns of the policy that the environment was asked about.
+    """
 
     key: int
     prompt: Prompt
@@ -84,6 +94,7 @@ class _Talk:
     opened: str
     response: Response
     turns: list[Message] = field(default_factory=list)
+    heard: int = 0
 
     @property
     def ids(self) -> list[int]:
@@ -109,7 +120,8 @@ def converse(
         seeds: One list per prompt, a seed for each conversation, in [0, 2**63).
 
     Returns:
-        The conversations of each prompt; those whose environment hung or died have its status, and are not judged.
+        The conversations of each prompt, with their rewards where the environment judges; those whose environment hung
+        or died have its status, and are not judged.
 
     Raises:
         EngineError: As ``Engine.generate``.
@@ -128,6 +140,8 @@ def converse(
         going = _listen([talk for talk in going if not talk.response.truncated], environment, limit)
     for talk in talks:
         _close(talk)
+    if environment.pool.judges:
+        _judge([talk for talk in talks if talk.response.status == "ok"], environment)
     answers = iter(talk.response for talk in talks)
     return [[next(answers) for _ in of_prompt] for of_prompt in seeds]
 
@@ -151,11 +165,10 @@ def _speak(talk: _Talk, completion: Completion, environment: Environment, sampli
 
 def _listen(talks: Sequence[_Talk], environment: Environment, limit: int) -> list[_Talk]:
     """Add what the environment says; the conversations that go on are left."""
-    asked = []
-    for talk in talks:
-        example, texts = talk.prompt.example, [turn["content"] for turn in talk.turns[::2]]
-        asked.append(Asked(talk.key, texts, example.answer, example.row))
     left = []
+    for talk in talks:
+        talk.heard = len(talk.turns[::2])
+    asked = [_asked(talk) for talk in talks]
     for talk, reply in zip(talks, environment.pool.answer(asked), strict=True):
         s, words = talk.response, talk.prompt.example.prompt
         s.status, s.message = reply.status, reply.message
@@ -173,6 +186,18 @@ def _listen(talks: Sequence[_Talk], environment: Environment, limit: int) -> lis
         talk.turns.append(turn)
         left.append(talk)
     return left
+
+
+def _asked(talk: _Talk) -> Asked:
+    example, texts = talk.prompt.example, [turn["content"] for turn in talk.turns[::2]]
+    return Asked(talk.key, texts[: talk.heard], example.answer, example.row)
+
+
+def _judge(talks: Sequence[_Talk], environment: Environment) -> None:
+    """Give conversations the reward of their environment, which has heard all turns but one that was cut."""
+    for talk, reply in zip(talks, environment.pool.judge([_asked(talk) for talk in talks]), strict=True):
+        s = talk.response
+        s.status, s.message, s.reward, s.is_rewarded = reply.status, reply.message, reply.reward, True
 
 
 def _close(talk: _Talk) -> None:

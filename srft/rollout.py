@@ -225,10 +225,11 @@ def judge(groups: list[Group], pool: Judge) -> None:
     """Give every rollout and demonstration its reward.
 
     Args:
-        groups: Modified in place; conversations whose environment hung or died keep its status, with a reward of 0.
+        groups: Modified in place; conversations that their environment judged keep its reward, those of one that hung
+            or died its status, with a reward of 0.
         pool: The verifiers; demonstrations are judged like rollouts, so a bad one earns nothing.
     """
-    members = [(s, g.prompt.example) for g in groups for s in (*g.rollouts, *g.demos) if s.status == "ok"]
+    members = [(s, g.prompt.example) for g in groups for s in (*g.rollouts, *g.demos) if s.lacks_verdict]
     results = pool.score([(response.text, example.answer, example.row) for response, example in members])
     for (response, _), result in zip(members, results, strict=True):
         response.reward, response.status, response.message = result.value, result.status, result.message

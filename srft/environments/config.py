@@ -16,7 +16,8 @@ class EnvConfig(Section):
     """"calculator", or path/to/file.py:Class with `__init__(self, answer, row)` and `step(self, text)`, which returns
     what is said to a turn of the policy, or nothing when that was the last one; unset: a rollout is one turn. With it
     demonstrations that are conversations are learned from the assistant's first turn on, and rollout.max_new_tokens
-    holds for all that comes after the prompt, what is said to the policy included. The last turn is judged."""
+    holds for all that comes after the prompt, what is said to the policy included. A rollout has the reward that the
+    class's `reward(self)` returns, where it has that method; else its last turn is judged by the verifier."""
     max_turns: int = Field(8, gt=0)
     """Turns of the policy after which a conversation is cut."""
     role: Literal["user", "tool"] = "user"

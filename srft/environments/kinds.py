@@ -27,10 +27,15 @@ class Environment(Protocol):
             What is said to it, or None when the conversation is over.
         """
 
+    # and, where it judges by itself: def reward(self) -> float, called once when the conversation is over or was cut
+
 
 Maker = Callable[[Any, dict[str, Any]], Environment]
 _BUILT_IN: dict[str, Maker] = {"calculator": Calculator}
-_SHAPE = "class Name: def __init__(self, answer, row) and def step(self, text) -> str | None"
+_SHAPE = (
+    "class Name: def __init__(self, answer, row), def step(self, text) -> str | None and, where it judges by itself, "
+    "def reward(self) -> float"
+)
 
 
 def check_environment(name: str) -> None:
@@ -94,7 +99,12 @@ def _check_shape(name: str, maker: type) -> None:
         raise ValueError(f"{name} has no method step; write {_SHAPE}")
     if inspect.iscoroutinefunction(step):
         raise ValueError(f"step of {name} is an async function; write {_SHAPE}, which may call asyncio.run inside")
-    for what, call, arguments in ((name, maker, ("answer", {})), (f"step of {name}", step, ("self", "text"))):
+    calls: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
+        (name, maker, ("answer", {})), (f"step of {name}", step, ("self", "text"))
+    ]  # fmt: skip
+    if (reward := getattr(maker, "reward", None)) is not None:
+        calls.append((f"reward of {name}", reward, ("self",)))
+    for what, call, arguments in calls:
         try:
             inspect.signature(call).bind(*arguments)
         except TypeError as error:

@@ -16,6 +16,7 @@ class Reply:
 
     Args:
         said: To the policy; None: the conversation is over.
+        reward: Of one that is over, where the environment judges.
         status: "ok"; "timeout": its process was killed at the deadline; "error": that died twice.
         message: What went wrong, empty for "ok".
     """
@@ -23,6 +24,7 @@ class Reply:
     said: str | None
     status: Literal["ok", "timeout", "error"] = "ok"
     message: str = ""
+    reward: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Asked:
 
     Args:
         key: Tells it from the others of its batch; >= 0.
-        texts: What the policy has said, turn by turn, at least one.
+        texts: What the policy has said, turn by turn.
         answer: The example's.
         row: The example's.
     """
@@ -61,27 +63,48 @@ class EnvironmentPool(WorkerPool[Reply]):
         check_environment(name)
         super().__init__("srft.environments.worker", name, f"env.name={name}", workers, deadline_s)
         self._batch = 0
+        self.judges = False
+        """Whether the environment gives rewards by itself; known from the first ``begin`` or ``prewarm`` on."""
 
     def begin(self) -> None:
-        """Forget all conversations: the next are others, whatever their keys."""
+        """Forget all conversations: the next are others, whatever their keys.
+
+        Raises:
+            ValueError: When the environment cannot be loaded.
+        """
+        self.prewarm()
         self._batch += 1
 
     def answer(self, asked: Sequence[Asked]) -> list[Reply]:
         """Answer each conversation's newest turn, in order.
 
         Args:
-            asked: Conversations since the last ``begin``, each once.
+            asked: Conversations since the last ``begin``, each once, with one turn at least.
 
         Raises:
             ValueError: When the environment raises, with file and line; when it cannot be loaded.
         """
-        return self._run([(self._batch, one.key, one.texts, one.answer, one.row) for one in asked])
+        return self._run([(self._batch, one.key, one.texts, one.answer, one.row, False) for one in asked])
+
+    def judge(self, asked: Sequence[Asked]) -> list[Reply]:
+        """Give each conversation its reward, in order; for an environment that ``judges``.
+
+        Args:
+            asked: As for ``answer``, with the turns that were answered.
+
+        Raises:
+            ValueError: As ``answer``.
+        """
+        return self._run([(self._batch, one.key, one.texts, one.answer, one.row, True) for one in asked])
+
+    def _loaded(self, about: str) -> None:
+        self.judges = about == "judges"
 
     def _result(self, payload: Any) -> Reply:
-        said, status, message = payload
+        said, reward, status, message = payload
         if status == "raised":
             raise ValueError(f"{self._about}: {message}")
-        return Reply(said)
+        return Reply(said, reward=reward)
 
     def _failure(self, status: Literal["timeout", "error"], message: str) -> Reply:
         return Reply(None, status, message)

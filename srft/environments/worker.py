@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,26 +33,43 @@ def _load(name: str) -> _Open:
     return _Open(maker, Path(path).resolve() if path else None)
 
 
-def _answer(still: _Open, item: tuple[int, int, list[str], Any, dict[str, Any]]) -> tuple[str | None, str, str]:
-    """What is said to the last of these turns; those before are played again where another process had heard them."""
-    batch, key, texts, answer, row = item
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"reward must return a finite number, got {value!r:.80}")
+    return number
+
+
+_Item = tuple[int, int, list[str], Any, dict[str, Any], bool]
+
+
+def _answer(still: _Open, item: _Item) -> tuple[str | None, float, str, str]:
+    """What is said to the last of these turns, or the reward once they are all; text, reward, status and message.
+
+    Turns that another process had heard, which is gone, are played again.
+    """
+    batch, key, texts, answer, row, is_over = item
     if batch != still.batch:
         still.batch, still.talks = batch, {}
     said: Any = None
     try:
-        environment, heard = still.talks.pop(key) if key in still.talks else (still.maker(answer, row), 0)
+        environment, heard = still.talks[key] if key in still.talks else (still.maker(answer, row), 0)
         for text in texts[heard:]:
             said = environment.step(text)
+        still.talks[key] = (environment, len(texts))
+        if is_over:
+            return None, _number(environment.reward()), "ok", ""  # type: ignore[attr-defined]
     # whatever code of the user's raises is told with its place, and ends the run
     except Exception as error:
-        return None, "raised", told(error, still.file)
-    if said is None:
-        return None, "ok", ""
-    if not isinstance(said, str):
-        return None, "raised", f"step must return text or None, got {type(said).__name__} {said!r:.80}"
-    still.talks[key] = (environment, len(texts))
-    return said, "ok", ""
+        return None, 0.0, "raised", told(error, still.file)
+    if said is not None and not isinstance(said, str):
+        return None, 0.0, "raised", f"step must return text or None, got {type(said).__name__} {said!r:.80}"
+    return said, 0.0, "ok", ""
+
+
+def _about(still: _Open) -> str:
+    return "judges" if hasattr(still.maker, "reward") else ""
 
 
 if __name__ == "__main__":
-    serve(_load, _answer)
+    serve(_load, _answer, _about)

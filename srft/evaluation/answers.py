@@ -62,9 +62,11 @@ def _after_conversations(
     """The last turns of conversations; where the environment hung or died nothing is judged."""
     talks = converse(environment, actor.engine, actor.sampling, actor.world, prompts, seeds)
     rows = [(s, p.example) for said, p in zip(talks, prompts, strict=True) for s in said]
-    judged = iter(actor.pool.score([(s.text, e.answer, e.row) for s, e in rows if s.status == "ok"]))
+    judged = iter(actor.pool.score([(s.text, e.answer, e.row) for s, e in rows if s.lacks_verdict]))
     failed = {"timeout": RewardResult(0.0, "timeout"), "error": RewardResult(0.0, "error")}
-    results = iter([failed[s.status] if s.status in failed else next(judged) for s, _ in rows])
+    results = iter(
+        [next(judged) if s.lacks_verdict else failed.get(s.status) or RewardResult(s.reward, "ok") for s, _ in rows]
+    )
     return [
         [Answer(s.text, s.num_own, "length" if s.truncated else "stop", next(results)) for s in said] for said in talks
     ]

@@ -121,6 +121,9 @@ class WorkerPool(ABC, Generic[_Result]):
     def _failure(self, status: Literal["timeout", "error"], message: str) -> _Result:
         """What an item comes to whose worker was killed at its deadline, or died twice."""
 
+    def _loaded(self, about: str) -> None:
+        """Take up what a worker says of what it has loaded."""
+
     def _takes(self, worker: Worker, item: Any) -> bool:
         """Whether an item may go to a worker."""
         return True
@@ -237,6 +240,7 @@ class WorkerPool(ABC, Generic[_Result]):
     def _finish_start(self, worker: Worker, event: str, reason: str) -> None:
         if event == "ready":
             worker.ready = True
+            self._loaded(reason)
             return
         self._workers.remove(worker)
         end = worker.kill(ended=event == "died")

@@ -62,12 +62,15 @@ def _fork_guard(descriptor: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def serve(load: Callable[[str], _Loaded], do: Callable[[_Loaded, Any], Any]) -> None:
-    """Load, and say ("ready", "") or ("failed", reason); then answer items with ("done", result) until the pipe closes.
+def serve(
+    load: Callable[[str], _Loaded], do: Callable[[_Loaded, Any], Any], about: Callable[[_Loaded], str] = lambda _: ""
+) -> None:
+    """Load, say ("ready", about it) or ("failed", reason); answer items by ("done", result) until the pipe closes.
 
     Args:
         load: Called with what the pool tells the module.
         do: Called with what was loaded and an item; what it raises ends the process.
+        about: What the pool is to know of what was loaded.
     """
     argument, descriptor, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     _die_with(parent)
@@ -79,7 +82,7 @@ def serve(load: Callable[[str], _Loaded], do: Callable[[_Loaded, Any], Any]) -> 
     except Exception as error:
         connection.send(("failed", f"{type(error).__name__}: {error}"))
         return
-    connection.send(("ready", ""))
+    connection.send(("ready", about(loaded)))
     while True:
         try:
             item = connection.recv()

@@ -48,8 +48,13 @@ class Script(FakeEngine):
 class Calls:
     """Answers by a function of the turns so far, in this process."""
 
+    judges = False
+
     def __init__(self, step: object) -> None:
         self.step, self.asked = step, []
+
+    def judge(self, asked: list[Asked]) -> list[Reply]:
+        return [Reply(None, reward=0.25 * len(one.texts)) for one in asked]
 
     def begin(self) -> None:
         self.asked.append([])
@@ -167,6 +172,24 @@ def test_a_conversation_whose_environment_hung_is_not_judged(tmp_path: Path) -> 
         again.engine.calls.clear()
         ((answer,),) = draw_answers(again, prompts, 1, 0)
         assert (answer.result.status, answer.result.value) == (status, reward)
+
+
+def test_the_reward_of_an_environment_is_kept(tmp_path: Path) -> None:
+    """It counts the turns that it heard, a cut one aside; no verifier is asked, in training or evaluation."""
+    _, _, actor = talked(["7<eos>"])
+    actor.environment.pool.judges = True
+    row = Example("t:0", "1+2+4", "7", [], {})
+    prompts, _ = build_prompts([row], actor.environment.form, max_prompt_tokens=9, max_demo_tokens=None)
+    for turns, reward in ((["1+2=<eos>", "#8<eos>"], 0.5), (["1+2=<eos>", "7"], 0.25), (["7"], 0.0)):
+        engine = Script(actor.tokenizer, ("<eos>",), turns)
+        again = Actor(engine, actor.sampling, actor.tokenizer, FakePool(), ALONE, actor.environment)
+        config = small_config(tmp_path, method__name="grpo", train__rollouts_per_prompt=2)
+        (group,) = roll_out(config, again, prompts, StepInfo(1, 1, 40, {}))
+        judge([group], FakePool())
+        assert [s.reward for s in group.rollouts] == [reward] * 2
+        engine.calls.clear()
+        ((answer,),) = draw_answers(again, prompts, 1, 0)
+        assert answer.result.value == reward
 
 
 def test_an_environment_without_an_answer_changes_nothing(tmp_path: Path) -> None:

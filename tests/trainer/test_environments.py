@@ -19,6 +19,9 @@ class Guess:
     def __init__(self, answer, row):
         self.secret, self.log, self.turns = int(answer), row.get("log"), 0
 
+    def reward(self):
+        return 1 / self.turns if self.turns != 3 else "much"
+
     def step(self, text):
         self.turns += 1
         if self.log:
@@ -71,6 +74,24 @@ def test_conversations_keep_their_state(guess: str) -> None:
             assert [reply.said for reply in second] == ["> turn 2", None]
 
 
+def test_an_environment_may_judge(guess: str) -> None:
+    """Where it heard the turns or, its process gone, where they are played again; what is no number ends the run."""
+    with EnvironmentPool(guess, 1, 1.0) as pool:
+        assert not pool.judges
+        pool.begin()
+        assert pool.judges
+        pool.answer([asked("3", key=0), asked("5", key=1)])
+        assert [reply.reward for reply in pool.judge([asked("3", key=0), asked("5", key=1)])] == [1.0, 1.0]
+        late, other = pool.answer([asked("3", "sleep", key=0), asked("3", "4", key=2)])
+        assert late.status == "timeout" and other.said == "< turn 2"
+        assert pool.judge([asked("3", "4", key=2)]) == [Reply(None, reward=0.5)]
+        with pytest.raises(ValueError, match="my_env.py.* raised ValueError: could not convert string to float"):
+            pool.judge([asked("3", "4", "5", key=2)])
+    with EnvironmentPool("calculator", 1, 1.0) as pool:
+        pool.begin()
+        assert not pool.judges
+
+
 def test_a_step_beyond_its_deadline_ends_its_conversation_alone(guess: str, tmp_path: Path) -> None:
     """The others of its process are played again up to where they were, and go on."""
     log, began = tmp_path / "log", time.monotonic()
@@ -95,8 +116,8 @@ def test_a_process_that_dies_ends_its_conversation_alone(guess: str) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ("raise", r"my_env.py:18 raised ZeroDivisionError: integer division"),
-        ("what", r"my_env.py:21 raised ValueError: invalid literal"),
+        ("raise", r"my_env.py:21 raised ZeroDivisionError: integer division"),
+        ("what", r"my_env.py:24 raised ValueError: invalid literal"),
         ("number", "step must return text or None, got int 3"),
     ],
 )

@@ -228,8 +228,8 @@ def test_written_batches_are_as_they_were() -> None:
     )
     other = response(prompts[0])
     changed = {f.name for f in dataclasses.fields(full) if getattr(full, f.name) != f.default}
-    unknown = {"advantage", "prefix_advantage", "importance", "entropy", "logprobs", "entropies", *SCORES}
-    assert changed | unknown | {"is_demo"} == {f.name for f in dataclasses.fields(full)}
+    later = {"advantage", "prefix_advantage", "importance", "entropy", "logprobs", "entropies", *SCORES}
+    assert changed | later | {"is_demo", "is_rewarded"} == {f.name for f in dataclasses.fields(full)}
     batches = [
         Sampled(4, [Group(prompts[2], [full], [response(prompts[2])], 12)], [Group(prompts[0], [other, other])]),
         Sampled(5, [Group(demos[1], demos=[Response([6, 9], [2], True, False, [], "d")])], []),
