@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 _server: subprocess.Popen[str] | None = None
@@ -81,8 +83,8 @@ def _serve() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def _call(target: str, arguments: list[Any], environment: dict[str, str], out: str, err: str) -> None:
-    """Call it, and end as an interpreter would."""
+def _call(target: str, arguments: list[Any], environment: dict[str, str], out: str, err: str) -> NoReturn:
+    """What is asked for, in a session of its own, with what it prints in files."""
     os.setsid()
     for stream, path in ((0, os.devnull), (1, out), (2, err)):
         file = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -91,9 +93,31 @@ def _call(target: str, arguments: list[Any], environment: dict[str, str], out: s
     os.environ.clear()
     os.environ.update(environment)
     module, _, name = target.partition(":")
+    _end_with(lambda: getattr(importlib.import_module(module), name)(*arguments))
+
+
+def in_children(call: Callable[[int], None], count: int) -> None:
+    """Call ``call(number)`` in so many children of this process at once, and wait for them.
+
+    Raises:
+        SystemExit: With the statuses, where one is not 0.
+    """
+    children = []
+    for number in range(count):
+        child = os.fork()
+        if child == 0:
+            _end_with(partial(call, number))
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if any(statuses):
+        sys.exit(f"the children ended with {statuses}")
+
+
+def _end_with(call: Callable[[], None]) -> NoReturn:
+    """Call it, and end this process as an interpreter would."""
     status = 0
     try:
-        getattr(importlib.import_module(module), name)(*arguments)
+        call()
     except SystemExit as ended:
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)

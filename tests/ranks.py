@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.forks import run_forked
+from tests.forks import in_children, run_forked
 
 
 def results_of_two_ranks(module: str, folder: Path) -> list[Any]:
@@ -38,22 +36,7 @@ def run_ranks(module: str, ranks: int, folder: str) -> None:
     """Run ``rank_main(rank, folder)`` of a module in a child for each rank.
 
     Raises:
-        SystemExit: With the statuses that are not 0.
+        SystemExit: With the statuses, where one is not 0.
     """
     main = importlib.import_module(module).rank_main
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                main(rank, Path(folder))
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(status)
-        children.append(child)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(statuses):
-        sys.exit(f"the ranks ended with {statuses}")
+    in_children(lambda rank: main(rank, Path(folder)), ranks)

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 from srft.config import Config
 from srft.options import load_config
 from srft.train import fit, main
-from tests.forks import run_forked
+from tests.forks import in_children, run_forked
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -92,6 +93,33 @@ def train_process(words: list[str], timeout: float = 120) -> subprocess.Complete
     return subprocess.run(
         command(words), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
     )
+
+
+def train_forked(words: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """What ``train_process`` does, without the seconds of its imports; several ranks as torchrun starts them.
+
+    What happens before the imports is left out, and the number of threads is 1.
+    """
+    status, out, err = run_forked("tests.trainer.runs:train_here", [words, ranks], environment(), seconds=240)
+    return subprocess.CompletedProcess(words, status, out, err)
+
+
+def train_here(words: list[str], ranks: int) -> None:
+    """Train with a command line in this process, or in a child for each rank."""
+    sys.argv = ["srft.train", *words]
+    if ranks == 1:
+        main()
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def train_rank(rank: int) -> None:
+        os.environ.update(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        main()
+
+    in_children(train_rank, ranks)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

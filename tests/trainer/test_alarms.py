@@ -14,7 +14,7 @@ from srft.alarms import ALARMS, AlarmConfig, Watch
 from srft.record.files import read_json_lines
 from srft.record.log import RunLog
 from srft.report.build import build_report
-from tests.trainer.runs import arguments, small_config, train, train_process
+from tests.trainer.runs import arguments, small_config, train, train_forked, train_process
 from tests.trainer.synthetic_run import srft_row
 
 PROMPTS = 64
@@ -195,7 +195,7 @@ ALWAYS = {"alarms__window": 1, "alarms__mismatch": 1e-12}
 def test_an_alarm_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a checkpoint of its step, a line that names it and says how to go on, and status 3; resumed, it goes on."""
     options = arguments(tmp_path, **ALWAYS, train__steps=3, train__save_every=3, train__eval_every=3)
-    done = train_process([*options, "train.stop_on_alarm=engine-mismatch"])
+    done = train_forked([*options, "train.stop_on_alarm=engine-mismatch"])
     assert done.returncode == 3, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line]
     assert line.startswith("stopped by an alarm. Alarm at step 1, engine-mismatch:") and "train.resume=true" in line
@@ -203,7 +203,7 @@ def test_an_alarm_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
     assert [row["step"] for row in read_json_lines(run / "metrics.jsonl")[0]] == [0, 1]
     config = [*options, "train.stop_on_alarm=true", "train.resume=true"]
-    assert train_process(config).returncode == 0
+    assert train_forked(config).returncode == 0
     assert len(read_json_lines(run / "alarms.jsonl")[0]) == 1
     assert read_json_lines(run / "metrics.jsonl")[0][-1]["step"] == 3
 

@@ -14,7 +14,7 @@ from srft.options import changed_keys, help_text, load_config, load_config_text,
 from srft.record.folder import run_folder
 from srft.report.plots import panels
 from srft.train import main
-from tests.trainer.runs import ROOT, arguments, read_lines, small_config, train, train_process
+from tests.trainer.runs import ROOT, arguments, read_lines, small_config, train, train_forked, train_process
 
 OWN = '''
 from functools import partial
@@ -272,7 +272,7 @@ def test_the_readmes_own_method(tmp_path: Path) -> None:
     reward.write_text("def odd(completion, answer, row):\n    return float(len(completion) % 2)\n")
     words = {"reward__kind": f"{reward}:odd", "data__bad_demos": "keep", "train__prompts_per_step": 8}
     name = {"method__name": os.path.relpath(tmp_path / "switch.py", ROOT), "method__solved": 0.5}
-    done = train_process(arguments(tmp_path, train__steps=1, **words, **name))
+    done = train_forked(arguments(tmp_path, train__steps=1, **words, **name))
     assert done.returncode == 0, done.stderr
     run = train(tmp_path, train__resume=True, **words, method__name=tmp_path / "switch.py", method__solved=0.5)
     rows = read_lines(run / "metrics.jsonl")

@@ -15,7 +15,7 @@ import pytest
 
 from srft.policy.checkpoint import whole_checkpoint
 from tests.trainer.processes import descendants, marked_processes, state_and_parent
-from tests.trainer.runs import ROOT, arguments, assert_same_run, command, environment, read_lines, train_process
+from tests.trainer.runs import ROOT, arguments, assert_same_run, command, environment, read_lines, train_forked
 
 RUN = {"train__ranks": 2, "train__save_every": 3, "train__eval_every": 4}
 # of rank 1 alone: what it does once it is told to
@@ -97,7 +97,7 @@ def test_ranks_that_are_stopped_and_killed_go_on_as_if_nothing_had_been(tmp_path
         assert line.startswith("rank 0 of 2 ended by SIGKILL (")
     steps = run.rows() + 1
     for folder, resume in ((tmp_path, True), (tmp_path / "undisturbed", False)):
-        finished = train_process(arguments(folder, **RUN, train__steps=steps, train__resume=resume))
+        finished = train_forked(arguments(folder, **RUN, train__steps=steps, train__resume=resume), ranks=2)
         assert finished.returncode == 0, finished.stderr
     run_dir, undisturbed = (folder / "runs" / "run" for folder in (tmp_path, tmp_path / "undisturbed"))
     assert [row["step"] for row in read_lines(run_dir / "metrics.jsonl")] == list(range(steps + 1))
@@ -155,7 +155,8 @@ def test_disk_that_is_full_and_kill_in_mid_checkpoint_cost_that_checkpoint(tmp_p
     # the step whose checkpoint it was, and the one that was made meanwhile
     done = run.rows() - 1
     assert done - int(newest.name[5:]) <= 2
-    finished = train_process(arguments(tmp_path, **RUN | steps | {"train__steps": done + 1}, train__resume=True))
+    rest = RUN | steps | {"train__steps": done + 1}
+    finished = train_forked(arguments(tmp_path, **rest, train__resume=True), ranks=2)
     assert finished.returncode == 0, finished.stderr
     assert [row["step"] for row in read_lines(run_dir / "metrics.jsonl")] == list(range(done + 2))
     assert not list(checkpoints.glob(".step_*"))

@@ -23,7 +23,7 @@ from tests.trainer.runs import (
     read_lines,
     small_config,
     train,
-    train_process,
+    train_forked,
     weights,
 )
 
@@ -39,7 +39,7 @@ RUN = {
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in one piece."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    done = train_process(arguments(folder, **RUN))
+    done = train_forked(arguments(folder, **RUN))
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "run"
 

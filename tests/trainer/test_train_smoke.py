@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srft.options import load_config
-from tests.trainer.runs import arguments, read_lines, train, train_process, weights
+from tests.trainer.runs import arguments, read_lines, train, train_forked, train_process, weights
 
 METHODS = {
     "srft-paper": {"method__name": "srft"},
@@ -135,7 +135,7 @@ def test_command_line_leaves_an_earlier_run_alone(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     run = tmp_path / "runs" / "run"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    second = train_process(arguments(tmp_path))
+    second = train_forked(arguments(tmp_path))
     assert second.returncode == 0, second.stderr
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert weights(tmp_path / "runs" / "run-2") == weights(run)
