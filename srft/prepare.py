@@ -180,7 +180,7 @@ def _answering(
         closing(start_engine(learner, folder, threads)) as engine,
         environment_of(learner.config, learner.tokenizer) as environment,
     ):
-        yield Actor(engine, sampling, learner.tokenizer, pool, learner.world.beside(), environment)
+        yield Actor(engine, sampling, learner.tokenizer, pool, learner.world.beside(), environment, pool.begin)
 
 
 def _refuse_differences(config: Config, data: dict[str, Any], world: World) -> None:

@@ -17,12 +17,12 @@ from srft.data.prompts import Prompt, with_demo
 from srft.data.sampler import sample_seed
 from srft.data.templates import completion_text
 from srft.data.turns import transcript
-from srft.engine.base import Completion, Engine, Sampling
+from srft.engine.base import Completion, Ended, Engine, Sampling
 from srft.engine.sampling import prompt_format
 from srft.methods import StepInfo
 from srft.policy.learner import Learner
 from srft.policy.parallel import ALONE, World
-from srft.rewards.pool import Judge
+from srft.rewards.pool import Item, Judge
 
 # prompts with their demonstrations whose length is looked at, those of most tokens first
 _LESSONS = 64
@@ -39,6 +39,8 @@ class Actor:
         pool: The verifiers.
         world: The ranks, each of which answers and judges its own prompts.
         environment: What the policy talks to; None: it answers in one turn.
+        begin: Has the pool judge an answer that it will be asked for, while others are sampled; None: it is asked for
+            all of them at once.
     """
 
     engine: Engine
@@ -47,6 +49,7 @@ class Actor:
     pool: Judge
     world: World = ALONE
     environment: Environment | None = None
+    begin: Callable[[Item], None] | None = None
 
 
 def roll_out(
@@ -61,13 +64,11 @@ def roll_out(
         now: The step, whose number is part of every sample's seed.
         shown: Those with the step's demonstrations, one each, where these are a set of their own: all ranks', too.
     """
-    groups = _answered(config, actor, actor.world.own(list(enumerate(prompts))), now)
-    if not config.data.demos:
-        return groups
     longest = config.rollout.max_new_tokens
-    return [group for group in groups if group.rollouts] + [
-        Group(p, demos=[demonstration(p, 0)], max_new_tokens=longest) for p in actor.world.own(shown)
-    ]
+    of_demos = [Group(p, demos=[demonstration(p, 0)], max_new_tokens=longest) for p in actor.world.own(shown)]
+    _begin_demos(actor, of_demos)
+    groups = _answered(config, actor, actor.world.own(list(enumerate(prompts))), now)
+    return [group for group in groups if group.rollouts] + of_demos if config.data.demos else groups
 
 
 def resample(
@@ -114,6 +115,14 @@ def _answered(config: Config, actor: Actor, own: list[tuple[int, Prompt]], now: 
         return sample_seed(config.train.seed, now.step, uid, sample)
 
     wants_rollouts, wants_demos = config.method.asks(now)
+    chosen: list[list[int]] = []
+    if wants_demos and not config.data.demos:
+        for group, uid in zip(groups, uids, strict=True):
+            places, most = range(len(group.prompt.demo_ids)), config.train.demos_per_prompt
+            # of more demonstrations than are joined, others at every visit
+            chosen.append(sorted(random.Random(seed(uid, -1)).sample(places, most)))
+            group.demos = [demonstration(group.prompt, place) for place in chosen[-1]]
+        _begin_demos(actor, groups)
     if wants_rollouts and actor.environment is not None:
         many = range(config.train.rollouts_per_prompt)
         talks = converse(
@@ -130,21 +139,43 @@ def _answered(config: Config, actor: Actor, own: list[tuple[int, Prompt]], now: 
         ]
         prompt_ids = [group.prompt.prompt_ids + begin for group, _, begin, _ in begun]
         seeds = [[seed(uid, k) for k in samples] for _, uid, _, samples in begun]
-        answers = actor.engine.generate(prompt_ids, actor.sampling, seeds)
+        answers = actor.engine.generate(
+            prompt_ids, actor.sampling, seeds, _judged_early(actor, [(g.prompt, begin) for g, _, begin, _ in begun])
+        )
         for (group, _, begin, _), completions in zip(begun, answers, strict=True):
             group.rollouts += [_rollout(actor, group.prompt, begin, completion) for completion in completions]
-    if wants_demos and not config.data.demos:
-        for group, uid in zip(groups, uids, strict=True):
-            places, most = range(len(group.prompt.demo_ids)), config.train.demos_per_prompt
-            # of more demonstrations than are joined, others at every visit
-            chosen = sorted(random.Random(seed(uid, -1)).sample(places, most))
-            group.demos = [demonstration(group.prompt, place) for place in chosen]
-            if config.method.shows_demos:
-                form = prompt_format(config, actor.tokenizer)
-                shown_ids = [with_demo(group.prompt, place, form, config.method.show) for place in chosen]
-                for k, rollout in enumerate(group.rollouts):
-                    rollout.teacher_prompt_ids = shown_ids[k % len(shown_ids)]
+    if chosen and config.method.shows_demos:
+        form = prompt_format(config, actor.tokenizer)
+        for group, of_group in zip(groups, chosen, strict=True):
+            shown_ids = [with_demo(group.prompt, place, form, config.method.show) for place in of_group]
+            for k, rollout in enumerate(group.rollouts):
+                rollout.teacher_prompt_ids = shown_ids[k % len(shown_ids)]
     return groups
+
+
+def _begin_demos(actor: Actor, groups: list[Group]) -> None:
+    if actor.begin is not None:
+        for group in groups:
+            for demo in group.demos:
+                actor.begin((demo.text, group.prompt.example.answer, group.prompt.example.row))
+
+
+def _judged_early(actor: Actor, begun: list[tuple[Prompt, list[int]]]) -> Ended | None:
+    """What has an answer judged as soon as it ends, of these prompts with what answers begin with."""
+    if (begin_judging := actor.begin) is None:
+        return None
+
+    def ended(place: int, _sample: int, token_ids: list[int]) -> None:
+        prompt, begin = begun[place]
+        text = completion_text(actor.tokenizer, _within(actor, begin, token_ids), prompt.opened, actor.sampling.stop)
+        begin_judging((text, prompt.example.answer, prompt.example.row))
+
+    return ended
+
+
+def _within(actor: Actor, begin: list[int], token_ids: list[int]) -> list[int]:
+    """An answer up to the limit, which is that of prefix and completion together; the engine knows of the latter."""
+    return begin + token_ids[: actor.sampling.max_new_tokens - len(begin)]
 
 
 def refuse_long_lessons(config: Config, learner: Learner, prompts: list[Prompt]) -> None:
@@ -194,9 +225,8 @@ def _beginnings(
 
 
 def _rollout(actor: Actor, prompt: Prompt, begin: list[int], completion: Completion) -> Response:
-    # the limit is that of prefix and completion together, and the engine knows of the latter alone
     room = actor.sampling.max_new_tokens - len(begin)
-    response_ids = begin + completion.token_ids[:room]
+    response_ids = _within(actor, begin, completion.token_ids)
     return Response(
         prompt.prompt_ids, response_ids, is_demo=False,
         truncated=completion.finish == "length" or len(completion.token_ids) > room,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -51,6 +51,11 @@ class Completion:
     version: int
 
 
+Ended = Callable[[int, int, list[int]], None]
+"""Told, while others are sampled, of a completion that has ended: sample k of prompt p, its tokens. From any thread; of
+some perhaps never, or again with other tokens where an engine was lost: what ``generate`` returns is what counts."""
+
+
 class EngineError(RuntimeError):
     """The engine's process failed; the message quotes the end of its log."""
 
@@ -67,7 +72,7 @@ class Engine(Protocol):
     """How often it was started again since the run began or was resumed, on all ranks together."""
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None
     ) -> list[list[Completion]]:
         """Draw completions, ``len(seeds[p])`` of prompt ``p``, sample ``k`` from ``seeds[p][k]`` alone.
 
@@ -75,6 +80,7 @@ class Engine(Protocol):
             prompts: Token ids, at least one each.
             sampling: How to draw.
             seeds: In [0, 2**63).
+            ended: Told of completions as they end; None: nobody is.
         """
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,12 +52,19 @@ class Child:
         """Process id, and process group."""
         atexit.register(self.close)
 
-    def call(self, op: str, start_timeout_s: float | None = None, **fields: Any) -> dict[str, Any]:
+    def call(
+        self,
+        op: str,
+        start_timeout_s: float | None = None,
+        told: Callable[[Any], None] | None = None,
+        **fields: Any,
+    ) -> dict[str, Any]:
         """Ask for something and return the answer.
 
         Args:
             op: What.
             start_timeout_s: Seconds that the start of a model may take, instead of the deadline.
+            told: Gets what signs of progress say, where they say more than that.
             **fields: What JSON can hold.
 
         Raises:
@@ -75,14 +83,17 @@ class Child:
             self._fail_dead(op)
         except TimeoutError:
             self._fail_late(op, None)
-        return self.receive(op, start_timeout_s)
+        return self.receive(op, start_timeout_s, told)
 
-    def receive(self, op: str, start_timeout_s: float | None = None) -> dict[str, Any]:
+    def receive(
+        self, op: str, start_timeout_s: float | None = None, told: Callable[[Any], None] | None = None
+    ) -> dict[str, Any]:
         """Return what it answers, passing over signs of progress.
 
         Args:
             op: What it was asked for.
             start_timeout_s: As ``call`` has it.
+            told: As ``call`` has it.
 
         Raises:
             EngineLost: As ``call`` does.
@@ -90,7 +101,8 @@ class Child:
         """
         try:
             while "progress" in (reply := read_message(self._reply_fd, start_timeout_s or self._deadline_s)):
-                pass
+                if told is not None and reply["progress"]:
+                    told(reply["progress"])
         except EOFError:
             self._fail_dead(op)
         except TimeoutError:

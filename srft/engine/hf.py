@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srft.engine.base import Completion, Sampling
+from srft.engine.base import Completion, Ended, Sampling
 from srft.engine.cache import make_cache
 from srft.engine.stops import StopTexts
 from srft.policy.loading import allocate, bare_copy
@@ -49,7 +50,7 @@ class HfEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None
     ) -> list[list[Completion]]:
         """Draw completions; each depends on its seed and prompt, and on its batch mates only by rounding.
 
@@ -57,6 +58,7 @@ class HfEngine:
             prompts: Token ids, at least one each.
             sampling: How to draw.
             seeds: ``seeds[p][k]`` is the seed of sample ``k`` of prompt ``p``, in [0, 2**63).
+            ended: As ``Engine.generate`` has it; told of what stopped before the longest of its batch.
 
         Raises:
             ValueError: For an empty prompt, or stop texts without a tokenizer.
@@ -64,20 +66,28 @@ class HfEngine:
         if any(not prompt for prompt in prompts):
             raise ValueError("every prompt needs at least one token")
         rows = [(p, seed) for p, prompt_seeds in enumerate(seeds) for seed in prompt_seeds]
+        samples = [(p, k) for p, prompt_seeds in enumerate(seeds) for k in range(len(prompt_seeds))]
         # neighbours of similar length waste little padding
         order = sorted(range(len(rows)), key=lambda i: len(prompts[rows[i][0]]))
         drawn: list[Completion | None] = [None] * len(rows)
         for first in range(0, len(order), self._max_batch):
             chosen = order[first : first + self._max_batch]
+            tell = None if ended is None else partial(_tell, ended, [samples[i] for i in chosen])
             batch = self._sample(
-                [prompts[rows[i][0]] for i in chosen], sampling, [rows[i][1] for i in chosen]
+                [prompts[rows[i][0]] for i in chosen], sampling, [rows[i][1] for i in chosen], tell
             )
             for i, completion in zip(chosen, batch, strict=True):
                 drawn[i] = completion
         flat = iter(drawn)
         return [[c for c in (next(flat) for _ in prompt_seeds) if c is not None] for prompt_seeds in seeds]
 
-    def _sample(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
+    def _sample(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seeds: list[int],
+        tell: Callable[[int, list[int]], None] | None = None,
+    ) -> list[Completion]:
         device = self._model.device
         uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
         stop = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=device)
@@ -112,6 +122,9 @@ class HfEngine:
                 newly |= _completed(texts, said, alive, token, ended)
             lengths[alive[newly]] = t + 1
             stopped[alive[newly]] = True
+            if tell is not None:
+                for row in alive[newly].tolist():
+                    tell(row, tokens[row, : t + 1].tolist())
             ended |= newly
             keep = (~ended).nonzero()[:, 0]
             if not len(keep):
@@ -181,6 +194,10 @@ def _own_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     allocate(sampler, device, device)
     _copy_in(sampler, whole_tensors(model, dtype))
     return sampler
+
+
+def _tell(ended: Ended, samples: list[tuple[int, int]], row: int, token_ids: list[int]) -> None:
+    ended(*samples[row], token_ids)
 
 
 def _in_one_piece(_head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 from srft.disk import sync_to_disk, writing
 from srft.engine.asking import check_request, check_tokens, completed, in_pieces
-from srft.engine.base import Completion, EngineError, EngineLost, Sampling
+from srft.engine.base import Completion, Ended, EngineError, EngineLost, Sampling
 from srft.engine.http_server import START, Server
 from srft.engine.stops import StopTexts
 
+_Tell = Callable[[int, Any], None]
 _FILE_BYTES = 4 * 2**30
 # questions that a server has at once; vLLM computes so many sequences in a step, and keeps the others waiting
 _LINES = 256
@@ -95,7 +96,9 @@ class HttpEngine:
             self.close()
             raise
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]) -> list[list[Completion]]:
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None
+    ) -> list[list[Completion]]:
         """Draw ``len(seeds[p])`` completions of prompt ``p``, sample ``k`` from ``seeds[p][k]`` alone.
 
         Args:
@@ -103,6 +106,7 @@ class HttpEngine:
                 completions are cut at ``max_model_len`` in all.
             sampling: How to draw; the temperature is 0 or in [0.01, 2], which is what vLLM can do.
             seeds: One list per prompt, each seed in [0, 2**63).
+            ended: As ``Engine.generate`` has it; what a server answered with other weights is told, and asked again.
 
         Raises:
             ValueError: On an argument out of its range, a prompt that leaves no room for a token, or stop
@@ -118,7 +122,13 @@ class HttpEngine:
             for p, (prompt, row) in enumerate(zip(prompts, seeds, strict=True))
             for seed in row
         ]
-        answers = self._answers(asked)
+        places = [(p, k) for p, row in enumerate(seeds) for k in range(len(row))]
+
+        def tell(i: int, answer: Any) -> None:
+            if ended is not None:
+                ended(*places[i], completed(*_drawn(answer, sampling), texts, self.version).token_ids)
+
+        answers = self._answers(asked, tell)
         drawn = iter([completed(*_drawn(answer, sampling), texts, self.version) for answer in answers])
         return [[next(drawn) for _ in row] for row in seeds]
 
@@ -257,19 +267,22 @@ class HttpEngine:
             _say(f"{server.url} was started again; it is given the weights")
         return label == self._label
 
-    def _answers(self, asked: list[tuple[int, dict[str, Any]]]) -> list[Any]:
+    def _answers(self, asked: list[tuple[int, dict[str, Any]]], tell: _Tell = lambda _i, _answer: None) -> list[Any]:
         """Return what the servers answer, each question asked until one with the present weights has answered it.
 
         Args:
             asked: (number, question): those with the same number go to the same server.
+            tell: Told of the place of a question and of its answer, which may be asked for again.
         """
         answers: dict[int, Any] = {}
         self._all_at_once(self._make_ready, self._servers)
         while open_ones := [i for i in range(len(asked)) if i not in answers]:
-            answers |= self._asked_once(asked, open_ones)
+            answers |= self._asked_once(asked, open_ones, tell)
         return [answers[i] for i in range(len(asked))]
 
-    def _asked_once(self, asked: list[tuple[int, dict[str, Any]]], open_ones: list[int]) -> dict[int, Any]:
+    def _asked_once(
+        self, asked: list[tuple[int, dict[str, Any]]], open_ones: list[int], tell: _Tell
+    ) -> dict[int, Any]:
         """Put these questions to the servers that are left; return what those answer that have the present weights."""
         servers = self._left()
         queues: dict[str, deque[int]] = {server.url: deque() for server in servers}
@@ -279,7 +292,7 @@ class HttpEngine:
         proven: dict[int, Any] = {}
 
         def work(server: Server) -> None:
-            _ask_all(server, queues[server.url], asked, new[server.url])
+            _ask_all(server, queues[server.url], asked, new[server.url], tell)
 
         def look(server: Server) -> None:
             if self._has_weights(server):
@@ -336,7 +349,7 @@ class HttpEngine:
 
 
 def _ask_all(
-    server: Server, queue: deque[int], asked: list[tuple[int, dict[str, Any]]], answers: dict[int, Any]
+    server: Server, queue: deque[int], asked: list[tuple[int, dict[str, Any]]], answers: dict[int, Any], tell: _Tell
 ) -> None:
     """Ask questions one after another, until none is left or the server is lost."""
     line = server.line()
@@ -347,6 +360,7 @@ def _ask_all(
             except IndexError:  # another thread took it
                 return
             answers[i] = server.ask("/v1/completions", asked[i][1], line)
+            tell(i, answers[i])
     finally:
         server.hang_up(line)
 

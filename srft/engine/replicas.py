@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from srft.engine.base import Completion, EngineLost, Sampling
+from srft.engine.base import Completion, Ended, EngineLost, Sampling
 from srft.engine.vllm import VllmEngine, weight_files
 
 _T = TypeVar("_T")
@@ -38,7 +38,7 @@ class Replicas:
             raise
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None
     ) -> list[list[Completion]]:
         """Draw completions, each prompt's by one engine, sample ``k`` of prompt ``p`` from ``seeds[p][k]`` alone.
 
@@ -46,6 +46,7 @@ class Replicas:
             prompts: Token ids, none empty.
             sampling: How to draw.
             seeds: One list per prompt.
+            ended: As ``Engine.generate`` has it; from a thread of each engine.
 
         Raises:
             ValueError: As ``VllmEngine.generate``.
@@ -53,10 +54,15 @@ class Replicas:
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"seeds must have one list per prompt, got {len(seeds)} for {len(prompts)}")
-        return self._shared(
-            list(zip(prompts, seeds, strict=True)),
-            lambda engine, rows: engine.generate([row[0] for row in rows], sampling, [row[1] for row in rows]),
-        )
+
+        def ask(engine: VllmEngine, rows: list[tuple[int, list[int], list[int]]]) -> list[list[Completion]]:
+            def own(place: int, sample: int, token_ids: list[int]) -> None:
+                if ended is not None:
+                    ended(rows[place][0], sample, token_ids)
+
+            return engine.generate([row[1] for row in rows], sampling, [row[2] for row in rows], ended and own)
+
+        return self._shared(list(zip(range(len(prompts)), prompts, seeds, strict=True)), ask)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace the weights of every engine; a failure closes them all.

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srft.engine.base import Completion, Engine, EngineError, EngineLost, Sampling
+from srft.engine.base import Completion, Ended, Engine, EngineError, EngineLost, Sampling
 from srft.policy.parallel import Elsewhere, World
 
 _T = TypeVar("_T")
@@ -65,7 +65,7 @@ class SharedEngine:
             raise self._lost_for_good("")
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None
     ) -> list[list[Completion]]:
         """Draw completions, ``len(seeds[p])`` of prompt ``p``, sample ``k`` from ``seeds[p][k]`` alone.
 
@@ -73,15 +73,22 @@ class SharedEngine:
             prompts: Token ids, at least one each; any number on each rank.
             sampling: How to draw; the same on every rank.
             seeds: In [0, 2**63).
+            ended: As ``Engine.generate`` has it; on the group's first rank, of its own prompts.
 
         Raises:
             EngineError: When the engine of this rank fails, or was started again too often.
             Elsewhere: When that of another does.
         """
 
+        def own(prompt: int, sample: int, token_ids: list[int]) -> None:
+            # those of the rank that runs the engine come first
+            if ended and prompt < len(prompts):
+                ended(prompt, sample, token_ids)
+
         def answer(engine: Engine, asked: list[Any]) -> list[Any]:
             rows = [(prompt, row) for prompts, seeds in asked for prompt, row in zip(prompts, seeds, strict=True)]
-            drawn = iter(engine.generate([row[0] for row in rows], sampling, [row[1] for row in rows]) if rows else [])
+            ids, of_rows = [row[0] for row in rows], [row[1] for row in rows]
+            drawn = iter(engine.generate(ids, sampling, of_rows, ended and own) if rows else [])
             return [[next(drawn) for _ in prompts] for prompts, _ in asked]
 
         return self._ask((prompts, seeds), answer)

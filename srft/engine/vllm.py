@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from srft.engine.asking import check_request, check_tokens, completed, in_pieces
-from srft.engine.base import Completion, EngineError, Sampling
+from srft.engine.base import Completion, Ended, EngineError, Sampling
 from srft.engine.child import Child, child_environment
 from srft.engine.stops import StopTexts
 
@@ -116,7 +116,7 @@ class VllmEngine:
         )["vocab_size"]
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None
     ) -> list[list[Completion]]:
         """Draw ``len(seeds[p])`` completions of prompt ``p``, sample ``k`` from ``seeds[p][k]`` alone.
 
@@ -125,6 +125,7 @@ class VllmEngine:
                 completions are cut at ``max_model_len`` in all.
             sampling: How to draw; the temperature is 0 or in [0.01, 2], which is what vLLM can do.
             seeds: One list per prompt, each seed in [0, 2**63).
+            ended: As ``Engine.generate`` has it.
 
         Raises:
             ValueError: On an argument out of its range, a prompt that leaves no room for a token, or stop
@@ -133,8 +134,17 @@ class VllmEngine:
         """
         texts = StopTexts(self._tokenizer, sampling.stop, sampling.min_new_tokens) if sampling.stop else None
         check_request(prompts, sampling, seeds, self.max_model_len, self._vocab_size)
+        places = [(p, k) for p, row in enumerate(seeds) for k in range(len(row))]
+
+        def tell(ends: list[tuple[int, list[int]]]) -> None:
+            assert ended is not None
+            for i, token_ids in ends:
+                ended(*places[i], token_ids if texts is None else token_ids[: texts.cut(token_ids)])
+
         reply = self._child.call(
             "generate",
+            told=None if ended is None else tell,
+            tells=ended is not None,
             prompts=prompts,
             seeds=seeds,
             temperature=sampling.temperature,

@@ -30,7 +30,7 @@ _HEADER = struct.Struct(">Q")
 _PR_SET_PDEATHSIG = 1
 # the longest that anything of the engine may outlive its trainer is a few of these
 _GUARD_POLL_S = 0.25
-# at most so often does a call say that it gets on
+# at most so often does a call say that it gets on, where nothing has ended
 _PROGRESS_S = 0.5
 # prompt tokens that one step on CPU may take; vLLM's own default there
 _CPU_TOKENS_PER_STEP = 4096
@@ -179,7 +179,7 @@ def _logprobs_of(token_ids: list[int], flat: FlatLogprobs, first: int = 0) -> li
     return [flat.logprobs[i] for i in starts]
 
 
-def _generate(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+def _generate(llm: LLM, request: dict[str, Any], call: dict[str, int]) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -205,6 +205,8 @@ def _generate(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
             )
+    if request["tells"]:
+        call["first"] = llm.request_counter.counter
     completions = []
     for output in llm.generate(prompts, params, use_tqdm=False):
         best = output.outputs[0]
@@ -219,15 +221,11 @@ def _score(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
     # prompt_logprobs makes vLLM skip reading the prefix cache, so no token is hidden by it
-    params = SamplingParams(
-        temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
-    )
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
     prompts = [{"prompt_token_ids": sequence} for sequence in request["sequences"]]
-    scores = []
-    for output in llm.generate(prompts, params, use_tqdm=False):
-        # position 0 has no log-probability
-        scores.append(_logprobs_of(list(output.prompt_token_ids[1:]), output.prompt_logprobs, first=1))
-    return {"scores": scores}
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    # position 0 has no log-probability
+    return {"scores": [_logprobs_of(list(o.prompt_token_ids[1:]), o.prompt_logprobs, first=1) for o in outputs]}
 
 
 def _incoming_tensors(request_fd: int, reply_fd: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -325,16 +323,18 @@ def _repack_heads(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def _show_progress(llm: LLM, reply_fd: int) -> None:
-    """Let every call say from time to time that the engine has made a step, so that one that hangs can be told."""
+def _show_progress(llm: LLM, reply_fd: int, call: dict[str, int]) -> None:
+    """Let every call say that the engine makes steps, and which requests from its "first" on end with one of them."""
     step, last = llm.llm_engine.step, time.monotonic()
 
     def step_and_say() -> Any:
         nonlocal last
         outputs = step()
-        if time.monotonic() - last >= _PROGRESS_S:
+        finished = [output for output in outputs if output.finished] if call else []
+        ended = [(int(one.request_id) - call["first"], list(one.outputs[0].token_ids)) for one in finished]
+        if ended or time.monotonic() - last >= _PROGRESS_S:
             last = time.monotonic()
-            write_message(reply_fd, {"progress": True})
+            write_message(reply_fd, {"progress": ended})
         return outputs
 
     llm.llm_engine.step = step_and_say
@@ -347,19 +347,21 @@ def _executor(llm: LLM) -> Any:
 
 def _serve(request_fd: int, reply_fd: int) -> None:
     llm: LLM | None = None
+    call: dict[str, int] = {}
     while True:
+        call.clear()
         request = read_message(request_fd)
         if request["op"] == "close":
             return
         try:
             if request["op"] == "start":
                 llm = _start(request)
-                _show_progress(llm, reply_fd)
+                _show_progress(llm, reply_fd, call)
                 if request["tensor_parallel"] > 1:
                     _executor(llm).register_failure_callback(lambda: os._exit(1))
                 reply: dict[str, Any] = {"vocab_size": llm.model_config.get_vocab_size()}
             elif request["op"] == "generate":
-                reply = _generate(llm, request)
+                reply = _generate(llm, request, call)
             elif request["op"] == "score":
                 reply = _score(llm, request)
             else:

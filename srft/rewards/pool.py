@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from srft.rewards.kinds import check_kind
+from srft.workers.ahead import Ahead
 from srft.workers.pool import DIED, WorkerPool
 
 _DEATHS = 8  # a verifier that has ended its process on so many items and graded none ends the run
@@ -61,6 +62,21 @@ class RewardPool(WorkerPool[RewardResult]):
         self.kind = kind
         self.counts: Counter[str] = Counter()
         self._graded = False
+        # an answer and its row are the problem's own objects
+        self._ahead = Ahead(self, lambda item: (item[0], id(item[1]), id(item[2])), self._give_up)
+
+    def begin(self, item: Item) -> None:
+        """Let an answer be graded while others are still to come; ``score`` returns its grade.
+
+        Args:
+            item: Of those that the next ``score`` is asked for, the same objects; from any thread.
+        """
+        self._ahead.begin(item)
+
+    def close(self) -> None:
+        """Kill the workers; safe to call twice."""
+        self._ahead.close()
+        super().close()
 
     def score(self, items: Sequence[Item], *, may_fail: bool = False) -> list[RewardResult]:
         """Grade (completion text, answer, row) triples; result ``i`` belongs to item ``i``.
@@ -72,18 +88,21 @@ class RewardPool(WorkerPool[RewardResult]):
         Raises:
             ValueError: If the verifier cannot be loaded, if it fails on a whole batch, or if the pool is closed.
         """
-
-        def give_up(results: dict[int, RewardResult]) -> None:
-            if not (may_fail or self._graded) and len(results) >= _DEATHS:
-                # each death costs two starts of a process: nobody should wait for a whole batch of them
-                if all(result.message.startswith(DIED) for result in results.values()):
-                    self._stop_if_useless(list(results.values()))
-
-        ordered = self._run(items, give_up)
+        if self._ahead.has_begun:
+            ordered = self._ahead.finish(items)
+        else:
+            ordered = self._run(items, None if may_fail else self._give_up)
         self.counts.update(result.status for result in ordered)
         if not may_fail:
             self._stop_if_useless(ordered)
         return ordered
+
+    def _give_up(self, results: dict[int, RewardResult]) -> None:
+        """Refuse to go on with a verifier that has ended its process on each of its first items."""
+        if not self._graded and len(results) >= _DEATHS:
+            # each death costs two starts of a process: nobody should wait for a whole batch of them
+            if all(result.message.startswith(DIED) for result in results.values()):
+                self._stop_if_useless(list(results.values()))
 
     def _stop_if_useless(self, results: list[RewardResult]) -> None:
         """Refuse to go on with a verifier that has failed on all of its first items, or on a whole batch of several."""

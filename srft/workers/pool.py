@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +89,32 @@ class Worker:
         return self.process.returncode
 
 
+@dataclass
+class Batch(Generic[_Result]):
+    """Items that a pool works on together, and what has become of them.
+
+    Args:
+        items: In order; more may be added.
+        results: By place among the items.
+        queue: Places of those that no worker has.
+        retried: Places of those whose worker has died once.
+    """
+
+    items: list[Any] = field(default_factory=list)
+    results: dict[int, _Result] = field(default_factory=dict)
+    queue: deque[int] = field(default_factory=deque)
+    retried: set[int] = field(default_factory=set)
+
+    def add(self, items: Sequence[Any]) -> None:
+        """Put further items last.
+
+        Args:
+            items: What the workers take.
+        """
+        self.queue.extend(range(len(self.items), len(self.items) + len(items)))
+        self.items += items
+
+
 class WorkerPool(ABC, Generic[_Result]):
     """Worker processes that do the same with every item; started by the first use, or by ``prewarm``.
 
@@ -134,26 +161,37 @@ class WorkerPool(ABC, Generic[_Result]):
         Raises:
             ValueError: If that cannot be loaded, with the worker's reason.
         """
-        with self._lock, self._all_or_nothing():
+        with self.held():
             while len(self._workers) < self._size or any(not worker.ready for worker in self._workers):
                 self._start_missing()
-                self._collect({}, deque(), set())
+                self._collect(Batch())
 
     def _run(self, items: Sequence[Any], after: Callable[[dict[int, _Result]], None] | None = None) -> list[_Result]:
         """The result of each item, in order; ``after`` is told what there is after every event."""
-        results: dict[int, _Result] = {}
-        queue = deque(range(len(items)))
-        retried: set[int] = set()
-        with self._lock, self._all_or_nothing():
-            while len(results) < len(items):
-                self._start_missing()
-                for worker in list(self._workers):
-                    if queue and worker.ready and worker.item is None:
-                        self._hand_out(worker, queue, items)
-                self._collect(results, queue, retried)
+        batch: Batch[_Result] = Batch()
+        batch.add(items)
+        with self.held():
+            while len(batch.results) < len(items):
+                self.turn(batch)
                 if after is not None:
-                    after(results)
-        return [results[index] for index in range(len(items))]
+                    after(batch.results)
+        return [batch.results[index] for index in range(len(items))]
+
+    def turn(self, batch: Batch[_Result], bell: socket.socket | None = None) -> None:
+        """Give idle workers what is in the queue, wait until something becomes of an item, and enter that.
+
+        Args:
+            batch: Modified in place; whoever has ``held`` the pool brings the same one until it is done with it.
+            bell: Ends the wait early when something can be read from it.
+
+        Raises:
+            ValueError: If what the workers are for cannot be loaded.
+        """
+        self._start_missing()
+        for worker in list(self._workers):
+            if batch.queue and worker.ready and worker.item is None:
+                self._hand_out(worker, batch)
+        self._collect(batch, bell)
 
     def close(self) -> None:
         """Kill the workers; safe to call twice."""
@@ -169,15 +207,20 @@ class WorkerPool(ABC, Generic[_Result]):
         self.close()
 
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Leave no worker in the middle of an item when a call is cut short."""
-        if self._closed:
-            raise ValueError(f"{self._about}: its pool is closed")
-        try:
-            yield
-        except BaseException:
-            self._kill_all()
-            raise
+    def held(self) -> Iterator[None]:
+        """Have the workers for a batch, and leave none in the middle of an item when that is cut short.
+
+        Raises:
+            ValueError: If the pool is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"{self._about}: its pool is closed")
+            try:
+                yield
+            except BaseException:
+                self._kill_all()
+                raise
 
     def _kill_all(self) -> None:
         while self._workers:
@@ -193,28 +236,29 @@ class WorkerPool(ABC, Generic[_Result]):
         for slot in sorted(set(range(self._size)) - {worker.slot for worker in self._workers}):
             self._workers.append(Worker(self._module, self._argument, slot))
 
-    def _hand_out(self, worker: Worker, queue: deque[int], items: Sequence[Any]) -> None:
-        index = next((index for index in queue if self._takes(worker, items[index])), None)
+    def _hand_out(self, worker: Worker, batch: Batch[_Result]) -> None:
+        index = next((index for index in batch.queue if self._takes(worker, batch.items[index])), None)
         if index is None:
             return
-        queue.remove(index)
+        batch.queue.remove(index)
         worker.item = index
         worker.deadline = time.monotonic() + self.deadline_s
         try:
-            worker.connection.send(tuple(items[index]))
+            worker.connection.send(tuple(batch.items[index]))
         except OSError:
             # it ended while idle: the item is not to blame
             self._workers.remove(worker)
             worker.kill()
-            queue.appendleft(index)
+            batch.queue.appendleft(index)
 
-    def _collect(self, results: dict[int, _Result], queue: deque[int], retried: set[int]) -> None:
+    def _collect(self, batch: Batch[_Result], bell: socket.socket | None = None) -> None:
         """Wait for the next answer, death or deadline, and enter every one that is due."""
         busy = [worker for worker in self._workers if not worker.ready or worker.item is not None]
         if not busy:
             return
         nearest = min(worker.deadline for worker in busy)
-        wait([worker.connection for worker in busy], timeout=max(0.0, nearest - time.monotonic()))
+        rung = [] if bell is None else [bell]
+        wait([*rung, *(worker.connection for worker in busy)], timeout=max(0.0, nearest - time.monotonic()))
         for worker in busy:
             event = worker.event()
             if event is None:
@@ -225,17 +269,17 @@ class WorkerPool(ABC, Generic[_Result]):
             index, worker.item = worker.item, None
             assert index is not None
             if event[0] == "done":
-                results[index] = self._result(event[1])
+                batch.results[index] = self._result(event[1])
                 continue
             self._workers.remove(worker)
             end = worker.kill(ended=event[0] == "died")
             if event[0] == "late":
-                results[index] = self._failure("timeout", f"killed after {self.deadline_s:g} s")
-            elif index in retried:
-                results[index] = self._failure("error", f"{DIED}: {end}")
+                batch.results[index] = self._failure("timeout", f"killed after {self.deadline_s:g} s")
+            elif index in batch.retried:
+                batch.results[index] = self._failure("error", f"{DIED}: {end}")
             else:
-                retried.add(index)
-                queue.appendleft(index)
+                batch.retried.add(index)
+                batch.queue.appendleft(index)
 
     def _finish_start(self, worker: Worker, event: str, reason: str) -> None:
         if event == "ready":

@@ -14,7 +14,7 @@ from srft.data.examples import Example
 from srft.data.prompts import build_prompts
 from srft.data.templates import PromptFormat
 from srft.data.turns import transcript
-from srft.engine.base import Completion, Sampling
+from srft.engine.base import Completion, Ended, Sampling
 from srft.environments.pool import Asked, Reply
 from srft.evaluation.answers import draw_answers
 from srft.methods import StepInfo
@@ -34,7 +34,7 @@ class Script(FakeEngine):
         self.calls: list[tuple[list[list[int]], Sampling, list[list[int]]]] = []
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None
     ) -> list[list[Completion]]:
         self.calls.append((prompts, sampling, seeds))
         said = self.turns[len(self.calls) - 1]

@@ -89,6 +89,14 @@ def test_answers_are_those_of_the_weights(tmp_path: Path, count: int) -> None:
             assert sorted(asked) == sorted(mine)
 
 
+def test_each_completion_is_told_as_its_server_has_answered(tmp_path: Path) -> None:
+    """By its place among the prompts and their samples."""
+    told: list[tuple[int, int, list[int]]] = []
+    with given(tmp_path, 2) as (engine, _):
+        engine.generate(PROMPTS, SAMPLING, SEEDS, lambda p, k, ids: told.append((p, k, ids)))
+    assert sorted(told) == [(p, k, c.token_ids) for p, row in enumerate(right()) for k, c in enumerate(row)]
+
+
 def test_updates_reach_every_server_and_leave_one_folder(tmp_path: Path) -> None:
     """Files of an earlier version go when all have taken the new one, and all of them when the engine is closed."""
     (tmp_path / "run" / "000007").mkdir(parents=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from srft.engine.base import Completion, EngineError, EngineLost, Sampling
+from srft.engine.base import Completion, Ended, EngineError, EngineLost, Sampling
 from srft.engine.replicas import Replicas
 
 SAMPLING = Sampling(1.0, 4, ())
@@ -29,10 +29,14 @@ class Scripted:
             raise self.fails[where]
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None
     ) -> list[list[Completion]]:
         self._enter("generate")
         self.asked += len(prompts)
+        if ended is not None:
+            for i, (prompt, row) in enumerate(zip(prompts, seeds, strict=True)):
+                for k, seed in enumerate(row):
+                    ended(i, k, [prompt[0], seed])
         return [
             [Completion([p[0], seed], [self.weights], "stop", self.version) for seed in row]
             for p, row in zip(prompts, seeds, strict=True)
@@ -63,7 +67,12 @@ def test_each_answers_its_share_in_order(tmp_path: Path) -> None:
     replicas, engines = three(tmp_path)
     replicas.update_weights(iter(WEIGHTS.items()), 7)
     assert [engine.weights for engine in engines] == [6.0] * 3 and not list(tmp_path.iterdir())
-    said = replicas.generate([[i] for i in range(7)], SAMPLING, [list(range(i)) for i in range(7)])
+    told: list[tuple[int, int, list[int]]] = []
+    said = replicas.generate(
+        [[i] for i in range(7)], SAMPLING, [list(range(i)) for i in range(7)],
+        lambda p, k, token_ids: told.append((p, k, token_ids)),
+    )  # fmt: skip
+    assert sorted(told) == [(i, seed, [i, seed]) for i in range(7) for seed in range(i)]
     assert [[c.token_ids for c in row] for row in said] == [[[i, seed] for seed in range(i)] for i in range(7)]
     assert {c.version for row in said for c in row} == {replicas.version} == {7}
     assert sorted(engine.asked for engine in engines) == [2, 2, 3]

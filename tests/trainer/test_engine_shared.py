@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srft.engine.base import Completion, EngineError, EngineLost, Sampling
+from srft.engine.base import Completion, Ended, EngineError, EngineLost, Sampling
 from srft.engine.shared import SharedEngine
 from srft.policy.parallel import Elsewhere, World
 from tests.ranks import results_of_two_ranks
@@ -33,7 +33,7 @@ class Scripted:
             raise error
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None
     ) -> list[list[Completion]]:
         self.asked += 1
         self._fail("generate")

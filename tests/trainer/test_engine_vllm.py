@@ -116,6 +116,16 @@ def test_same_seeds_same_completions(served: tuple) -> None:
     assert together[0][0].token_ids != together[0][1].token_ids
 
 
+def test_each_completion_is_told_as_it_ends(served: tuple) -> None:
+    """By its place, the shorter ones first; and nothing of a call that asks for no telling."""
+    engine, sampling, seeds = served[1], Sampling(1.0, 30, (EOS, 9)), [[11, 12, 13], [], [11, 15, 16]]
+    told: list[tuple[int, int, list[int]]] = []
+    drawn = engine.generate(PROMPTS, sampling, seeds, lambda p, k, ids: told.append((p, k, ids)))
+    assert sorted(told) == [(p, k, c.token_ids) for p, row in enumerate(drawn) for k, c in enumerate(row)]
+    assert len({len(ids) for _, _, ids in told}) > 1
+    assert engine.generate(PROMPTS, sampling, seeds) == drawn and len(told) == 6
+
+
 def test_a_long_prompt_leaves_less_room(served: tuple) -> None:
     """Its completions end where the model does, and say that they were cut."""
     prompts = [random_tokens(MAX_LEN - room, seed=room) for room in (1, 3, 50)]

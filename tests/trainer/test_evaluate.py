@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from srft.data.prompts import Prompt
-from srft.engine.base import Completion, Sampling
+from srft.engine.base import Completion, Ended, Sampling
 from srft.evaluation.held_out import demo_loss, evaluate, wilson_interval
 from srft.rollout import Actor
 from tests.trainer.plain_step import statistics_of
@@ -96,7 +96,7 @@ class Seeded(FakeEngine):
     """Answers "7" or "8" as the seed decides, and everything to a prompt of 9 with "7"."""
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None
     ) -> list[list[Completion]]:
         self.asked.append((sampling, seeds))
         return [

@@ -13,7 +13,7 @@ from srft.batch import Group
 from srft.data.examples import Example
 from srft.data.prompts import Prompt, build_prompts
 from srft.data.templates import PromptFormat
-from srft.engine.base import Completion, Sampling
+from srft.engine.base import Completion, Ended, Sampling
 from srft.engine.sampling import describe_ends, make_sampling
 from srft.evaluation.held_out import evaluate
 from srft.methods import StepInfo
@@ -82,7 +82,7 @@ class SeedEngine(FakeEngine):
     """Answers with a digit that the seed decides, right two times of three; the seed is also its log-probability."""
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None
     ) -> list[list[Completion]]:
         ids = char_tokenizer().encode("567", add_special_tokens=False)
         return [[Completion([ids[seed % 3 > 0]], [float(seed)], "stop", 0) for seed in row] for row in seeds]

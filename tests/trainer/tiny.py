@@ -15,7 +15,7 @@ from srft.batch import Batch, Group, Response, pack
 from srft.config import Config
 from srft.data.examples import Example
 from srft.data.prompts import Prompt
-from srft.engine.base import Completion, Sampling
+from srft.engine.base import Completion, Ended, Sampling
 from srft.options import load_config
 from srft.policy.learner import Learner
 from srft.policy.model import byte_tokenizer, compute, prepare_policy
@@ -147,7 +147,7 @@ class FakeEngine:
         self.asked: list[tuple[Sampling, list[list[int]]]] = []
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]]
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None
     ) -> list[list[Completion]]:
         self.asked.append((sampling, seeds))
         return [[self.answers[tuple(p)] for _ in s] for p, s in zip(prompts, seeds, strict=True)]
