@@ -109,7 +109,7 @@ def main() -> None:
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    ways: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    ways: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
         "as written": lambda: as_written(model), "compiled": contextlib.nullcontext,
     }  # fmt: skip
     found: dict[str, list[float]] = {way: [] for way in ways}

@@ -30,6 +30,7 @@ from srft.learning import learn
 from srft.options import load_config
 from srft.planning.models import ModelShape, measure_shape
 from srft.planning.pace import training_flops
+from srft.policy.compiled import as_written
 from srft.policy.model import build_tiny, byte_tokenizer
 from srft.prepare import Run, prepared
 
@@ -97,7 +98,7 @@ def configuration(folder: Path, options: argparse.Namespace) -> Config:
     rng = random.Random(0)
     lines = [
         json.dumps({"prompt": f"{rng.randrange(10_000):04d}+{rng.randrange(10_000):04d}=", "answer": "0"})
-        for _ in range(options.prompts * (options.rounds + 1) + 8)
+        for _ in range(options.prompts * own_steps(options) + 8)
     ]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "reward.py").write_text(REWARD)
@@ -107,7 +108,6 @@ def configuration(folder: Path, options: argparse.Namespace) -> Config:
     ]  # fmt: skip
     if options.device == "cuda":
         shape += ["model.compute_dtype=bfloat16", "model.gradient_checkpointing=true"]
-    shape.append(f"model.compile={options.compile}")
     return load_config([
         *shape, "name=step", f"runs_dir={folder}", f"cache_dir={folder}", f"data.train={folder / 'prompts.jsonl'}",
         "data.columns.prompt=prompt", "data.columns.answer=answer", "data.eval_limit=8",
@@ -115,9 +115,14 @@ def configuration(folder: Path, options: argparse.Namespace) -> Config:
         "method.name=grpo", "engine.kind=hf", "model.warm_start.max_steps=0",
         f"train.prompts_per_step={options.prompts}", f"train.rollouts_per_prompt={options.rollouts}",
         f"rollout.max_new_tokens={options.tokens}", f"rollout.min_new_tokens={options.tokens}", f"train.lr={RATE}",
-        f"train.steps={options.rounds + 1}", "train.grad_terms_every=0",
-        f"train.device={options.device}", "train.page=false",
+        f"train.steps={own_steps(options)}", "train.grad_terms_every=0",
+        f"train.device={options.device}", "train.page=false", f"model.compile={str(options.compile).lower()}",
     ])  # fmt: skip
+
+
+def own_steps(options: argparse.Namespace) -> int:
+    """How many steps of ours there are: one a round, or two where one of them is of compiled blocks."""
+    return (options.rounds + 1) * (2 if options.compile else 1)
 
 
 def step_of_ours(run: Run, config: Config, number: int, into: dict[str, list[Spent]]) -> None:
@@ -168,11 +173,12 @@ def steps_of_trl(
 
     gpu = config.train.device == "cuda"
     sequences, tokens = config.train.prompts_per_step * config.train.rollouts_per_prompt, config.rollout.max_new_tokens
+    rounds = config.train.steps // (2 if config.model.compile else 1)
     arguments = trl.GRPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=sequences // (4 if gpu else 1),
         gradient_accumulation_steps=4 if gpu else 1,
         num_generations=config.train.rollouts_per_prompt, max_completion_length=tokens,
-        generation_kwargs={"min_new_tokens": tokens}, max_steps=config.train.steps, learning_rate=config.train.lr,
+        generation_kwargs={"min_new_tokens": tokens}, max_steps=rounds, learning_rate=config.train.lr,
         lr_scheduler_type="constant", beta=0.0, temperature=1.0, bf16=gpu, use_cpu=not gpu, gradient_checkpointing=gpu,
         logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, shuffle_dataset=False,
     )  # fmt: skip
@@ -191,7 +197,7 @@ def steps_of_trl(
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     trainer.train()
     logged = [row for row in trainer.state.log_history if "grad_norm" in row]
-    assert len(logged) == config.train.steps
+    assert len(logged) == rounds
     for row in logged:
         assert row["completions/mean_length"] == tokens == row["completions/min_length"], row
         assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["reward_std"] > 0, row
@@ -236,11 +242,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", help="folder of a model in place of a tiny one")
-    parser.add_argument("--compile", action="store_true", help="ours with model.compile=true")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out")
+    parser.add_argument("--compile", action="store_true", help="a second step of ours a round, with model.compile")
     options = parser.parse_args()
     rates: list[Spent] = []
-    found: dict[str, dict[str, list[Spent]]] = {"ours": {}, "TRL": {}}
+    found: dict[str, dict[str, list[Spent]]] = {"ours": {}, "ours, compiled": {}, "TRL": {}}
     with tempfile.TemporaryDirectory() as name:
         config = configuration(Path(name), options)
         with prepared(config) as run:
@@ -248,7 +254,12 @@ def main() -> None:
 
             def round_of_ours(number: int) -> None:
                 rates.append(rate(options.device))
-                step_of_ours(run, config, number, found["ours"])
+                if not options.compile:
+                    step_of_ours(run, config, number, found["ours"])
+                    return
+                with as_written(run.learner.model):
+                    step_of_ours(run, config, 2 * number - 1, found["ours"])
+                step_of_ours(run, config, 2 * number, found["ours, compiled"])
 
             try:
                 if options.no_trl:
@@ -256,7 +267,7 @@ def main() -> None:
                 steps_of_trl(Path(name), config, found["TRL"], round_of_ours)
             except ImportError as error:
                 print(f"TRL: {error}; {INSTALL}")
-                for number in range(1, config.train.steps + 1):
+                for number in range(1, options.rounds + 2):
                     round_of_ours(number)
             shape = measure_shape(run.learner.model)
     about = devices.facts(torch.device(options.device))

@@ -140,7 +140,8 @@ def _traced(
 ) -> _Meter:
     AttentionInterface.register(_ATTENTION, _flash_attention)
     AttentionMaskInterface.register(_ATTENTION, _no_mask)
-    options = config.model.model_copy(update={"gradient_checkpointing": checkpointing})
+    # compiled blocks keep no more than they do as they are written, and cannot be traced
+    options = config.model.model_copy(update={"gradient_checkpointing": checkpointing, "compile": False})
     with torch.device("meta"):
         # or this machine would make the weights of a model that it has no room for
         assert torch.empty(1).is_meta, "tensors of the meta device have memory"

@@ -75,18 +75,21 @@ def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
 
 
 @contextmanager
-def as_written(model: nn.Module) -> Iterator[None]:
+def as_written(model: nn.Module) -> Iterator[bool]:
     """Run the blocks of a policy as they are written, hooks inside them and all, for the length of the body.
 
     Args:
         model: With compiled blocks or without.
+
+    Yields:
+        Whether it has compiled blocks.
     """
     compiled = [m for m in model.modules() if m._compiled_call_impl is not None]
     calls = [m._compiled_call_impl for m in compiled]
     try:
         for module in compiled:
             module._compiled_call_impl = None
-        yield
+        yield bool(compiled)
     finally:
         for module, call in zip(compiled, calls, strict=True):
             module._compiled_call_impl = call

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from srft.batch import Response, pack
+from srft.policy.compiled import as_written
 from srft.policy.forwards import limits_of, own_logprobs, packed_logprobs
 from srft.policy.model import body_of, device_of, head_of, own_attention
 from srft_kernels import linear_logprobs
@@ -21,7 +22,7 @@ _ATTENTION = re.compile("window|chunk|alibi|softcap|rope_type|sink|bias_max|laye
 
 
 def find_cause(model: PreTrainedModel, sequences: list[Response], dtype: torch.dtype, allowed: float) -> str:
-    """Tell what it is that packing changes: the head, attention itself, neighbours, or the lengths of neighbours.
+    """Tell what is wrong: compiled blocks, or what packing changes: the head, attention, neighbours or their lengths.
 
     Args:
         model: From ``model.prepare_policy``; it failed the comparison.
@@ -29,12 +30,15 @@ def find_cause(model: PreTrainedModel, sequences: list[Response], dtype: torch.d
         dtype: In which it failed.
         allowed: Difference that is no more than rounding, nats.
     """
-    if dtype != torch.float32:
-        return "how this device computes attention or the head in that precision, since fp32 is right"
-
     def off(actual: Tensor, expected: Tensor) -> bool:
         return not bool((actual - expected).abs().max() <= allowed)
 
+    own = own_logprobs(model, sequences, dtype)
+    with as_written(model) as compiled:
+        if compiled and not off(packed_logprobs(model, pack(sequences, 10**9, device_of(model)), dtype), own):
+            return "what torch.compile makes of its blocks; set model.compile=false"
+    if dtype != torch.float32:
+        return "how this device computes attention or the head in that precision, since fp32 is right"
     shortest = min(sequences, key=len)
     if off(_through_fused_head(model, shortest), own_logprobs(model, [shortest], dtype)):
         settings = _named(model, re.compile("logit|multiplier"))

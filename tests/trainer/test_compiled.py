@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from srft.policy.forwards import own_logprobs, packed_forward
 from srft.policy.lora import adapted, attach, b_of, base_policy
 from srft.policy.model import prepare_policy
 from srft.policy.parallel import joined, whole
+from srft.policy.proof import prove
 from srft.policy.weights import named_weights
 from tests.trainer.tiny import CPU, plain_model, policy, relative_error, sequence, tiny_config
 
@@ -136,3 +137,16 @@ def test_no_compiler_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ValueError, match="triton is not installed"):
         refuse_no_compiler(True, torch.device("cuda"))
+
+
+def test_the_proof_refuses_what_a_compiler_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiled blocks compute otherwise ends the run before step 0, and is not taken for a fault of packing."""
+
+    def careless(graph: torch.fx.GraphModule, _examples: list[Tensor]) -> Callable[..., tuple[object, ...]]:
+        return lambda *inputs: tuple(1.01 * x if isinstance(x, Tensor) else x for x in graph(*inputs))
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "BACKEND", careless)
+    with pytest.raises(ValueError, match="likely cause: what torch.compile makes of its blocks"):
+        prove(policy(plain_model(), "model.compile=true"), tiny_config("model.compile=true"))
+    torch._dynamo.reset()

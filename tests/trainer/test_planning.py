@@ -116,6 +116,12 @@ def test_products_are_six_flops_a_weight_and_token() -> None:
     assert trace(config, checkpointing=True).flops == (6 * shape.products + 2 * (shape.products - down)) * tokens
 
 
+def test_compiled_blocks_are_planned_as_they_are_written() -> None:
+    """They keep no more; and nothing is compiled for a plan, where there may be no compiler."""
+    plain, compiled = (load_config([f"model.compile={each}"]) for each in ("false", "true"))
+    assert trace(compiled) == trace(plain)
+
+
 def test_copies_in_16_bit_live_as_long_as_their_block_where_it_is_recomputed() -> None:
     """Not until the last block is through, whatever the number of blocks; without recomputation backward needs all."""
     config = load_config(["model.name=Qwen/Qwen2.5-1.5B", "model.compute_dtype=bfloat16"])
