@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from srft import prepare
 from srft.engine import start
 from srft.engine import vllm as client
 from srft.engine.placement import Placement, place_engines
 from srft.policy.parallel import World
+from tests.trainer import runs
 from tests.trainer.tiny import learner_of, plain_model, tiny_config
 
 CPU = torch.device("cpu")
@@ -168,3 +170,14 @@ def test_engines_are_started_as_they_are_placed(tmp_path: Path, monkeypatch: pyt
         ("2,3", "vllm-0-0.log"), ("4,5", "vllm-0-1.log"),
     ]  # fmt: skip
     assert all((s["tensor_parallel"], s["num_threads"], s["sleeps"]) == (2, 3, False) for s in started)
+
+
+def test_a_run_is_refused_before_its_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line that names the option."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(prepare, "load_policy", never)
+    with pytest.raises(ValueError, match="engine.tensor_parallel=2 is for engine.kind=vllm, got hf"):
+        runs.train(tmp_path, engine__tensor_parallel=2)

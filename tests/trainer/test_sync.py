@@ -10,9 +10,9 @@ from torch import Tensor
 
 from srft.engine.hf import HfEngine
 from srft.policy.spread import Spread
-from srft.sync import CanaryError, WeightSync
+from srft.sync import CanaryError, WeightSync, make_probe
 from tests.trainer.many_syncs import hf_engine, many_syncs
-from tests.trainer.tiny import plain_model, policy, tiny_config
+from tests.trainer.tiny import plain_model, policy, random_groups, tiny_config
 
 PROBE = [[5, 6, 7, 8], [9, 10], [3, 4, 5, 6, 7, 8, 9]]
 
@@ -81,6 +81,17 @@ def test_many_syncs(tied: bool, dtype: str) -> None:
     assert seen.worst <= 1e-4 if dtype == "float32" else seen.worst_mean > 1e-4
     assert seen.bytes == sum(p.numel() for p in model.parameters()) * getattr(torch, dtype).itemsize
     assert len(seen.seconds) == 20 and min(seen.seconds) > 0
+
+
+@pytest.mark.parametrize(("servers", "prompts", "count"), [(1, 9, 4), (1, 2, 2), (6, 9, 6), (6, 2, 6)])
+def test_the_probe_reaches_every_engine(servers: int, prompts: int, count: int) -> None:
+    """Engines that share what is asked get a sequence each; prompts that are too few come again."""
+    urls = [f"http://a:{port}" for port in range(1, servers + 1)]
+    config = tiny_config("engine.kind=http", f"engine.urls={urls}", "engine.weights_dir=/w")
+    drawn = [group.prompt for group in random_groups(prompts)]
+    probe = make_probe(drawn, config)
+    assert len(probe) == count and all(1 < len(sequence) < config.longest_sequence for sequence in probe)
+    assert [sequence[0] for sequence in probe] == [drawn[i % prompts].prompt_ids[0] for i in range(count)]
 
 
 def test_stale_engine() -> None:
