@@ -321,20 +321,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _turns_fit_the_method(self) -> Config:
-        name, method = self.env.name, self.method
-        if name is None:
-            if "calculator" in (self.data.train, self.data.demos):
-                raise ValueError('the task "calculator" is answered in turns; set env.name=calculator, too')
-            return self
-        if type(method).prefixes is not BaseMethod.prefixes or method.shows_demos:
+        method, data = self.method, self.data
+        if self.env.name is None and "calculator" in (data.train, data.demos):
+            raise ValueError('the task "calculator" is answered in turns; set env.name=calculator, too')
+        begins = type(method).prefixes is not BaseMethod.prefixes or method.shows_demos
+        if (self.reads_turns or self.env.name is not None) and (begins or data.corrupt_demos):
+            option = f'method.name="{method.name}"' if begins else f"data.corrupt_demos={data.corrupt_demos}"
             raise ValueError(
-                f'env.name={name}, but method.name="{method.name}" puts demonstrations into prompts or rollouts, which '
-                "those of several turns are not made for; unset env.name, or take another method"
-            )
-        if self.data.corrupt_demos:
-            raise ValueError(
-                f"data.corrupt_demos={self.data.corrupt_demos} is for demonstrations of one turn, and env.name={name} "
-                "reads conversations; set it to 0"
+                f"{option} wants rollouts and demonstrations of one turn, got env.name={self.env.name} and "
+                f"data.turns={data.turns}; change it, or unset these"
             )
         return self
 
@@ -357,6 +352,11 @@ class Config(Section):
     def without_resume(self) -> Config:
         """Return the same run as if started anew: what its record shows, however often it was resumed."""
         return self.model_copy(update={"train": self.train.model_copy(update={"resume": False})})
+
+    @property
+    def reads_turns(self) -> bool:
+        """Whether demonstrations that are conversations are learned from the assistant's first turn on."""
+        return self.data.turns == "all" or (self.data.turns == "auto" and self.env.name is not None)
 
     @property
     def wants_reference(self) -> bool:

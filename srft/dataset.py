@@ -16,7 +16,7 @@ from srft.data.judging import check_answers, check_demos, fitting_reward
 from srft.data.messages import texts_of
 from srft.data.problems import Problems, drop_shared, hold_out
 from srft.data.prompts import Prompt, build_prompts
-from srft.data.turns import refuse_other_roles
+from srft.data.turns import refuse_forgetful_template, refuse_other_roles
 from srft.engine.sampling import prompt_format
 from srft.policy.parallel import ALONE, World
 from srft.rewards.pool import RewardPool
@@ -60,7 +60,7 @@ def read_problems(config: Config) -> Problems:
         ValueError: Naming the file, line and column of what is wrong with the data.
     """
     data = config.data
-    needs, talks = _needs_own_demos(config), config.env.name is not None
+    needs, talks = _needs_own_demos(config), config.reads_turns
     examples = load_examples(
         data.train, split=data.split, columns=data.columns, limit=data.limit, seed=config.train.seed,
         task=data.task, use_demo=needs or warm_starts(config), require_demo=needs, bad_rows=data.bad_rows,
@@ -100,7 +100,7 @@ def _read_demos(config: Config, held_out: list[Example]) -> list[Example]:
     # a generated task gives other problems than to data.train
     examples = load_examples(
         data.demos, split=data.split, columns=data.demo_columns, seed=config.train.seed + 1, task=data.demo_task,
-        require_demo=True, bad_rows=data.bad_rows, turns=config.env.name is not None,
+        require_demo=True, bad_rows=data.bad_rows, turns=config.reads_turns,
     )  # fmt: skip
     demos = drop_shared(examples, held_out)
     if not demos:
@@ -268,8 +268,13 @@ def _encoded(
 ) -> tuple[list[Prompt], list[Prompt], list[str]]:
     """Training and held-out prompts, and what was skipped or changed on the way."""
     build = _builder(config, tokenizer)
-    if config.env.name is not None and tokenizer.chat_template:
-        refuse_other_roles(((e.id, demo) for e in examples for demo in e.demos), config.env.role)
+    if config.reads_turns and tokenizer.chat_template:
+        form, demos = prompt_format(config, tokenizer), [(e.id, demo) for e in examples for demo in e.demos]
+        if config.env.name is not None:
+            refuse_other_roles(demos, config.env.role)
+        for role in sorted({turn["role"] for _, demo in demos if isinstance(demo, list) for turn in demo}):
+            if role != "assistant":
+                refuse_forgetful_template(form, role)
     prompts, counts = build(examples)
     held_out_prompts, held_out_counts = build(held_out, needs_demo=False) if held_out else ([], Counter())
     notes = [

@@ -92,10 +92,10 @@ def load_policy(source: str, label: str, config: Config) -> Policy:
     Raises:
         ValueError: When it cannot be read, or its run has conversations.
     """
-    if config.env.name is not None:
+    if config.env.name is not None or config.reads_turns:
         raise ValueError(
-            f"{label} was trained in conversations (env.name={config.env.name}), and an analysis looks at answers of "
-            "one turn; leave it out"
+            f"{label} was trained in conversations (env.name={config.env.name}, data.turns={config.data.turns}), and "
+            "an analysis looks at answers of one turn; leave it out"
         )
     other = {"name": source, "tokenizer": None, "reference": None}
     if source != config.model.name and not is_adapter(source):

@@ -51,6 +51,10 @@ class DataConfig(Section):
     """Demonstrations of a source of their own, of the kinds of data.train; unset: those in the rows of data.train. They
     are drawn in an order of their own, train.demos_per_prompt for each prompt of a step. Each is a group by itself: a
     method that compares the responses to a prompt finds none to compare it with, and gives it the advantage 0."""
+    turns: Literal["auto", "last", "all"] = "auto"
+    """Which turns of the assistant are learned from in a demonstration that is a conversation: the "last" one, after a
+    prompt of all before; "all", each in its place, after a prompt that ends before the first; "auto" is all with
+    env.name, else last. Without env.name rollouts and evaluations answer such a prompt by one turn."""
     demo_columns: dict[str, str] = {}
     """Column map of data.demos."""
     demo_task: dict[str, bool | int | float | str | list[int] | list[str]] = {}

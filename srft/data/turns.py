@@ -159,7 +159,7 @@ def refuse_forgetful_template(form: PromptFormat, role: str) -> None:
     frame = form.chat_turn
     if frame is None:
         raise ValueError(
-            "env.name: no token of its own ends an assistant's turn in the chat template, so that turns cannot be told "
+            "no token of its own ends an assistant's turn in the chat template, so that turns cannot be told "
             "apart; set model.chat_template to one that has such a token"
         )
     end = str(form.tokenizer.convert_ids_to_tokens(frame.end))
@@ -174,10 +174,10 @@ def refuse_forgetful_template(form: PromptFormat, role: str) -> None:
             if not whole.startswith(so_far):
                 after = _common(whole, so_far)
                 raise ValueError(
-                    f"env.name: with env.role={role} the chat template does not leave earlier turns as they were: "
+                    f"with turns of {role} the chat template does not leave earlier ones as they were: "
                     f"where it had {so_far[max(0, after - 20) : after + 40]!r} it has "
-                    f"{whole[max(0, after - 20) : after + 40]!r} once the conversation goes on; set env.role to "
-                    f"{'tool' if role == 'user' else 'user'}, or model.chat_template to one that keeps them"
+                    f"{whole[max(0, after - 20) : after + 40]!r} once the conversation goes on; take turns of "
+                    f"{'tool' if role == 'user' else 'user'} (env.role), or set model.chat_template to another"
                 )
             so_far = f"{whole}{frame.head}{continue_prompt(whole, text)[0]}{frame.tail}{end}"
 
@@ -195,4 +195,4 @@ def _rendered(form: PromptFormat, own: Sequence[str], said: Sequence[Sequence[Me
     try:
         return form.render("env.name", turns)
     except (TemplateError, TypeError) as error:
-        raise ValueError(f"env.name: the chat template refuses such turns: {error}") from error
+        raise ValueError(f"the chat template refuses turns of this role: {error}") from error

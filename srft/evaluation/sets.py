@@ -222,7 +222,7 @@ def _other(source: str, config: Config, limit: int | None, use_demo: bool) -> Ev
     examples = load_examples(
         source, split=data.eval_split, columns=data.columns if own else None, seed=0,
         limit=limit if is_generated else None, task=data.task if own else None, use_demo=use_demo,
-        bad_rows=data.bad_rows, turns=config.env.name is not None,
+        bad_rows=data.bad_rows, turns=config.reads_turns,
     )  # fmt: skip
     settled = own and config.reward.kind != "auto"
     reward = config.reward.kind if settled else fitting_reward(source, data.system, examples)

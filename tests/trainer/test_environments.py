@@ -164,10 +164,11 @@ def test_names_that_cannot_be_right(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["env.name=calculator", "method.name=prefix_rft"], "puts demonstrations into prompts or rollouts"),
-        (["env.name=calculator", "method.name=uft"], "puts demonstrations into prompts or rollouts"),
-        (["env.name=calculator", "method.name=self_distill"], "puts demonstrations into prompts or rollouts"),
-        (["env.name=calculator", "data.corrupt_demos=0.5"], "reads conversations; set it to 0"),
+        (["env.name=calculator", "method.name=prefix_rft"], "wants rollouts and demonstrations of one turn"),
+        (["env.name=calculator", "method.name=uft"], "wants rollouts and demonstrations of one turn"),
+        (["env.name=calculator", "method.name=self_distill"], "wants rollouts and demonstrations of one turn"),
+        (["env.name=calculator", "data.corrupt_demos=0.5"], "corrupt_demos=0.5 wants .* one turn"),
+        (["data.turns=all", "method.name=uft"], "wants rollouts and demonstrations of one turn.*data.turns=all"),
         (["data.train=calculator"], "answered in turns; set env.name=calculator"),
     ],
 )

@@ -79,6 +79,17 @@ def test_the_newest_of_the_buffer_are_learned() -> None:
     assert [demo for _, (demo,) in memory["buffer"]] == [32, 33, 34]
 
 
+def test_the_buffer_keeps_turns() -> None:
+    """Of a demonstration that is a conversation, through the checkpoint's JSON."""
+    method, memory = Method(name="relift", buffer_size=2), {}
+    groups = unsolved(11)
+    groups[0].demos[0].response_ids, groups[0].demos[0].spans = [11, 5, 6], [1, 1, 1]
+    assert method.further(groups, StepInfo(1, 9, 8, memory), alone) == []
+    memory = json.loads(json.dumps(memory))
+    found = method.further(unsolved(12), StepInfo(1, 9, 8, memory), alone)
+    assert [(s.response_ids, s.spans) for s in found] == [([11, 5, 6], [1, 1, 1]), ([12], [])]
+
+
 def test_the_buffer_holds_a_step_where_no_size_is_set() -> None:
     """Of all ranks, each of which takes the same from it."""
     parts = unsolved(11, solved=1), unsolved(12)

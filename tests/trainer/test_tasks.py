@@ -11,12 +11,14 @@ from srft.data.examples import load_examples
 from srft.data.schemas import find_schema
 from srft.data.tasks import (
     CHAIN_ALPHABET,
+    calculator_rows,
     chain_rows,
     countdown_rows,
     in_eval_split,
     reasoning_gym_rows,
     sums_rows,
 )
+from srft.environments.calculator import Calculator
 from srft.rewards.verifiers import countdown, evaluate_expression, exact, numeric
 
 
@@ -197,6 +199,23 @@ def test_sums_are_right(split: str) -> None:
     assert 0.2 < signs.count("-") / len(signs) < 0.5
     (example,) = load_examples("sums", split=split, limit=1)
     assert find_schema("sums", example.row).reward == "numeric" and example.demos == [example.row["demo"]]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_calculator_demonstrations_say_what_the_calculator_says(split: str) -> None:
+    """Turn by turn, up to an answer that its verifier accepts; rows are repeatable."""
+    rows = calculator_rows(100, split=split, seed=3)
+    assert rows == calculator_rows(100, split=split, seed=3)
+    for row in rows:
+        assert str(eval(row["prompt"].rstrip(":"))) == row["answer"]
+        *steps, last = row["demo"]
+        calculator = Calculator(row["answer"], row)
+        for asked, told in zip(steps[::2], steps[1::2], strict=True):
+            assert (asked["role"], told["role"]) == ("assistant", "user")
+            assert calculator.step(asked["content"]) == told["content"]
+        assert calculator.step(last["content"]) is None and exact(last["content"], row["answer"], row) == 1
+    with pytest.raises(ValueError, match="task calculator needs terms >= 2"):
+        load_examples("calculator", task={"terms": 1}, turns=True)
 
 
 def test_sums_say_what_they_cannot_follow() -> None:

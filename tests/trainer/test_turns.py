@@ -13,8 +13,11 @@ from srft.data.messages import split_turns
 from srft.data.prompts import Prompt, build_prompts
 from srft.data.templates import PromptFormat
 from srft.data.turns import heard, refuse_forgetful_template
+from srft.dataset import make_prompts, read_problems
+from srft.rewards.pool import RewardPool
 from srft.rollout import demonstration
 from tests.trainer.chat import CHATML, GEMMA, LLAMA3, MISTRAL, PLAIN, QWEN3, R1, char_tokenizer
+from tests.trainer.runs import small_config
 from tests.trainer.test_data import write_jsonl
 
 ASSISTANT, TOOL = "assistant", "tool"
@@ -85,8 +88,8 @@ def test_templates_that_keep_every_turn_pass(template: str | None, role: str) ->
 @pytest.mark.parametrize(
     ("template", "role", "options", "message"),
     [
-        (R1, "user", {}, "does not leave earlier turns as they were.*<think>"),
-        (QWEN3, "user", {"enable_thinking": False}, "does not leave earlier turns"),
+        (R1, "user", {}, "does not leave earlier ones as they were.*<think>"),
+        (QWEN3, "user", {"enable_thinking": False}, "does not leave earlier ones"),
         (PLAIN, "user", {}, "no token of its own ends"),
     ],
 )
@@ -98,12 +101,12 @@ def test_templates_that_do_not_are_refused(template: str, role: str, options: di
 
 
 def test_a_template_without_the_role_is_refused() -> None:
-    """In one line that names the option."""
+    """In one line with what it says."""
     template = CHATML.replace("{% for m in messages %}", "{% for m in messages %}{% if m.role == 'tool' %}"
                               "{{ raise_exception('no tools') }}{% endif %}", 1)  # fmt: skip
     form = PromptFormat(char_tokenizer(template))
     refuse_forgetful_template(form, "user")
-    with pytest.raises(ValueError, match="env.name.*no tools"):
+    with pytest.raises(ValueError, match="tool: no tools|no tools"):
         refuse_forgetful_template(form, "tool")
 
 
@@ -133,6 +136,23 @@ def test_rows_are_read_as_conversations(tmp_path: Path) -> None:
         load_examples(beside)
     short = write_jsonl(tmp_path / "short.jsonl", [{"prompt": "1+2", "demo": "#3", "answer": "3"}])
     assert load_examples(short, turns=True)[0].demos == ["#3"]
+
+
+@pytest.mark.parametrize(("turns", "own"), [("all", "1+2~3+4~#7~"), ("auto", "#7~"), ("last", "#7~")])
+def test_supervised_runs_may_learn_from_all_turns(tmp_path: Path, turns: str, own: str) -> None:
+    """Without an environment on request; the assistant's own tokens are all that counts."""
+    rows = [{"messages": [said("user", f"{i}+2+4"), *SUM], "answer": "7"} for i in range(4)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = small_config(tmp_path, data__train=path, data__turns=turns, method__name="sft", train__prompts_per_step=2)
+    tokenizer = char_tokenizer(CHATML)
+    with RewardPool("exact", 1, 5.0) as pool:
+        prompts = make_prompts(
+            config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_new_tokens": 200}),
+                                      "data": config.data.model_copy(update={"max_prompt_tokens": 200})}),
+            read_problems(config), tokenizer, pool,
+        ).train  # fmt: skip
+    s = demonstration(prompts[0], 0)
+    assert tokenizer.decode(s.own_ids).replace("<|im_end|>", "~").replace(" ", "") == own
 
 
 def test_turns_keep_their_thoughts_and_two_in_a_row_are_refused() -> None:
