@@ -242,7 +242,8 @@ class _Starting:
             update={
                 "data": config.data.model_copy(update={"max_prompt_tokens": prompt}),
                 "rollout": config.rollout.model_copy(update={"max_new_tokens": completion}),
-                "engine": config.engine.model_copy(update={"kind": _kind(config)}),
+                # nothing is trained that it could sleep beside
+                "engine": config.engine.model_copy(update={"kind": _kind(config), "sleep": None}),
             }
         )
         self._tokenizer, self._out, self._stack = tokenizer, out, stack

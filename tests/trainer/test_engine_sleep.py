@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +14,13 @@ import torch
 from srft import learning, prepare, train
 from srft.engine.base import EngineLost
 from srft.engine.hf import HfEngine
+from srft.engine.placement import place_engines
 from srft.engine.shared import SharedEngine
 from srft.engine.vllm import VllmEngine
+from srft.evaluate import _Starting
 from srft.policy.parallel import World
 from tests.trainer import runs
+from tests.trainer.tiny import tiny_config
 
 # what the worker imports, each of it no more than it takes to write down what is called
 STAND_INS = {
@@ -178,3 +183,11 @@ def test_a_step_lets_the_engine_sleep_from_its_rollouts_to_its_weights(
     assert kept == [
         "sleep", "worst", "update_weights", "generate", "sleep", "learn", "update_weights", "generate",
     ]  # fmt: skip
+
+
+def test_an_evaluation_has_nothing_to_sleep_beside(tmp_path: Path) -> None:
+    """The options of a run whose engine slept are no error of who evaluates it."""
+    asked = SimpleNamespace(prompts=[SimpleNamespace(prompt_ids=[1, 2])], sampling=SimpleNamespace(max_new_tokens=4))
+    config = tiny_config("engine.kind=vllm", "engine.sleep=true")
+    starting = _Starting(config, None, [SimpleNamespace(drawing=asked)], tmp_path, ExitStack())
+    assert place_engines(starting._config, World()).sleeps is False
