@@ -66,7 +66,7 @@ class VllmEngine:
             num_threads: OMP_NUM_THREADS of the process; None is that of the environment, else half the cores.
             visible_devices: CUDA_VISIBLE_DEVICES of the process; None inherits it.
             tensor_parallel: GPUs, or processes on a CPU, that the model is spread over, > 0.
-            sleeps: It can ``sleep``; needs a GPU, and no expandable segments in PYTORCH_CUDA_ALLOC_CONF.
+            sleeps: It can ``sleep``; needs a GPU.
             enforce_eager: No compilation and no CUDA graphs; always so on CPU.
             trust_remote_code: Run model code found in the folder.
             start_timeout_s: Seconds until a model that is not ready counts as failed, > 0.
