@@ -95,7 +95,7 @@ def test_the_proof_compares_with_the_model_as_it_is_written(graphs: CompileCount
 def test_adapters_of_compiled_blocks(graphs: CompileCounterWithBackend) -> None:
     """They are trained, and left out where the base is to score."""
     model = plain_model()
-    attach(model, LoraConfig(rank=2), base="base")
+    attach(model, LoraConfig(rank=2, targets=["q_proj", "down_proj"]), base="base")
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora" in name:
