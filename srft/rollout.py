@@ -140,7 +140,7 @@ def _answered(config: Config, actor: Actor, own: list[tuple[int, Prompt]], now: 
         prompt_ids = [group.prompt.prompt_ids + begin for group, _, begin, _ in begun]
         seeds = [[seed(uid, k) for k in samples] for _, uid, _, samples in begun]
         answers = actor.engine.generate(
-            prompt_ids, actor.sampling, seeds, _judged_early(actor, [(g.prompt, begin) for g, _, begin, _ in begun])
+            prompt_ids, actor.sampling, seeds, judged_early(actor, [(g.prompt, begin) for g, _, begin, _ in begun])
         )
         for (group, _, begin, _), completions in zip(begun, answers, strict=True):
             group.rollouts += [_rollout(actor, group.prompt, begin, completion) for completion in completions]
@@ -160,8 +160,13 @@ def _begin_demos(actor: Actor, groups: list[Group]) -> None:
                 actor.begin((demo.text, group.prompt.example.answer, group.prompt.example.row))
 
 
-def _judged_early(actor: Actor, begun: list[tuple[Prompt, list[int]]]) -> Ended | None:
-    """What has an answer judged as soon as it ends, of these prompts with what answers begin with."""
+def judged_early(actor: Actor, begun: list[tuple[Prompt, list[int]]]) -> Ended | None:
+    """Return what has an answer judged as soon as it ends; None where the actor's pool is asked for all at once.
+
+    Args:
+        actor: Whose pool judges.
+        begun: The prompts that are answered, each with what its answers begin with.
+    """
     if (begin_judging := actor.begin) is None:
         return None
 

@@ -39,7 +39,6 @@ from srft.record.metrics import Clock, group_metrics, sample_rows
 from srft.record.problems import Verdicts, trained_on
 from srft.record.recorded import Recorded
 from srft.record.rollouts import write_step
-from srft.rewards.pool import Judge
 from srft.rollout import Actor
 from srft.sync import CanaryError
 
@@ -153,17 +152,16 @@ def _evaluated(run: Run, step: int) -> dict[str, float]:
     held_out = run.prompts.held_out
     if run.actor is None:
         return demo_loss(run.learner, held_out)
-    own = _judged(run, run.actor, step, "held-out", "eval", held_out, run.actor.pool)
+    own = _judged(run, run.actor, step, "held-out", "eval", held_out)
     figures = own | demo_loss(run.learner, held_out)
     for one in run.further:
-        figures |= _judged(run, run.actor, step, one.name, f"eval/{one.name}", one.prompts, one.pool)
+        actor = replace(run.actor, pool=one.pool, begin=one.pool.begin)
+        figures |= _judged(run, actor, step, one.name, f"eval/{one.name}", one.prompts)
     return figures
 
 
-def _judged(
-    run: Run, actor: Actor, step: int, name: str, prefix: str, prompts: list[Prompt], pool: Judge
-) -> dict[str, float]:
-    train, verdicts = run.learner.config.train, Verdicts(pool, [prompt.example for prompt in prompts])
+def _judged(run: Run, actor: Actor, step: int, name: str, prefix: str, prompts: list[Prompt]) -> dict[str, float]:
+    train, verdicts = run.learner.config.train, Verdicts(actor.pool, [prompt.example for prompt in prompts])
     figures = evaluate(
         replace(actor, pool=verdicts), prompts, samples=train.eval_samples, temperature=train.eval_temperature,
         seed=train.seed, prefix=prefix,

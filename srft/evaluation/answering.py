@@ -127,7 +127,7 @@ def answer_all(
         part = drawing.prompts[first : first + step]
         if all(prompt.example.id in answered.rows for prompt in part):
             continue
-        actor = Actor(engine(), drawing.sampling, tokenizer, pool, environment=drawing.environment)
+        actor = Actor(engine(), drawing.sampling, tokenizer, pool, environment=drawing.environment, begin=pool.begin)
         answers = draw_answers(actor, part, drawing.samples, drawing.seed)
         answered.add(list(zip(part, answers, strict=True)))
         share = accuracy([tally_of(row) for row in answered.rows.values()])

@@ -11,7 +11,7 @@ from srft.data.sampler import sample_seed
 from srft.data.templates import completion_text
 from srft.evaluation.estimators import Tally
 from srft.rewards.pool import RewardResult
-from srft.rollout import Actor
+from srft.rollout import Actor, judged_early
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def draw_answers(actor: Actor, prompts: Sequence[Prompt], samples: int, seed: in
     seeds = [[sample_seed(seed, 0, prompt.example.id, k) for k in range(samples)] for prompt in prompts]
     if actor.environment is not None:
         return _after_conversations(actor, actor.environment, prompts, seeds)
-    drawn = actor.engine.generate([prompt.prompt_ids for prompt in prompts], actor.sampling, seeds)
+    drawn = actor.engine.generate(
+        [p.prompt_ids for p in prompts], actor.sampling, seeds, judged_early(actor, [(p, []) for p in prompts])
+    )
     texts = [
         [completion_text(actor.tokenizer, c.token_ids, p.opened, actor.sampling.stop) for c in completions]
         for completions, p in zip(drawn, prompts, strict=True)
