@@ -47,6 +47,7 @@ class Child:
             Path(tempfile.mkdtemp(prefix="srft-weights-", dir=parent)) for parent in _transport_parents()
         ]
         """Where weights are put for it, the fastest first."""
+        self._shared: set[Path] = set()
         self._process = self._spawn(python, environment)
         self.pid: int = self._process.pid
         """Process id, and process group."""
@@ -114,6 +115,10 @@ class Child:
             raise EngineError(self._explain(op, reply["error"]))
         return reply
 
+    def note_shared_memory(self) -> None:
+        """Remember what its processes have in common in memory, which stays when they are killed, for ``close``."""
+        self._shared = _mapped(self.pid)
+
     def close(self) -> None:
         """Ask the process to end, then kill its whole group; safe to call twice."""
         # a fork of the trainer runs its own exit handlers, and must leave the engine to the trainer
@@ -138,6 +143,8 @@ class Child:
         os.close(self._reply_fd)
         for folder in self.folders:
             shutil.rmtree(folder, ignore_errors=True)
+        for path in self._shared:
+            path.unlink(missing_ok=True)
 
     def _spawn(self, python: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         child_request_fd, self._request_fd = os.pipe()
@@ -228,6 +235,19 @@ def child_environment(num_threads: int | None, visible_devices: str | None) -> d
         "PYTHONFAULTHANDLER": "1",
     }
     return {**defaults, **environment}
+
+
+def _mapped(group: int) -> set[Path]:
+    """Files in /dev/shm that processes of a group have mapped, on a system with /proc."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(folder.name)) == group:
+                words = [line.split(maxsplit=5) for line in (folder / "maps").read_text().splitlines()]
+                found |= {Path(word[5]) for word in words if len(word) == 6 and word[5].startswith("/dev/shm/")}
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return {path for path in found if path.exists()}
 
 
 def _transport_parents() -> list[str]:

@@ -114,6 +114,8 @@ class VllmEngine:
             tensor_parallel=tensor_parallel,
             sleeps=sleeps,
         )["vocab_size"]
+        if tensor_parallel > 1:
+            self._child.note_shared_memory()
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[list[int]], ended: Ended | None = None

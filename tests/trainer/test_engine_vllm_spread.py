@@ -36,8 +36,11 @@ def test_two_processes_serve_every_update_and_end_together(tmp_path: Path) -> No
     assert len(engine.generate(SEQUENCES, Sampling(1.0, 8, ()), [[1, 2], [3]])[0]) == 2
 
     lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in live_members(engine.pid)}
+    shared = engine._child._shared
+    assert shared and all(path.exists() for path in shared)
     one, _other = [pid for pid, line in lines.items() if "spawn_main" in line]
     os.kill(one, signal.SIGKILL)
     with pytest.raises(EngineLost, match="its process died"):
         engine.generate(SEQUENCES, Sampling(1.0, 8, ()), [[1, 2], [3]])
     assert_gone(engine.pid)
+    assert not any(path.exists() for path in shared), "hundreds of MiB, and nobody else's"
