@@ -96,9 +96,16 @@ def test_every_objective_compiles(formula, tmp_path):
     assert_clean(compile_rows("sm_90", formula), "sm_90", tmp_path)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("options", [OPTIONS, PLAIN], ids=["all-options", "plain"])
-@pytest.mark.parametrize("part", ["statistics", "gradient", "one-launch"])
+def in_turn(names, choices):
+    """Each target with each of these names, and the choices by turns, so that each meets all targets and all names."""
+    return [(t, n, choices[(i + j) % len(choices)]) for i, t in enumerate(TARGETS) for j, n in enumerate(names)]
+
+
+@pytest.mark.parametrize(
+    ("target", "part", "options"),
+    in_turn(["statistics", "gradient", "one-launch"], [OPTIONS, PLAIN]),
+    ids=lambda x: ("all-options" if x else "plain") if isinstance(x, dict) else x,
+)
 def test_smoothed_rows_compile(target, options, part, tmp_path):
     """Label smoothing and z-loss, in one launch and in two."""
     formula = CROSS_ENTROPY.formulas[""] if part == "one-launch" else None
@@ -113,9 +120,11 @@ def test_parts_compile(grads, part, tmp_path):
     assert_clean(compile_rows("sm_90", part=part, grads=grads, **OPTIONS), "sm_90", tmp_path)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=case_id)
-@pytest.mark.parametrize("work", ["statistics", "gradient", "gradient-no-entropy", "one-launch"])
+@pytest.mark.parametrize(
+    ("target", "work", "dtype"),
+    in_turn(["statistics", "gradient", "gradient-no-entropy", "one-launch"], [BF16, FP16]),
+    ids=case_id,
+)
 def test_16_bit_scores_compile(target, dtype, work, tmp_path):
     """Scores and gradient of 16 bits, with all options."""
     options = {**OPTIONS, "entropy": work != "gradient-no-entropy"}

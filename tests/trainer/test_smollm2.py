@@ -173,22 +173,20 @@ def gsm8k_rows(path: Path) -> Path:
     return path
 
 
-def two_steps(cache: Path, folder: Path, **changes: object) -> Path:
-    """Two steps of SRFT on GSM8K's rows; the folder of the run."""
+def steps_of_srft(count: int, cache: Path, folder: Path, **changes: object) -> Path:
+    """So many steps on GSM8K's rows; the folder of the run."""
     return train(
         folder, cache_dir=cache, model__name=NAME, data__train=gsm8k_rows(folder / "gsm8k.jsonl"),
         data__max_prompt_tokens=96, train__prompts_per_step=2, train__rollouts_per_prompt=2, train__lr=1e-4,
-        train__tokens_per_microbatch=512, train__eval_every=2, train__save_every=2, data__eval_limit=1, **changes,
+        train__steps=count, train__eval_every=2, train__save_every=2, data__eval_limit=1, **changes,
     )  # fmt: skip
 
 
 def check(run: Path, engine: str) -> list[dict[str, Any]]:
     """What every such run must show: rollouts from the trainer's weights, a loss of each kind, demonstrations right."""
     rows = read_lines(run / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 2]
     assert all(row["canary/max_abs_diff"] <= 1e-4 for row in rows), engine
     assert all(row["mismatch/max"] <= 1e-2 for row in rows[1:]), engine
-    assert rows[1]["loss/total"] != rows[2]["loss/total"]
     # far from sure, as such a model is: where SRFT's weights differ from its coefficients
     assert 0.5 < rows[1]["entropy/rollout"] < 6 and 0 < rows[1]["weight/sft"] < 0.5 and rows[1]["weight/rl"] > 0.1
     samples = read_lines(run / "samples.jsonl")
@@ -200,8 +198,8 @@ def test_it_trains_with_rollouts_in_the_process(
     cache: Path, model: transformers.PreTrainedModel, tmp_path: Path
 ) -> None:
     """All its weights move, and the export has them, its tokenizer, its template and its end token."""
-    run = two_steps(cache, tmp_path, engine__kind="hf")
-    check(run, "hf")
+    run = steps_of_srft(1, cache, tmp_path, engine__kind="hf")
+    assert [row["step"] for row in check(run, "hf")] == [0, 1]
     exported = load_model(run / "model", trust_remote_code=False)
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
     moved = [n for n, p in exported.named_parameters() if not torch.equal(p, model.get_parameter(n))]
@@ -217,8 +215,10 @@ def test_its_adapters_train_with_rollouts_from_vllm(
     cache: Path, model: transformers.PreTrainedModel, tmp_path: Path
 ) -> None:
     """The merged weights that vLLM samples from, those of the export, and the trainer's are the same."""
-    run = two_steps(cache, tmp_path, engine__kind="vllm", model__lora__rank=4, model__lora__merge=True)
-    check(run, "vllm")
+    run = steps_of_srft(2, cache, tmp_path, engine__kind="vllm", model__lora__rank=4, model__lora__merge=True)
+    rows = check(run, "vllm")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[1]["loss/total"] != rows[2]["loss/total"]
     merged = load_model(run / "merged", trust_remote_code=False)
     moved = {n for n, p in merged.named_parameters() if not torch.equal(p, model.get_parameter(n))}
     assert moved == {n for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n}
