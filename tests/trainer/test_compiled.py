@@ -23,6 +23,14 @@ from srft.policy.weights import named_weights
 from tests.trainer.tiny import CPU, plain_model, policy, relative_error, sequence, tiny_config
 
 
+@pytest.fixture(autouse=True)
+def settings_as_before() -> Iterator[None]:
+    """What is set for the whole process does not reach the tests of other modules."""
+    settings = torch._dynamo.config
+    with settings.patch(recompile_limit=settings.recompile_limit, specialize_float=settings.specialize_float):
+        yield
+
+
 @pytest.fixture(scope="module")
 def graphs() -> Iterator[CompileCounterWithBackend]:
     """Counts what is compiled, by a backend that runs the graphs of forward and backward and builds nothing."""

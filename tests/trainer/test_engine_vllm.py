@@ -14,7 +14,7 @@ from srft.engine import vllm as client
 from srft.engine.base import Sampling
 from srft.engine.vllm import VllmEngine
 from tests.trainer.many_syncs import many_syncs
-from tests.trainer.tiny_vllm import EOS, MAX_LEN, VOCAB, live_members, save_model, start, tiny_model
+from tests.trainer.tiny_vllm import EOS, MAX_LEN, VOCAB, assert_gone, save_model, start, tiny_model
 
 pytestmark = pytest.mark.vllm
 
@@ -320,4 +320,4 @@ def test_bfloat16_engine_follows_updates(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="engine is closed"):
         engine.score([[1, 2]])
     assert engine.version == 11
-    assert not live_members(engine.pid)
+    assert_gone(engine.pid)

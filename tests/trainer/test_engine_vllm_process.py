@@ -38,7 +38,7 @@ def test_killed_child_is_an_error_with_its_log(tmp_path: Path) -> None:
         engine.generate([[1]], Sampling(1.0, 4, ()), [[1]])
     engine.close()
     engine.close()
-    assert not live_members(engine.pid)
+    assert_gone(engine.pid)
     assert not [folder for folder in engine.folders if folder.exists()]
 
 
