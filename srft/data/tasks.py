@@ -152,12 +152,7 @@ def sums_rows(count: int, *, split: str, seed: int, terms: int = 3, largest: int
     Raises:
         ValueError: On an option out of its range, or when that many distinct evaluation problems do not exist.
     """
-    if terms < 2 or largest < 1:
-        raise ValueError(f"task sums needs terms >= 2 and largest >= 1, got terms={terms} largest={largest}")
-    return _drawn_rows(
-        "sums", count, split=split, seed=seed, draw=lambda rng: sums_problem(rng, terms, largest),
-        text=lambda row: row["prompt"], about=f"{terms} numbers up to {largest}", remedy="largest or terms",
-    )  # fmt: skip
+    return _rows_of_sums("sums", count, split, seed, terms, largest, put=lambda problem: problem)
 
 
 def calculator_rows(count: int, *, split: str, seed: int, terms: int = 3, largest: int = 99) -> list[dict[str, Any]]:
@@ -173,23 +168,7 @@ def calculator_rows(count: int, *, split: str, seed: int, terms: int = 3, larges
     Raises:
         ValueError: On an option out of its range, or when that many distinct evaluation problems do not exist.
     """
-    if terms < 2 or largest < 1:
-        raise ValueError(f"task calculator needs terms >= 2 and largest >= 1, got terms={terms} largest={largest}")
-
-    def draw(rng: random.Random) -> dict[str, Any]:
-        problem = sums_problem(rng, terms, largest)
-        turns = []
-        for step in problem["demo"].split("\n"):
-            asked, _, result = step.partition("=")
-            turns += [{"role": "assistant", "content": f"{asked}="}, {"role": "user", "content": result}]
-        turns.append({"role": "assistant", "content": f"#{problem['answer']}"})
-        prompt = problem["prompt"].removeprefix("What is ").rstrip("?").replace(" ", "")
-        return {"prompt": f"{prompt}:", "demo": turns, "answer": problem["answer"]}
-
-    return _drawn_rows(
-        "calculator", count, split=split, seed=seed, draw=draw,
-        text=lambda row: row["prompt"], about=f"{terms} numbers up to {largest}", remedy="largest or terms",
-    )  # fmt: skip
+    return _rows_of_sums("calculator", count, split, seed, terms, largest, put=_as_conversation)
 
 
 def task_rows(name: str, count: int, *, split: str, seed: int, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -215,6 +194,35 @@ def task_rows(name: str, count: int, *, split: str, seed: int, options: dict[str
     if wrong := {option: value for option, value in options.items() if type(value) is not int}:
         raise ValueError(f"options of task {name} are whole numbers, got {wrong}; give task.{min(wrong)} one")
     return rows(count, split=split, seed=seed, **options)
+
+
+def _as_conversation(problem: dict[str, Any]) -> dict[str, Any]:
+    """A sum whose steps are asked of a calculator, one a turn."""
+    turns = []
+    for step in problem["demo"].split("\n"):
+        asked, _, result = step.partition("=")
+        turns += [{"role": "assistant", "content": f"{asked}="}, {"role": "user", "content": result}]
+    turns.append({"role": "assistant", "content": f"#{problem['answer']}"})
+    prompt = problem["prompt"].removeprefix("What is ").rstrip("?").replace(" ", "")
+    return {"prompt": f"{prompt}:", "demo": turns, "answer": problem["answer"]}
+
+
+def _rows_of_sums(
+    task: str,
+    count: int,
+    split: str,
+    seed: int,
+    terms: int,
+    largest: int,
+    put: Callable[[dict[str, Any]], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """The rows of a task on sums, each ``put`` as the task has it."""
+    if terms < 2 or largest < 1:
+        raise ValueError(f"task {task} needs terms >= 2 and largest >= 1, got terms={terms} largest={largest}")
+    return _drawn_rows(
+        task, count, split=split, seed=seed, draw=lambda rng: put(sums_problem(rng, terms, largest)),
+        text=lambda row: row["prompt"], about=f"{terms} numbers up to {largest}", remedy="largest or terms",
+    )  # fmt: skip
 
 
 def _drawn_rows(
