@@ -24,7 +24,7 @@ _DROP_POLL_S = 0.1
 
 START = (
     "start it with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls srft.engine.vllm_extension.Weights, with this "
-    "srft installed beside its vLLM (README, Servers of rollouts)"
+    "srft installed beside its vLLM (docs/engines.md, Servers of rollouts)"
 )
 
 

@@ -263,9 +263,9 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert find_method(path)(name=path).factor == 25.0
 
 
-def test_the_readmes_own_method(tmp_path: Path) -> None:
-    """The file that the README shows trains as it says, learns from both kinds, and goes on from another folder."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documented_method(tmp_path: Path) -> None:
+    """The file of docs/methods.md trains as it says, learns from both kinds, and goes on from another folder."""
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(# switch\.py\n.*?)^```$", text, re.MULTILINE | re.DOTALL)
     (tmp_path / "switch.py").write_text(code)
     reward = tmp_path / "odd.py"
