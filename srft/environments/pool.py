@@ -9,6 +9,8 @@ from typing import Any, Literal
 from srft.environments.kinds import check_environment
 from srft.workers.pool import Worker, WorkerPool
 
+_FAILURES = 8  # conversations that nothing came of, and no other: each costs two starts of a process, or a deadline
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -63,6 +65,8 @@ class EnvironmentPool(WorkerPool[Reply]):
         check_environment(name)
         super().__init__("srft.environments.worker", name, f"env.name={name}", workers, deadline_s)
         self._batch = 0
+        # of steps and of rewards, by whether it is the latter; None: some had a result
+        self._failed: dict[bool, int | None] = {False: 0, True: 0}
         self.judges = False
         """Whether the environment gives rewards by itself; known from the first ``begin`` or ``prewarm`` on."""
 
@@ -82,9 +86,10 @@ class EnvironmentPool(WorkerPool[Reply]):
             asked: Conversations since the last ``begin``, each once, with one turn at least.
 
         Raises:
-            ValueError: When the environment raises, with file and line; when it cannot be loaded.
+            ValueError: When the environment raises, with file and line; when it cannot be loaded, or has hung or died
+                on all of the first conversations.
         """
-        return self._run([(self._batch, one.key, one.texts, one.answer, one.row, False) for one in asked])
+        return self._replies(asked, is_over=False)
 
     def judge(self, asked: Sequence[Asked]) -> list[Reply]:
         """Give each conversation its reward, in order; for an environment that ``judges``.
@@ -95,7 +100,26 @@ class EnvironmentPool(WorkerPool[Reply]):
         Raises:
             ValueError: As ``answer``.
         """
-        return self._run([(self._batch, one.key, one.texts, one.answer, one.row, True) for one in asked])
+        return self._replies(asked, is_over=True)
+
+    def _replies(self, asked: Sequence[Asked], *, is_over: bool) -> list[Reply]:
+        before = self._failed[is_over]
+
+        def count(results: dict[int, Reply]) -> None:
+            """Refuse to go on with an environment that has ended its process wherever it was asked."""
+            bad = [reply for reply in results.values() if reply.status != "ok"]
+            if before is None or len(bad) < len(results):
+                self._failed[is_over] = None
+                return
+            self._failed[is_over] = failed = before + len(bad)
+            if failed >= _FAILURES:
+                raise ValueError(
+                    f"{self._about}: {'reward' if is_over else 'step'} has failed in all of the first {failed} "
+                    f"conversations, in the last one with: {bad[-1].message}; mend it, or raise env.deadline_s="
+                    f"{self.deadline_s:g} where it is slow"
+                )
+
+        return self._run([(self._batch, one.key, one.texts, one.answer, one.row, is_over) for one in asked], count)
 
     def _loaded(self, about: str) -> None:
         self.judges = about == "judges"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,32 @@ def _load(name: str) -> _Open:
     return _Open(maker, Path(path).resolve() if path else None)
 
 
+class _Unfit(Exception):
+    """What an environment has returned is nothing that it may."""
+
+
+def _text(said: Any) -> str | None:
+    if said is None:
+        return None
+    if not isinstance(said, str):
+        raise _Unfit(f"step must return text or None, got {type(said).__name__} {reprlib.repr(said)}")
+    # the trainer has no class of the user's
+    text = str.__str__(said)
+    if text.encode(errors="replace").decode() != text:
+        raise _Unfit(
+            f"step must return text that UTF-8 can hold, got {reprlib.repr(text)}; decode what it is read from with "
+            'errors="replace"'
+        )
+    return text
+
+
 def _number(value: Any) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"reward must return a finite number, got {value!r:.80}")
+        raise _Unfit(f"reward must return a finite number, got {type(value).__name__} {reprlib.repr(value)}")
     return number
 
 
@@ -59,12 +82,12 @@ def _answer(still: _Open, item: _Item) -> tuple[str | None, float, str, str]:
         still.talks[key] = (environment, len(texts))
         if is_over:
             return None, _number(environment.reward()), "ok", ""  # type: ignore[attr-defined]
-    # whatever code of the user's raises is told with its place, and ends the run
-    except Exception as error:
+        return _text(said), 0.0, "ok", ""
+    except _Unfit as error:
+        return None, 0.0, "raised", str(error)
+    # whatever code of the user's raises ends the run, with its place; sys.exit and a cancelled task are no Exception
+    except BaseException as error:
         return None, 0.0, "raised", told(error, still.file)
-    if said is not None and not isinstance(said, str):
-        return None, 0.0, "raised", f"step must return text or None, got {type(said).__name__} {said!r:.80}"
-    return said, 0.0, "ok", ""
 
 
 def _about(still: _Open) -> str:

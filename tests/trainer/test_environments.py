@@ -13,7 +13,10 @@ from srft.environments.pool import Asked, EnvironmentPool, Reply
 from srft.options import load_config
 
 GUESS = """
-import time, os
+import asyncio, sys, time, os
+
+class Words(str):
+    pass
 
 class Guess:
     def __init__(self, answer, row):
@@ -35,6 +38,14 @@ class Guess:
             return 1 // 0
         if text == "number":
             return 3
+        if text == "exit":
+            sys.exit("enough")
+        if text == "cancelled":
+            raise asyncio.CancelledError
+        if text == "half":
+            return "\\ud800 of a pair"
+        if text == "words":
+            return Words("of a class of mine")
         guess = int(text)
         return None if guess == self.secret else f"{'<' if guess < self.secret else '>'} turn {self.turns}"
 """
@@ -85,7 +96,7 @@ def test_an_environment_may_judge(guess: str) -> None:
         late, other = pool.answer([asked("3", "sleep", key=0), asked("3", "4", key=2)])
         assert late.status == "timeout" and other.said == "< turn 2"
         assert pool.judge([asked("3", "4", key=2)]) == [Reply(None, reward=0.5)]
-        with pytest.raises(ValueError, match="my_env.py.* raised ValueError: could not convert string to float"):
+        with pytest.raises(ValueError, match="env.name=.* reward must return a finite number, got str 'much'"):
             pool.judge([asked("3", "4", "5", key=2)])
     with EnvironmentPool("calculator", 1, 1.0) as pool:
         pool.begin()
@@ -113,12 +124,35 @@ def test_a_process_that_dies_ends_its_conversation_alone(guess: str) -> None:
     assert dead.status == "error" and "died twice" in dead.message and other == Reply(None)
 
 
+def test_an_environment_that_fails_from_the_start_ends_the_run(guess: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its first conversations, over several turns; one that has answered once may fail after that."""
+    monkeypatch.setattr("srft.environments.pool._FAILURES", 2)
+    with EnvironmentPool(guess, 1, 60.0) as pool:
+        pool.begin()
+        assert pool.answer([asked("die")])[0].status == "error"
+        with pytest.raises(ValueError, match=r"env\.name=.*step has failed in all of the first 2 .*died twice"):
+            pool.answer([asked("die", key=1), asked("3", key=2)])
+        pool.begin()
+        pool.answer([asked("3")])
+        assert [reply.status for reply in pool.answer([asked("die", key=1), asked("die", key=2)])] == ["error"] * 2
+
+
+def test_text_of_a_class_of_its_own_is_text(guess: str) -> None:
+    """The trainer could not load the class."""
+    with EnvironmentPool(guess, 1, 10.0) as pool:
+        pool.begin()
+        assert pool.answer([asked("words")]) == [Reply("of a class of mine")]
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ("raise", r"my_env.py:21 raised ZeroDivisionError: integer division"),
-        ("what", r"my_env.py:24 raised ValueError: invalid literal"),
+        ("raise", r"my_env.py:24 raised ZeroDivisionError: integer division"),
+        ("what", r"my_env.py:35 raised ValueError: invalid literal"),
         ("number", "step must return text or None, got int 3"),
+        ("exit", r"my_env.py:28 raised SystemExit: enough"),
+        ("cancelled", r"my_env.py:30 raised CancelledError"),
+        ("half", "text that UTF-8 can hold, got '.ud800 of a pair'"),
     ],
 )
 def test_what_an_environment_raises_ends_the_run_with_its_place(guess: str, said: str, message: str) -> None:
