@@ -40,14 +40,15 @@ class Environment:
 
 @contextmanager
 def environment_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Environment | None]:
-    """Open what answers the policy in this run, or None where its rollouts are one turn.
+    """Start what answers the policy, or nothing, and yield None, where its rollouts are one turn.
 
     Args:
         config: The whole configuration.
         tokenizer: The policy's.
 
     Raises:
-        ValueError: On an unknown environment, or a chat template that does not keep what was said.
+        ValueError: On an environment that cannot be loaded, with file and line of what it raises, or a chat template
+            that does not keep what was said.
     """
     env = config.env
     if env.name is None:
@@ -56,22 +57,8 @@ def environment_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterat
     form = prompt_format(config, tokenizer)
     refuse_forgetful_template(form, env.role)
     with EnvironmentPool(env.name, env.workers, env.deadline_s) as pool:
+        pool.prewarm()
         yield Environment(pool, form, env.role, env.max_turns)
-
-
-def refuse_unfit_environment(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a run's environment can be loaded, and that its chat template keeps what was said.
-
-    Args:
-        config: The whole configuration.
-        tokenizer: The policy's.
-
-    Raises:
-        ValueError: When not, with file and line of what an environment raises.
-    """
-    with environment_of(config, tokenizer) as environment:
-        if environment is not None:
-            environment.pool.prewarm()
 
 
 @dataclass

@@ -154,8 +154,6 @@ def evaluate(given: argparse.Namespace) -> None:
         raise ValueError(f"two of the sets have one name: {', '.join(chosen.name for chosen in sets)}; rename a file")
     with taken(out), ExitStack() as stack:
         environment = stack.enter_context(environment_of(config, tokenizer))
-        if environment is not None:
-            environment.pool.prewarm()
         asked = [_asked(chosen, given, subject, tokenizer, temperature, stack, environment) for chosen in sets]
         _keep(out, asked, given, subject, temperature)
         starting = _Starting(config, tokenizer, asked, out, stack)

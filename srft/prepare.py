@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.alarms import Watch
 from srft.config import Config
-from srft.conversation import environment_of, refuse_unfit_environment
+from srft.conversation import Environment, environment_of
 from srft.data.problems import data_state
 from srft.data.sampler import StepSampler
 from srft.dataset import Prompts, make_prompts, read_problems, warm_starts
@@ -106,13 +106,13 @@ def prepared(config: Config) -> Iterator[Run]:
     tokenizer = load_tokenizer(config.model)
     _refuse_few_positions(config)
     refuse_unfit_record(config)
-    refuse_unfit_environment(config, tokenizer)
     problems = read_problems(config)
     with (
         joined(config, choose_device(config)) as world,
         StopSignals(world.largest if world.size > 1 else None) as stop,
         run_folder(config, world) as (run_dir, checkpoint),
         RewardPool(problems.reward, config.reward.workers, config.reward.deadline_s) as pool,
+        environment_of(config, tokenizer) as environment,
         ExitStack() as pools,
     ):
         if not config.train.replay:
@@ -122,7 +122,7 @@ def prepared(config: Config) -> Iterator[Run]:
         refuse_other_data(config, data, checkpoint)
         prompts = make_prompts(config, problems, tokenizer, pool, world)
         further = [] if config.train.replay or config.train.rollouts_only else further_sets(config, tokenizer, pools)
-        learner, proof = load_policy(config, tokenizer, prompts, pool, checkpoint, world)
+        learner, proof = load_policy(config, tokenizer, prompts, pool, environment, checkpoint, world)
         if config.method.shows_demos:
             refuse_long_lessons(config, learner, prompts.train)
         speed = Speed(learner)
@@ -139,7 +139,7 @@ def prepared(config: Config) -> Iterator[Run]:
         progress.restore(checkpoint)
         with (
             cores_divided(config, world) as threads,
-            _answering(learner, sampling, pool, run_dir / "engine", threads) as actor,
+            _answering(learner, sampling, pool, environment, run_dir / "engine", threads) as actor,
             _record(config, run_dir, progress, world) as log,
         ):
             rollouts: Rollouts | Replay
@@ -170,16 +170,14 @@ def prepared(config: Config) -> Iterator[Run]:
 
 @contextmanager
 def _answering(
-    learner: Learner, sampling: Sampling, pool: RewardPool, folder: Path, threads: int | None
+    learner: Learner, sampling: Sampling, pool: RewardPool, environment: Environment | None, folder: Path,
+    threads: int | None,
 ) -> Iterator[Actor | None]:
     """What answers and judges, with an engine of its own; nobody where rollouts are replayed."""
     if learner.config.train.replay:
         yield None
         return
-    with (
-        closing(start_engine(learner, folder, threads)) as engine,
-        environment_of(learner.config, learner.tokenizer) as environment,
-    ):
+    with closing(start_engine(learner, folder, threads)) as engine:
         yield Actor(engine, sampling, learner.tokenizer, pool, learner.world.beside(), environment, pool.begin)
 
 
@@ -238,6 +236,7 @@ def load_policy(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     pool: RewardPool,
+    environment: Environment | None,
     checkpoint: Path | None,
     world: World,
 ) -> tuple[Learner, Proof | None]:
@@ -248,6 +247,7 @@ def load_policy(
         tokenizer: The policy's.
         prompts: For the supervised start.
         pool: The verifiers.
+        environment: What the policy talks to in that start, if anything.
         checkpoint: To resume from, or None.
         world: The ranks; the first gives a model its start while the others wait.
 
@@ -263,7 +263,7 @@ def load_policy(
     is_made = config.model.name == "tiny" and (warm_starts(config) or config.model.lora.rank)
     if is_made and (checkpoint is None or _keeps_start(config)):
         kept = None if checkpoint is None else read_state(checkpoint).get("start")
-        start = world.on_first(lambda: _started(config, tokenizer, prompts, pool, world.device, kept))
+        start = world.on_first(lambda: _started(config, tokenizer, prompts, pool, environment, world.device, kept))
     model = load_prepared(config, tokenizer, checkpoint or start, world)
     if config.train.rollouts_only:
         return Learner(config, model, tokenizer, make_optimizer(model, config), world), None
@@ -324,6 +324,7 @@ def _started(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     pool: RewardPool,
+    environment: Environment | None,
     device: torch.device,
     kept: str | None,
 ) -> Path:
@@ -344,7 +345,7 @@ def _started(
         model = load_prepared(config, tokenizer, None, alone)
         learner = Learner(config, model, tokenizer, make_optimizer(model, config), alone)
         if warm_starts(config):
-            warm_start(learner, prompts, pool)
+            warm_start(learner, prompts, pool, environment)
         keep_start(folder, learner)
     return folder
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from srft.config import Config
-from srft.conversation import environment_of
+from srft.conversation import Environment
 from srft.data.prompts import Prompt
 from srft.data.sampler import PromptSampler
 from srft.dataset import Prompts
@@ -34,7 +34,7 @@ _EVAL_PROBLEMS = 256
 _VERSION = 2
 
 
-def warm_start(learner: Learner, prompts: Prompts, pool: RewardPool) -> None:
+def warm_start(learner: Learner, prompts: Prompts, pool: RewardPool, environment: Environment | None) -> None:
     """Train on demonstrations until held-out accuracy reaches its target or the steps run out.
 
     Args:
@@ -42,6 +42,7 @@ def warm_start(learner: Learner, prompts: Prompts, pool: RewardPool) -> None:
             its configuration says how long.
         prompts: Those with demonstrations are learned from; the first held-out ones tell when to stop.
         pool: The verifiers.
+        environment: What the policy talks to, if anything.
 
     Raises:
         ValueError: When no prompt has a demonstration.
@@ -59,9 +60,8 @@ def warm_start(learner: Learner, prompts: Prompts, pool: RewardPool) -> None:
     engine = start_in_process(learner, torch.float32)
     sampling = make_sampling(config, tokenizer, model)
     sampler = PromptSampler(len(shown), config.train.seed + 1)
-    with environment_of(config, tokenizer) as environment:
-        actor = Actor(engine, sampling, tokenizer, pool, environment=environment)
-        _until_it_answers(learner, actor, sampler, shown, prompts.held_out[:_EVAL_PROBLEMS])
+    actor = Actor(engine, sampling, tokenizer, pool, environment=environment)
+    _until_it_answers(learner, actor, sampler, shown, prompts.held_out[:_EVAL_PROBLEMS])
 
 
 def _until_it_answers(

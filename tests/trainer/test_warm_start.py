@@ -46,7 +46,7 @@ def test_start_is_plain_cross_entropy(monkeypatch: pytest.MonkeyPatch, capsys: p
     trained = policy(plain)
     unused = torch.optim.SGD(trained.parameters(), lr=1.0)
     unused.register_step_pre_hook(lambda *_: pytest.fail("the run's own optimizer moved the weights"))
-    warm_start(learner_of(config, trained, unused), prompts, FakePool())
+    warm_start(learner_of(config, trained, unused), prompts, FakePool(), None)
 
     expected = copy.deepcopy(plain).double()
     sampler = PromptSampler(len(prompts.start), config.train.seed + 1)
@@ -76,7 +76,7 @@ def test_start_without_a_demonstration_says_so() -> None:
     model = policy(plain_model(vocab=258))
     learner = learner_of(load_config(WORDS), model, torch.optim.SGD(model.parameters(), lr=1.0))
     with pytest.raises(ValueError, match=r"model.warm_start.max_steps=0 or give data.columns.demo"):
-        warm_start(learner, prompts, FakePool())
+        warm_start(learner, prompts, FakePool(), None)
 
 
 @pytest.mark.parametrize(
