@@ -67,11 +67,14 @@ def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
     """
     refuse_no_compiler(True, device)
     settings = torch._dynamo.config
-    settings.recompile_limit = max(settings.recompile_limit, _MOST_VERSIONS)
-    # dynamic=True is meant for numbers of tokens, and would make an argument in fp64 of a norm's epsilon, too
-    settings.specialize_float = True
+    most = max(settings.recompile_limit, _MOST_VERSIONS)
     for block in blocks_of(model):
         block.compile(dynamic=True, backend=BACKEND)
+        # Graphs are made in a call, and what is set for it holds in the thread that calls: recomputation in a backward
+        # pass on a GPU has another. dynamic=True is meant for numbers of tokens, and without specialize_float would
+        # make an argument in fp64 of a norm's epsilon, too.
+        under = settings.patch(recompile_limit=most, specialize_float=True)
+        block._compiled_call_impl = under(block._compiled_call_impl)
 
 
 @contextmanager

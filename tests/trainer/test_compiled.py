@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -21,14 +22,6 @@ from srft.policy.parallel import joined, whole
 from srft.policy.proof import prove
 from srft.policy.weights import named_weights
 from tests.trainer.tiny import CPU, plain_model, policy, relative_error, sequence, tiny_config
-
-
-@pytest.fixture(autouse=True)
-def settings_as_before() -> Iterator[None]:
-    """What is set for the whole process does not reach the tests of other modules."""
-    settings = torch._dynamo.config
-    with settings.patch(recompile_limit=settings.recompile_limit, specialize_float=settings.specialize_float):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +124,25 @@ def test_compiled_blocks_are_sharded(graphs: CompileCounterWithBackend) -> None:
         assert_same(outcome(sharded, (5, 9, 4)), expected)
         outcome(sharded, (7, 8))
         assert graphs.frame_count == first
+
+
+def test_what_blocks_are_compiled_under_is_theirs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any thread, as those of autograd recompute blocks; nothing else in the process is compiled otherwise."""
+    settings = torch._dynamo.config
+    before, seen = settings.get_config_copy(), set()
+
+    def noting(graph: torch.fx.GraphModule, _examples: list[Tensor]) -> torch.fx.GraphModule:
+        seen.add((settings.recompile_limit, settings.specialize_float))
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "BACKEND", noting)
+    fast = policy(plain_model(), "model.compile=true")
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(outcome, fast, (5, 9)).result()
+    assert seen == {(64, True)}
+    assert settings.get_config_copy() == before
+    torch._dynamo.reset()
 
 
 def test_no_compiler_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
