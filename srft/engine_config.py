@@ -40,7 +40,7 @@ class EngineConfig(Section):
     """http: the servers, such as ["http://gpu1:8000", "http://gpu2:8000"], each a `vllm serve` for this run alone."""
     weights_dir: Path | None = None
     """http: folder that the trainer writes and every server reads, under the same path: one or two copies of the
-    policy."""
+    policy; unset: they fetch it from the trainer, which keeps a copy in memory."""
     deadline_s: float = Field(600.0, gt=0)
     """vllm: seconds without a new token, in which nothing is heard of the engine, before it is ended as hung; http:
     seconds in which a server answers no question to its end, before the others are asked."""
@@ -52,8 +52,8 @@ class EngineConfig(Section):
     def _servers_fit_the_kind(self) -> EngineConfig:
         given = {"urls": self.urls, "weights_dir": self.weights_dir}
         if self.kind == "http":
-            if lacking := [f"engine.{name}" for name, value in given.items() if not value]:
-                raise ValueError(f"engine.kind=http wants {' and '.join(lacking)}, too")
+            if not self.urls:
+                raise ValueError("engine.kind=http wants engine.urls, too")
             if len(set(self.urls)) < len(self.urls):
                 raise ValueError(f"engine.urls={self.urls} names a server twice; name each once")
             if self.ranks_per_engine is not None:

@@ -1,14 +1,12 @@
 """Rollouts by servers that somebody else started: `vllm serve` on this machine or on others, one or several.
 
-The trainer writes weights into a folder that all of them see, and asks each to load them from there. A server says
-which weights it has before and after it is asked for completions, so that one which was started again in between, with
-the weights of its model's folder, is found out and given the present ones.
+The trainer puts weights where all of them find them, and asks each to load them from there. A server says which
+weights it has before and after it is asked for completions, so that one which was started again in between, with the
+weights of its model's folder, is found out and given the present ones.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 import threading
 import time
@@ -19,18 +17,16 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from srft.disk import sync_to_disk, writing
-from srft.engine.asking import check_request, check_tokens, completed, in_pieces
+from srft.engine.asking import check_request, check_tokens, completed
 from srft.engine.base import Completion, Ended, EngineError, EngineLost, Sampling
 from srft.engine.http_server import START, Server
 from srft.engine.stops import StopTexts
+from srft.engine.weight_store import InFolder, InMemory
 
 _Tell = Callable[[int, Any], None]
-_FILE_BYTES = 4 * 2**30
 # questions that a server has at once; vLLM computes so many sequences in a step, and keeps the others waiting
 _LINES = 256
 _RETRY_S = 1.0
@@ -49,7 +45,7 @@ class HttpEngine:
         self,
         urls: Sequence[str],
         *,
-        weights_dir: Path,
+        weights_dir: Path | None,
         owner: str,
         model: dict[str, Any],
         dtype: str,
@@ -62,7 +58,8 @@ class HttpEngine:
 
         Args:
             urls: Of the servers, such as "http://host:8000".
-            weights_dir: Folder that this process writes and every server reads, under the same path.
+            weights_dir: Folder that this process writes and every server reads, under the same path; None: they fetch
+                weights from this process, which keeps a copy in memory.
             owner: Name of a folder in it for this engine alone; emptied now, and removed by ``close``.
             model: What ``vllm_extension.Weights.srft_about`` must say of the model.
             dtype: "float32", "bfloat16" or "float16": what they compute in.
@@ -84,12 +81,7 @@ class HttpEngine:
         self._servers = [Server(url, deadline_s) for url in urls]
         self._in_turn, self._lock = 0, threading.Lock()
         self._run, self._count, self._label = uuid.uuid4().hex, 0, ""
-        self._present: Path | None = None
-        self.folder = weights_dir.expanduser().resolve() / owner
-        """Where weights are put for the servers."""
-        with writing(self.folder):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+        self._weights = InFolder(weights_dir.expanduser().resolve() / owner) if weights_dir else InMemory()
         try:
             self._meet(patience_s)
         except BaseException:
@@ -145,13 +137,12 @@ class HttpEngine:
             EngineError: When one cannot load them.
             WriteError: When the folder cannot be written, or is full.
         """
-        before = self._present
         self._count += 1
-        self._present, self._label = self._written(named_tensors), f"{self._run}.{self._count}"
+        self._weights.put(named_tensors)
+        self._label = f"{self._run}.{self._count}"
         self._all_at_once(self._give, self._servers)
         self._left()
-        if before is not None:
-            shutil.rmtree(before, ignore_errors=True)
+        self._weights.drop_older()
         self.version = version
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
@@ -181,8 +172,8 @@ class HttpEngine:
         """Nothing to give back: servers have devices of their own."""
 
     def close(self) -> None:
-        """Remove the folder of the weights; the servers go on. Safe to call twice."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Take the weights away; the servers go on. Safe to call twice."""
+        self._weights.close()
 
     def _question(self, prompt: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
         most = min(sampling.max_new_tokens, self.max_model_len - len(prompt))
@@ -226,29 +217,17 @@ class HttpEngine:
             )
         server.lost = ""
 
-    def _written(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Path:
-        """Write weights to a folder that appears when it is whole."""
-        folder = self.folder / f"{self._count:06d}"
-        partial = folder.with_suffix(".partial")
-        try:
-            with writing(folder):
-                partial.mkdir()
-                for number, piece in enumerate(in_pieces(named_tensors, _FILE_BYTES)):
-                    save_file(piece, partial / f"{number:05d}.safetensors")
-                    sync_to_disk(partial / f"{number:05d}.safetensors")
-                os.rename(partial, folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        return folder
-
     def _give(self, server: Server) -> None:
         """Give a server the present weights; one that was lost is looked at first."""
-        assert self._present is not None, "a server is given weights before it is asked for anything"
+        assert self._label, "a server is given weights before it is asked for anything"
         again = server.lost
         if again:
             self._look_at(server)
-        server.take(self._present, self._label)
+        try:
+            place = self._weights.place(server.host, server.port)
+        except OSError as error:
+            raise EngineLost(f"{server.url}: {error.strerror or error}") from error
+        server.take(place, self._label)
         if again:
             _say(f"{server.url} answers again and has the weights")
 
@@ -322,7 +301,7 @@ class HttpEngine:
                 with self._lock:
                     known, server.lost = server.lost, str(error)
                 # before the first update, whoever waits for the servers says so
-                if self._present is not None and not known and not over:
+                if self._label and not known and not over:
                     _say(f"lost {error}")
 
         with ThreadPoolExecutor(len(servers)) as pool:

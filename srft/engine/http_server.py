@@ -8,7 +8,6 @@ import select
 import socket
 import threading
 import time
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,7 +44,7 @@ class Server:
         """Why it is not asked at present; empty while it is."""
         parts = urlsplit(url)
         assert parts.hostname is not None
-        self._host, self._port, self._prefix = parts.hostname, parts.port or 80, parts.path.rstrip("/")
+        self.host, self.port, self._prefix = parts.hostname, parts.port or 80, parts.path.rstrip("/")
         self._deadline_s = deadline_s
         self._heard = time.monotonic()
         self._lines: set[http.client.HTTPConnection] = set()
@@ -53,7 +52,7 @@ class Server:
 
     def line(self) -> http.client.HTTPConnection:
         """Return a connection that ``ask`` may use again and again, by one thread; closed by ``hang_up``."""
-        line = http.client.HTTPConnection(self._host, self._port, timeout=min(_CONNECT_S, self._deadline_s))
+        line = http.client.HTTPConnection(self.host, self.port, timeout=min(_CONNECT_S, self._deadline_s))
         with self._lock:
             self._lines.add(line)
         return line
@@ -138,18 +137,18 @@ class Server:
         mixed = any(answer["label"] != first["label"] for answer in answers)
         return first | {"label": "" if mixed else first["label"]}
 
-    def take(self, folder: Path, label: str) -> None:
+    def take(self, place: str, label: str) -> None:
         """Let it load weights and drop what it computed with others.
 
         Args:
-            folder: Holds them; seen by the server under the same path.
+            place: A folder that holds them, seen by the server under the same path, or an address that has them.
             label: What ``about`` calls them from now on.
 
         Raises:
             EngineLost: As ``ask``.
             EngineError: As ``ask``, or when they cannot be loaded.
         """
-        for answer in self._call("srft_load", str(folder), label):
+        for answer in self._call("srft_load", place, label):
             if "error" in answer:
                 raise EngineError(f"{self.url} could not load the weights: {answer['error']}")
         until = time.monotonic() + self._deadline_s

@@ -151,7 +151,6 @@ def _meet_servers(learner: Learner, folder: Path, starts: Iterator[int]) -> Engi
     from srft.engine.http import HttpEngine
 
     config, model = learner.config, learner.model
-    assert config.engine.weights_dir is not None
     text = model.config.get_text_config()
     # the name of this run's own folder: that of an earlier start of the run, which was killed, is removed with it
     place = f"{socket.gethostname()}:{folder.resolve()}"

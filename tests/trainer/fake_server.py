@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from srft.engine.base import Sampling
 from srft.engine.hf import HfEngine
-from srft.engine.vllm_extension import PROTOCOL
+from srft.engine.vllm_extension import PROTOCOL, fetched
 
 
 class Drop(Exception):
@@ -117,11 +117,17 @@ class FakeServer:
     def _about(self) -> Any:
         return {"results": [self.about | {"label": self.label}]}
 
-    def _load(self, folder: str, label: str) -> Any:
-        self.label, files = "", sorted(Path(folder).glob("*.safetensors"))
-        if not files:
-            return {"results": [{"error": f"ValueError: {folder} is not there"}]}
-        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    def _load(self, place: str, label: str) -> Any:
+        self.label, self.place = "", place
+        try:
+            files = [] if place.startswith("http://") else sorted(Path(place).glob("*.safetensors"))
+            tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+            if place.startswith("http://"):
+                tensors = dict(fetched(place))
+            elif not files:
+                raise ValueError(f"{place} is not there")
+        except (ValueError, OSError) as error:
+            return {"results": [{"error": f"{type(error).__name__}: {error}"}]}
         self.engine.update_weights(tensors.items(), 0)
         self.label, self.loads = label, self.loads + 1
         return {"results": [{}]}

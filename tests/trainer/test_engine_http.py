@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from srft.disk import WriteError
-from srft.engine import http
+from srft.engine import weight_store
 from srft.engine.base import Completion, EngineError, EngineLost, Sampling
 from srft.engine.hf import HfEngine
 from srft.engine.http import HttpEngine
@@ -29,13 +30,13 @@ SAMPLING = Sampling(0.8, 6, (1, 2, 3), min_new_tokens=2)
 SEQUENCES = [[2, 3, 4], [5, 6], [7, 8, 9, 10]]
 
 
-def meet(servers: list[FakeServer], folder: Path, **changes: Any) -> HttpEngine:
+def meet(servers: list[FakeServer], folder: Path | None, **changes: Any) -> HttpEngine:
     settings = {"weights_dir": folder, "owner": "run", "model": MODEL, "dtype": "float32", "max_model_len": 64}
     return HttpEngine([server.url for server in servers], **settings | {"deadline_s": 60.0} | changes)
 
 
 @contextmanager
-def given(folder: Path, count: int, **changes: Any) -> Iterator[tuple[HttpEngine, list[FakeServer]]]:
+def given(folder: Path | None, count: int, **changes: Any) -> Iterator[tuple[HttpEngine, list[FakeServer]]]:
     """An engine on so many servers which have weights."""
     with serving(BASE, count) as servers:
         engine = meet(servers, folder, **changes)
@@ -76,10 +77,11 @@ def refuse(status: int, text: str) -> Callable[[], None]:
     return act
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_answers_are_those_of_the_weights(tmp_path: Path, count: int) -> None:
-    """To the last bit, however many servers share the work; the samples of a prompt stay together."""
-    with given(tmp_path, count) as (engine, servers):
+@pytest.mark.parametrize(("count", "fetched"), [(1, False), (1, True), (2, True), (3, False)])
+def test_answers_are_those_of_the_weights(tmp_path: Path, count: int, fetched: bool) -> None:
+    """To the last bit, however many servers read or fetch them and share the work; a prompt's samples stay together."""
+    with given(None if fetched else tmp_path, count) as (engine, servers):
+        assert all(server.place.startswith("http://127.0.0.1:") == fetched for server in servers)
         assert drawn(engine) == right()
         own = HfEngine(GIVEN, dtype=torch.float32, pad_token_id=0, max_batch=1)
         assert engine.score([*SEQUENCES, [4]]) == [*own.score(SEQUENCES), []]
@@ -106,7 +108,7 @@ def test_updates_reach_every_server_and_leave_one_folder(tmp_path: Path) -> None
         for _ in servers:
             assert engine.score(SEQUENCES) == own.score(SEQUENCES)
         assert {c.version for row in drawn(engine) for c in row} == {4}
-        assert [path.name for path in engine.folder.iterdir()] == ["000002"]
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["000002"]
         # from call to call by another server
         assert all([body["prompt"] for body in server.asked].count(SEQUENCES[0]) == 1 for server in servers)
     assert not list(tmp_path.iterdir())
@@ -184,6 +186,25 @@ def test_server_that_is_not_there_is_named(tmp_path: Path) -> None:
             meet(servers, tmp_path, patience_s=0.1)
 
 
+def test_server_to_which_there_is_no_way_any_more_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is not known when weights are to be given to it, as while a resolver is away."""
+    with given(None, 2) as (engine, servers):
+        place = engine._weights.place
+        gone = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+        def lost_way(host: str, port: int) -> str:
+            if port == servers[1].port:
+                raise gone
+            return place(host, port)
+
+        monkeypatch.setattr(engine._weights, "place", lost_way)
+        engine.update_weights(BASE.named_parameters(), 4)
+        monkeypatch.undo()
+        assert servers[1].loads == 1
+        engine.update_weights(GIVEN.named_parameters(), 5)
+        assert servers[1].loads == 2 and drawn(engine) == right(5)
+
+
 def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """It is a file."""
     (tmp_path / "weights").touch()
@@ -191,11 +212,13 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         meet(servers, tmp_path / "weights")
 
 
+@pytest.mark.parametrize("fetched", [False, True], ids=["read", "fetched"])
 @pytest.mark.parametrize("how", ["dies", "fails", "hangs"])
-def test_the_others_take_over(tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_others_take_over(tmp_path: Path, how: str, fetched: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """One server is lost while it is asked. When it answers again, it has those of its folder, and is given these."""
     released = threading.Event()
-    with given(tmp_path, 2, deadline_s=3.0 if how == "hangs" else 60.0) as (engine, servers):
+    folder = None if fetched else tmp_path
+    with given(folder, 2, deadline_s=3.0 if how == "hangs" else 60.0) as (engine, servers):
         act = {"dies": servers[1].down, "fails": refuse(500, "out of memory"), "hangs": released.wait}[how]
         servers[1].on["complete"] = repeated(act, servers[1].on, "complete")
         servers[0].asked.clear()
@@ -311,9 +334,9 @@ def test_weights_that_cannot_be_loaded_end_the_update(tmp_path: Path, monkeypatc
         engine.update_weights(GIVEN.named_parameters(), 4)
         assert server.drops_refused == -1
         assert drawn(engine) == right(4)
-        monkeypatch.setattr(http, "_FILE_BYTES", 10_000)
+        monkeypatch.setattr(weight_store, "_FILE_BYTES", 10_000)
         engine.update_weights(GIVEN.named_parameters(), 5)
-        assert len(list((engine.folder / "000003").iterdir())) > 1
+        assert len(list((tmp_path / "run" / "000003").iterdir())) > 1
         assert drawn(engine) == right(5)
         with pytest.raises(EngineError, match=f"{server.url} could not load the weights: ValueError: .* is not there"):
             engine.update_weights(iter([]), 6)

@@ -100,7 +100,7 @@ def test_every_wrong_value_is_reported_at_once() -> None:
         (["method.name=grpo", "data.demos=chain"], "but data.demos=chain is set; unset it"),
         (["method.name=luffy", "data.demos=chain"], "those of data.demos=chain are not"),
         (["method.name=grpo", "train.rollouts_per_prompt=1"], "must be at least 2"),
-        (["engine.kind=http"], "engine.kind=http wants engine.urls and engine.weights_dir, too"),
+        (["engine.kind=http"], "engine.kind=http wants engine.urls, too"),
         (["engine.urls=http://a:1"], "engine.urls=['http://a:1'] is for engine.kind=http, got engine.kind=auto"),
         (["engine.weights_dir=/w", "engine.kind=hf"], "engine.weights_dir=/w is for engine.kind=http, got engine.kin"),
         ([*SERVERS, "engine.urls=['http://a:1','http://a:1']"], "names a server twice; name each once"),

@@ -83,13 +83,19 @@ def healthy(port: int) -> bool:
 
 
 def test_every_step_samples_from_its_own_weights(server: str, tmp_path: Path) -> None:
-    """Two steps at a learning rate that moves the weights: server and trainer agree to 1e-4 nats after each."""
-    run = train(
-        tmp_path, **RUN, engine__kind="http", engine__urls=server, engine__weights_dir=tmp_path / "shared"
-    )  # fmt: skip
-    rows = read_lines(run / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 2]
-    assert all(row["canary/max_abs_diff"] <= 1e-4 for row in rows)
-    assert all(row["mismatch/max"] <= 1e-3 and row["engine/restarts"] == 0 for row in rows[1:])
-    assert rows[2]["loss/total"] != rows[1]["loss/total"]
-    assert not list((tmp_path / "shared").iterdir())
+    """Two steps at a learning rate that moves the weights: server and trainer agree to 1e-4 nats after each.
+
+    First the server reads weights in a folder, then it fetches them; both runs have the same rows.
+    """
+    shared = tmp_path / "shared"
+    rows = [
+        read_lines(train(tmp_path, **RUN, engine__kind="http", engine__urls=server, **more) / "metrics.jsonl")
+        for more in ({"engine__weights_dir": shared}, {"name": "fetched"})
+    ]
+    for each in rows:
+        assert [row["step"] for row in each] == [0, 1, 2]
+        assert all(row["canary/max_abs_diff"] <= 1e-4 for row in each)
+        assert all(row["mismatch/max"] <= 1e-3 and row["engine/restarts"] == 0 for row in each[1:])
+        assert each[2]["loss/total"] != each[1]["loss/total"]
+    assert [row["loss/total"] for row in rows[0][1:]] == [row["loss/total"] for row in rows[1][1:]]
+    assert not list(shared.iterdir())
