@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
+from bisect import bisect
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Rational, Real
@@ -88,6 +90,9 @@ def final_box(text: str) -> tuple[int, str] | None:
     return start, content
 
 
+_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+
+
 def marked_answer(text: str, hashes: re.Pattern[str]) -> str | None:
     r"""Return what the last \boxed{}, <answer></answer> or line after '#' holds; None without any.
 
@@ -98,8 +103,16 @@ def marked_answer(text: str, hashes: re.Pattern[str]) -> str | None:
     found = []
     if (boxed := final_box(text)) is not None:
         found.append(boxed)
-    for pattern in (re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL), hashes):
-        found += [(match.start(), match[1]) for match in pattern.finditer(text)]
+    tagged = list(_TAGGED.finditer(text))
+    found += [(match.start(), match[1]) for match in tagged]
+    starts = [match.start() for match in tagged]
+    for match in hashes.finditer(text):
+        tag = tagged[place - 1] if (place := bisect(starts, match.start())) else None
+        if tag is None or match.start() >= tag.end():
+            found.append((match.start(), match[1]))
+        # a mark begins a line; "C#" may be the answer itself
+        elif not text[tag.start(1) : match.start()].rpartition("\n")[2].strip():
+            found.append((match.start(), match[1].partition("</answer>")[0]))
     return max(found)[1].strip() if found else None
 
 
@@ -113,26 +126,38 @@ def last_line(text: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
+# of East Asian type, but for its tilde, which says "to" where that of LaTeX is a space
+_HALF_WIDTH: dict[str, str | int | None] = {
+    **{chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7E)}, "。": ".", "、": ",", "\u3000": " "
+}  # fmt: skip
 _CHARACTERS = {
-    "−": "-", "–": "-", "—": "-", "﹣": "-", "－": "-", "＋": "+", "×": r"\times ", "✕": r"\times ", "·": r"\cdot ",
-    "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/", "％": "%", "，": ",", "．": ".", "：": ":", "＝": "=",
-    "（": "(", "）": ")", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ",
-    "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ", "°": r"^\circ ", "√": r"\sqrt", "≈": r"\approx ", "±": r"\pm ",
+    "−": "-", "–": "-", "—": "-", "﹣": "-", "×": r"\times ", "✕": r"\times ", "·": r"\cdot ",
+    "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/", "π": r"\pi ", "∞": r"\infty ",
+    "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ",
+    "°": r"^\circ ", "√": r"\sqrt", "≈": r"\approx ", "±": r"\pm ",
     "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}",
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2002": " ", "\u2003": " ", "\u200b": "", "\ufeff": "", "’": "'",
     "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
     "⅕": r"\frac{1}{5}", "⅖": r"\frac{2}{5}", "⅗": r"\frac{3}{5}", "⅘": r"\frac{4}{5}", "⅙": r"\frac{1}{6}",
     "⅚": r"\frac{5}{6}", "⅛": r"\frac{1}{8}", "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}", "⅞": r"\frac{7}{8}",
-    **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
 }  # fmt: skip
-_TABLE = str.maketrans(_CHARACTERS)
+_TABLE = str.maketrans({**_CHARACTERS, **_HALF_WIDTH})
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SIZES = r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|mathopen|mathclose)(?![a-zA-Z])"
-_FONTS = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathsf|mathit|mathtt|ensuremath)\s*\{([^{}]*)\}")
+_FONTS = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathsf|mathit|mathtt|ensuremath|underline)\s*\{([^{}]*)\}")
 _WORD_FONTS = re.compile(r"\\(?:textbf|textit|textrm|textnormal|textup|mathrm|mbox|hbox)(?=\s*\{)")
 
 
 _AROUND = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'))
+
+
+def half_width(text: str) -> str:
+    """Return a text with full-width letters, digits and signs of East Asian type as ASCII has them.
+
+    Args:
+        text: Any.
+    """
+    return text.translate(str.maketrans(_HALF_WIDTH))
 
 
 def tidy(text: str) -> str:
@@ -142,13 +167,16 @@ def tidy(text: str) -> str:
         text: LaTeX or plain text, between dollars or not.
     """
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text.strip())
-    text = text.translate(_TABLE).replace("−", "-")
+    text = unicodedata.normalize("NFC", text.translate(_TABLE))
     # a comma that belongs to a number; mathematics has no spaces around it
     text = re.sub(r"(,?)\s*\\!", lambda m: "{,}" if m[1] else "", text)
     text = re.sub(r"\s*\{,\}\s*", "{,}", text)
-    text = re.sub(_SIZES, "", text).replace(r"\varnothing", r"\emptyset")
+    text = re.sub(_SIZES, "", text)
+    text = re.sub(r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset", text)
     text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text)
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    text = re.sub(r"\\hspace\*?\s*\{[^{}]*\}", " ", text)
+    text = re.sub(r"\\(?:[dtcs]|nice)frac", r"\\frac", text)
+    text = re.sub(r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}", text)
     text = re.sub(r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " ", text)
     text = _FONTS.sub(r"\1", text)
     text = re.sub(r"\{\s*\\rm(?![a-z])\s*([^{}]*)\}", r"\\text{\1}", text)
@@ -197,6 +225,7 @@ def printed(text: str) -> str:
     Args:
         text: Leading zeros, added zeros ("1.10") and signs of groups are no program's and are kept apart.
     """
+    text = unicodedata.normalize("NFC", text)
     if text.lower() in ("true", "false"):
         return text.lower()
     if re.fullmatch(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?", text):

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from srft.rewards.answers import tidy
 from srft.rewards.units import UNITS, unit_of
+from srft.rewards.words import CHANGES, bounds, changes, denies, factor_of, part_scripts, says
 
 MAX_NUMBER_CHARS = 200  # exact arithmetic on longer literals would cost more than it can be worth
 MAX_EXPONENT = 1000  # of powers and of ten
@@ -41,25 +42,9 @@ class Quantity:
         return plain.value in (share.value, share.value / 100)
 
 
-_MULTIPLIERS = {
-    "hundred": 100, "dozen": 12, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12
-}  # fmt: skip
-# words after or before a number that make another number of it, or none
-_CHANGES = set(
-    """
-    above base below between cannot cos cubed divided doesn't don't double eight eighteen either eleven except exp
-    factorial fifteen fifth fifths fifty five forty four fourteen fourth fourths half halves hundreds hundredth
-    hundredths inf infinity isn't least ln log mod modulo most nan neither never nine nineteen no nor
-    not one or over pi plus point power quarter quarters root seven seventeen sin six sixteen sixth sqrt squared
-    tan tau ten tenth tenths than third thirds thirteen thirty thousands thousandth thousandths three through to
-    triple twelve twenty twice two wrong incorrect false invalid impossible under zero
-    """.split()
-)
-_TELLING = {"is", "are", "was", "were", "be", "equals", "equal", "to", "of", "about", "approximately", "answer", "get"}
-
-
-_GROUPED = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])"
-_DECIMAL = re.compile(rf"(?P<whole>{_GROUPED}|[0-9]{{1,3}}(?: [0-9]{{3}})+|[0-9]*)(?P<point>\.[0-9]*)?"
+GROUPED = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])"
+"""A whole number with commas between its thousands; 0,123 is a decimal of other countries."""
+_DECIMAL = re.compile(rf"(?P<whole>{GROUPED}|[1-9][0-9]{{0,2}}(?: [0-9]{{3}})+|[0-9]*)(?P<point>\.[0-9]*)?"
                       r"(?:\\(?:overline|bar|dot)\s*\{?(?P<repeat>[0-9]+)\}?|\((?P<repeat2>[0-9]+)\))?"
                       r"(?:[eE](?P<exponent>[-+]?[0-9]{1,4}))?")  # fmt: skip
 _TIMES = r"\s*(?:\*|\\times|\\cdot|x)\s*"
@@ -67,7 +52,7 @@ _SCIENTIFIC = re.compile(
     rf"(?P<digits>[0-9.,]+){_TIMES}10\s*(?:\^|\*\*)\s*(?P<power>[-+]?[0-9]+|\{{\s*[-+]?[0-9]+\s*\}})"
 )
 _POWER = re.compile(r"(?P<base>[0-9]+)\s*(?:\^|\*\*)\s*(?P<power>[0-9]+|\{\s*[-+]?[0-9]+\s*\})")
-_MIXED = re.compile(r"(?P<whole>[0-9]+)(?P<rest>\s+[0-9]+\s*/\s*[0-9]+|\s*-\s*[0-9]+/[0-9]+|\s*\\frac.*)", re.DOTALL)
+_MIXED = re.compile(r"(?P<whole>[0-9]+)(?P<rest>\s+[0-9]+\s*/\s*[0-9]+|\s*\\frac.*)", re.DOTALL)
 
 
 def _decimal(text: str) -> Fraction | None:
@@ -141,7 +126,7 @@ def read_number(text: str, depth: int = 0) -> Fraction | None:
             return None
         return Fraction(base) ** power
     if match := _MIXED.fullmatch(text):
-        whole, rest = int(match["whole"]), read_number(match["rest"].strip().lstrip("-"), depth + 1)
+        whole, rest = int(match["whole"]), read_number(match["rest"].strip(), depth + 1)
         # an improper fraction beside a whole number may as well be a product
         return whole + rest if rest is not None and 0 <= rest < 1 else None
     if text.startswith(r"\frac"):
@@ -174,14 +159,18 @@ _CORE = re.compile(
     r"(?:[0-9.,(){}^*/+\-\s]|\\frac(?![a-zA-Z])|\\(?:overline|bar|dot)(?![a-zA-Z])|\\(?:times|cdot)(?![a-zA-Z])"
     r"|(?<=[0-9.])[eE](?=[-+]?[0-9])|(?<=[0-9.\s])x(?=\s*10\s*(?:\^|\*\*)))+"
 )
-_PERCENT = re.compile(r"\s*(?:%|(?:percent|per cent|pct)(?![a-z])(?: points?)?|percentage points?)", re.IGNORECASE)
+_PERCENT = re.compile(
+    r"\s*(?:%|(?:percent|per cent|pct)(?![a-z])(?: points?)?|percentage points?"
+    r"|(?:prozent|pour cent|por ciento|por cento|per cento|процент(?:а|ов)?)(?![^\W\d_]))",
+    re.IGNORECASE,
+)
 _RAISED_UNIT = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]{1,12})\s*\^\s*(?:\{\s*([23])\s*\}|([23])(?![0-9]))")
 _RATE = re.compile(r"(?P<words>[a-zA-Z\s]*)\s(?:in|per|for|every|after|within)\s+[0-9]+\s+[a-zA-Z][a-zA-Z\s]*")
 
 
 def _flatten(text: str) -> str:
     """Tidy text without \\text{}, escapes and \\circ, units' powers as characters."""
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1", tidy(text).replace("{,}", ","))
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1", part_scripts(tidy(text).replace("{,}", ",")))
     # bold text, not a power
     text = re.sub(r"\*\*(?![0-9{(])|(?<![0-9)}\s])\*\*|^\*\*|\s\*\*(?=[0-9])(?=.*\*\*)", " ", text)
     text = text.replace(r"\%", "%").replace(r"\$", "$").replace(r"\&", "&")
@@ -190,7 +179,8 @@ def _flatten(text: str) -> str:
 
     def raise_unit(match: re.Match[str]) -> str:
         name = match[1] if len(match[1]) == 1 else match[1].lower()
-        return f"{match[1]}{'²' if '2' in (match[2], match[3]) else '³'}" if name in UNITS else match[0]
+        is_unit = name in UNITS or name in ("unit", "units")
+        return f"{match[1]}{'²' if '2' in (match[2], match[3]) else '³'}" if is_unit else match[0]
 
     return _RAISED_UNIT.sub(raise_unit, text).strip()
 
@@ -200,17 +190,17 @@ def _leading_words(words: str, signed: bool) -> bool | None:
     words = words.strip().strip("*").strip()
     if not words:
         return False
+    if denies(words) or bounds(words):
+        return None
     if words[-1].isalpha() or words[-1] in ")'":
-        names = re.findall(r"[a-zA-Z']+", words)
+        names = re.findall(r"(?:[^\W\d_]|')+", words)
         last = names[-1].lower() if names else ""
         if last in ("minus", "negative"):
             names.pop()
-            if signed or (_CHANGES & {name.lower() for name in names}) - {"to"}:
+            if signed or (CHANGES & {name.lower() for name in names}) - {"to"}:
                 return None
             return True
-        if last not in _TELLING and (signed or len(names) > 2):
-            return None
-        if len(last) == 1:
+        if not says(last) and (signed or len(names) > 2 or len(last) == 1):
             return None
     elif words[-1] not in ":=,.~" and not words.endswith((r"\approx", r"\to")):
         return None
@@ -219,7 +209,7 @@ def _leading_words(words: str, signed: bool) -> bool | None:
     found = {name.lower() for name in re.findall(r"[a-zA-Z']+", words)}
     if "=" in words or ":" in words:
         found -= {"no", "point"}
-    return None if (_CHANGES - {"to"}) & found or "-" in re.sub(r"[a-zA-Z]-[a-zA-Z]", "", words) else False
+    return None if (CHANGES - {"to"}) & found or "-" in re.sub(r"[a-zA-Z]-[a-zA-Z]", "", words) else False
 
 
 def _trailing(text: str) -> tuple[Fraction, bool, str] | None:
@@ -234,23 +224,20 @@ def _trailing(text: str) -> tuple[Fraction, bool, str] | None:
         return None
     if re.search(rf"[^\w\s.,;:'\"()?!/°µ¢²³{_CURRENCY}-]", text):
         return None
-    words = re.findall(rf"[a-zA-Z°µ¢]+[²³]?(?:'[a-z]+)?|[{_CURRENCY}]|/", text)
-    factor = Fraction(1)
-    while words and words[0].lower() in _MULTIPLIERS:
-        factor *= _MULTIPLIERS[words.pop(0).lower()]
-        attached = False
+    factor, text = factor_of(text)
+    attached = attached and factor == 1
+    words = re.findall(rf"(?:[^\W\d_]|[°µ¢])+[²³]?(?:'[a-z]+)?|[{_CURRENCY}]|/", text)
     unit = unit_of(words)
     if not unit:
-        lowered = {word.lower() for word in words}
-        if lowered & _CHANGES or (attached and words):
+        if any(map(changes, words)) or denies(text) or (attached and words):
             return None
         # a letter alone is a variable
-        if any(len(word) == 1 and word not in _CURRENCY + "/aAI" for word in words):
+        if any(len(word) == 1 and word.isascii() and word not in _CURRENCY + "/aAI" for word in words):
             return None
         unit = next((found for size in (3, 2, 1) if (found := unit_of(words[:size]))), "")
     elif attached and len(words[0].rstrip("²³")) == 1 and words[0].rstrip("²³") not in "mgshLl":
         return None
-    return factor, bool(percent), unit
+    return Fraction(factor), bool(percent), unit
 
 
 def read_quantity(text: str) -> Quantity | None:
@@ -310,64 +297,6 @@ def read_quantity(text: str) -> Quantity | None:
     return found
 
 
-def last_quantity(text: str) -> Quantity | None:
-    """Return the last number of a text of sentences; None if what holds the last digit is no plain number.
-
-    Args:
-        text: A completion that marks no answer.
-    """
-    line = next((line for line in reversed(text.splitlines()) if re.search(r"[0-9½⅓⅔¼¾⅛]", line)), "")
-    line = re.sub("[½⅓⅔¼¾⅛]", lambda m: tidy(m[0]), line)
-    if stated := list(_STATED.finditer(line)):
-        return read_quantity(_END_OF_STATEMENT.split(stated[-1]["what"])[0])
-    if "=" not in line and not re.search(r"(?<!\\)\b[a-zA-Z]{2,}", line):
-        return read_quantity(line.lstrip("# "))
-    words = line.split()
-    place = next((i for i in reversed(range(len(words))) if re.search(r"[0-9]", words[i])), None)
-    if place is None:
-        return None
-    before, word, after = words[:place], words[place].rpartition(">>")[2], words[place + 1 : place + 4]
-    if re.fullmatch(r"[0-9]+/[0-9]+[.,;!?]*", word) and before and re.fullmatch(r"[-$]?[0-9]+", before[-1]):
-        word = f"{before.pop()} {word}"
-    if re.match(r"10\s*(?:\^|\*\*)", word) and len(before) > 1 and before[-1] in _TIMES_SIGNS:
-        # 5 x 10^3
-        word = f"{before[-2]} {before[-1]} {word}"
-        before = before[:-2]
-    head, equals, tail = word.rpartition("=")
-    if equals:
-        before, word = [*before, *head.replace("=", " = ").split(), "="], tail
-    previous = before[-1] if before else ""
-    if previous in _OPERATORS or (following := after[0] if after else "") in _OPERATORS or following == "=":
-        return None
-    joined = {"or", "to", "through"}
-    if {"between", "either", "both"} & {name.lower() for name in before}:
-        joined.add("and")
-    if previous.lower() in joined and re.search(r"[0-9]", " ".join(before[-4:])):
-        return None
-    # a list, of numbers or of choices
-    if re.fullmatch(r"[-$]?[0-9][0-9.,/]*[0-9,;]|[0-9]", previous):
-        return None
-    if re.fullmatch(r"[A-J][).:]", previous) and any(re.fullmatch(r"[A-J][).:]", w) for w in before[:-1]):
-        return None
-    word = re.sub(r"^(?:\\[(\[]|[#(\[\"'*])+|(?:\\[)\]]|[?)\]\"'*])+(?=[.,;:]*$)", "", word)
-    if previous.lower().strip("$(*") in _CHANGES | {"minus", "negative"} or _COMMAND.match(previous):
-        word = f"{previous} {word}"
-    ended = word[-1:] in ".?!;:,"
-    found = read_quantity(word if ended else " ".join([word, *after]))
-    if previous == "=" and len(before) > 1 and before[-3:-2] in (["="], []) and found is not None:
-        # x = 5 = 7
-        other = read_quantity(before[-2])
-        return found if other is None or other.equals(found) else None
-    return found
-
-
-_COMMAND = re.compile(r"\$?\\(?!\(|\[|approx)")
-_STATED = re.compile(r"\banswer\b(?:(?!\banswer\b)[^:=0-9]){0,40}?(?:\bis\b|:|=)(?P<what>.*[0-9].*)", re.IGNORECASE)
-_END_OF_STATEMENT = re.compile(r"\.\s+(?=[A-Z])|,?\s+(?:because|since|as)\s")
-_TIMES_SIGNS = {"*", "x", "×", "·", r"\times", r"\cdot"}
-_OPERATORS = _TIMES_SIGNS | set(r"+ / ^ - − ÷ ** < > <= >= ≤ ≥ ≠ != \le \ge \ne \neq".split())
-
-
 _UNIT_AT_END = re.compile(
     r"(?:\\text\s*\{(?P<text>[^{}]*)\}|(?<=[\s}])(?P<word>[a-zA-Z]{2,}))(?P<power>\s*\^\s*\{?[23]\}?)?\s*$"
 )
@@ -392,6 +321,6 @@ def unit_after(text: str) -> tuple[str, bool, str]:
             words[-1] += "²" if "2" in match["power"] else "³"
         unit = unit_of(words)
         plain = re.fullmatch(r"[a-zA-Z\s.²³]*", " ".join(words)) is not None
-        if unit or (match["text"] is not None and plain and not _CHANGES & {word.lower() for word in words}):
+        if unit or (match["text"] is not None and plain and not any(map(changes, words))):
             return text[: match.start()].strip(), percent, unit
     return text, percent, ""

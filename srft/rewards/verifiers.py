@@ -15,6 +15,7 @@ from srft.rewards.answers import (
     after_thinking,
     final_box,
     gold_text,
+    half_width,
     last_boxed,
     last_line,
     marked_answer,
@@ -22,7 +23,8 @@ from srft.rewards.answers import (
 )
 from srft.rewards.math_answers import MAX_CHARS, read
 from srft.rewards.math_nodes import Literal, Words, same, squeeze
-from srft.rewards.quantities import Quantity, last_quantity, read_quantity
+from srft.rewards.quantities import Quantity, read_quantity
+from srft.rewards.sentences import last_quantity
 
 Verifier = Callable[[str, Any, dict[str, Any]], float]
 
@@ -85,7 +87,7 @@ def numeric(completion: str, answer: Any, row: dict[str, Any]) -> float:
         BadGold: If the answer states no number, or several.
     """
     gold = _gold_quantity(gold_text(answer))
-    text = after_thinking(completion)
+    text = half_width(after_thinking(completion))
     marked = marked_answer(text, _NUMBER_AFTER_HASHES)
     found = last_quantity(text) if marked is None else read_quantity(marked)
     return float(found is not None and gold.equals(found))
