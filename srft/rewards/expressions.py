@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from srft.rewards.quantities import MAX_NUMBER_CHARS, read_number
+from srft.rewards.quantities import GROUPED, MAX_NUMBER_CHARS, read_number
 
 MAX_CHARS = 400
 MAX_DEPTH = 14  # of braces
@@ -25,6 +25,8 @@ _NO_EXPRESSION = re.compile(
     # nor are they where braces of no command part them
     r"|(?<!_)(?<!frac)(?<!frac )(?<!binom)(?<!binom )[0-9]\s*\{[{(\s]*[0-9]|(?:^|[-+*/(,\s])\{[0-9.\s]+\}\s*\{?\s*[0-9]"
 )
+# 2^3^2 is no LaTeX, and 2^9 or 8^2 elsewhere
+_TOWER = re.compile(r"\^\s*(?:\{[^{}]*\}|[0-9a-zA-Z])\s*\^")
 _WORD = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]{4,}")
 _NAMED_ARGUMENT = re.compile(r"\\(?:operatorname|begin|end|mathbb|mathcal)\s*\{[^}]*\}")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
@@ -63,12 +65,14 @@ def _in_latex(text: str) -> str | None:
     text = re.sub(r"([0-9.]+)\s*\^\s*\\circ(?![a-zA-Z])", r"(\\frac{\1 \\pi}{180})", text)
     if "°" in text or r"\circ" in text:
         return None
-    text = re.sub(r"(?<![0-9,.])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9,])", lambda m: m[0].replace(",", ""), text)
+    text = re.sub(rf"(?<![0-9,.]){GROUPED}(?!,)", lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"\\sqrt\s*([0-9a-z])", r"\\sqrt{\1}", text)
     text = re.sub(r"\\frac\s*([0-9a-z])\s*([0-9a-z])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*([0-9a-z])\s*\{", r"\\frac{\1}{", text)
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9a-z])", r"\1{\2}", text)
-    text = re.sub(r"\^\s*([0-9]{2,})", r"^{\1}", text)
+    text = re.sub(r"\^\s*(-[0-9]+|[0-9]{2,})", r"^{\1}", text)
+    if _TOWER.search(text):
+        return None
     return _DECIMALS.sub(_fraction, text)
 
 

@@ -21,7 +21,7 @@ from srft.rewards.math_nodes import (
     same,
     squeeze,
 )
-from srft.rewards.quantities import read_number, read_quantity, unit_after
+from srft.rewards.quantities import GROUPED, read_number, read_quantity, unit_after
 
 MAX_CHARS = 1000
 MAX_ITEMS = 40
@@ -39,14 +39,15 @@ _NAME = re.compile(
 )
 _FUNCTIONS = re.compile(r"\\?(?:sin|cos|tan|log|ln|sqrt|exp|frac|pi|infty|mathbb)(?![a-z])")
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice|(?:the )?answer(?: is)?)[: ]\s*)?(?:\\text\s*\{\s*)?\(?\s*(?:\\text\s*\{\s*)?\(?"
-    r"\s*([A-J])\s*[).:]?\s*\}?\s*\)?\s*\}?"
+    r"(?:(?i:option|choice|(?:the )?(?:correct |final )?answer(?: is)?)[: ]\s*)?"
+    r"(?:\\text\s*\{\s*)?\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-J])\s*[).:]?\s*\}?\s*\)?\s*\}?"
 )
 _CHOICE_AND_TEXT = re.compile(r"(?:\\text\s*\{\s*\(?|\()([A-J])\)\s*\}?\s*(.+)|([A-J])[).:]\s+(.+)", re.DOTALL)
 _MATRIX = re.compile(
     r"[(\[]?\s*\\begin\{([pbvBV]?)(?:matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1(?:matrix|array)\}\s*[)\]]?", re.DOTALL
 )
-_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])")
+_WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|['.\-])*(?:\s+[^\W\d_](?:[^\W\d_]|['.\-])*)*")
+_THOUSANDS = re.compile(rf"(?<![0-9.,]){GROUPED}(?!,[0-9])")
 
 
 def _split(text: str, signs: Sequence[str] | set[str] | dict[str, str]) -> tuple[list[str], list[str]]:
@@ -89,13 +90,17 @@ def read(text: str, depth: int = 0) -> Node | None:
     """
     if len(text) > MAX_CHARS or depth > 6:
         return None
-    text = re.sub(r"\\text\s*\{\s*,?\s*(and|or)\s*\}", r" \1 ", tidy(text))
+    text = re.sub(r"\\text\s*\{\s*,\s*\}", ", ", tidy(text))
+    text = re.sub(r"\\text\s*\{\s*,?\s*(and|or)\s*\}", r" \1 ", text)
     while match := re.fullmatch(r"\\text\s*\{([^{}]*)\}|\{([^{}]*)\}|\\boxed\s*\{(.*)\}", text, re.DOTALL):
         text = tidy(next(part for part in match.groups() if part is not None))
     text = re.sub(r"^=\s*", "", text)
-    if not text or not is_balanced(text) or not re.search(r"[0-9A-Za-z]", text):
+    # "C)" closes what it has not opened
+    if choice := _choice(text, depth):
+        return choice
+    if not is_balanced(text) or not any(map(str.isalnum, text)):
         return None
-    for reader in (_choice, _matrix, _union, _number, _named_number, _listing, _relation, _enclosed, _either_sign):
+    for reader in (_matrix, _union, _number, _named_number, _listing, _relation, _enclosed, _either_sign):
         if (found := reader(text, depth)) is not None:
             return found
     return _words(text) or _expression(text)
@@ -145,8 +150,11 @@ def _number(text: str, _depth: int) -> Node | None:
 
 
 def _is_name(text: str) -> bool:
-    several = re.fullmatch(r"\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)", text)
-    return (several or _NAME.fullmatch(text)) is not None and not _FUNCTIONS.search(text)
+    if re.fullmatch(r"\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)", text):
+        # (y, x) = (1, 2) is another point than (1, 2)
+        letters = re.findall("[a-z]", text)
+        return letters == sorted(letters)
+    return _NAME.fullmatch(text) is not None and not _FUNCTIONS.search(text)
 
 
 def _named_number(text: str, _depth: int) -> Node | None:
@@ -276,8 +284,7 @@ def _either_sign(text: str, depth: int) -> Node | None:
 
 def _words(text: str) -> Node | None:
     plain = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).replace("\\ ", " ").strip(" .")
-    names = re.fullmatch(r"[A-Za-z][A-Za-z'.\-]*(?:\s+[A-Za-z][A-Za-z'.\-]*)*", plain)
-    if names is None or _FUNCTIONS.fullmatch(plain) or (len(plain) == 1 and "\\text" not in text):
+    if _WORDS.fullmatch(plain) is None or _FUNCTIONS.match(plain) or (len(plain) == 1 and "\\text" not in text):
         return None
     if re.fullmatch("[abcdkmnpqrstuvwxyz]{2,3}", plain) and plain == text:
         # a product of variables, in any order

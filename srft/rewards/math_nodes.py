@@ -202,6 +202,10 @@ def _same_items(gold: Items, found: Items) -> bool:
     free = {"bare", "set"}
     if len(gold.items) != len(found.items):
         return False
+    named = {item.name for item in gold.items if isinstance(item, Relation) and item.name}
+    if len(named) > 1 and not all(isinstance(item, Relation) for item in found.items):
+        # "3, 2" does not say which of x and y is which
+        return False
     if gold.kind == found.kind == "union" or (gold.kind in free and found.kind in free):
         left = list(found.items)
         for item in gold.items:

@@ -332,6 +332,22 @@ MATH_BOXED: list[Row] = [
     (r"11,\! 111,\! 111,\! 100", "11111111100", 1), ("122", "11{,} 111", 0), ("11111", "11 {,} 111", 1),
     ("3", "1{2}", 0), ("3", "1 {2}", 0), ("3", "{1}{2}", 0), ("3", "1{(2)}", 0), ("12", "1{,}2", 0),
     ("1234", "1{,}23{,}4", 0), (r"12000\pi", r"12{,}000\pi", 1), ("0.5", r"\frac 1{2}", 1), ("3", r"\log_2{8}", 1),
+    # values of several variables, which only their names tell apart
+    ("x=2,y=3", "3, 2", 0), ("x=2,y=3", "2, 3", 0), ("x=2,y=3", "y=3, x=2", 1), ("(3,4)", "(x,y)=(3,4)", 1),
+    ("(3,4)", "(y,x)=(3,4)", 0), ("(y,x)=(3,4)", "(y,x)=(3,4)", 1),
+    # towers and powers without braces, commas of decimals, a hyphen
+    ("64", "2^3^2", 0), ("512", "2^3^2", 0), ("512", "2^{3^2}", 1), ("0.5", "2^-1", 1), ("x^{-2}", "x^-2", 1),
+    ("123", "0,123", 0), ("0.123", "0,123", 0), ("5.5", "5-1/2", 0), ("4.5", "5-1/2", 1), ("0, 123", "0,123", 1),
+    # other commands for the same
+    ("0.5", r"\nicefrac{1}{2}", 1), ("5", r"\underline{5}", 1), ("5", r"\hspace{1em}5", 1),
+    ("5", r"5\text{ units}^2", 1), ("10", r"{5 \choose 2}", 1), (r"\emptyset", r"\{\}", 1), ("0", r"\{\}", 0),
+    (r"\{1,2,3\}", r"1\text{, }2\text{, and }3", 1), (r"\sin x", "sin x", 1), (r"\sin x", "sin y", 0),
+    ("single", "single", 1), ("18", r"18\text{ ninths}", 0), ("18", r"18\text{ тысяч}", 0),
+    # choices, and words of any script
+    ("C", "C)", 1), ("C", r"\text{C)}", 1), ("C", "The correct answer is C", 1), ("C", "B)", 0), ("C", "C) B)", 0),
+    ("C", "The correct answer is C or D", 0), ("C", "（Ｃ）", 1), ("北京", "北京", 1), ("北京", "上海", 0),
+    ("четыре", "Четыре", 1), ("Zürich", "zürich", 1), ("Zürich", "Zu\u0308rich", 1), ("Zürich", "Zurich", 0),
+    ("5", "北京", 0),
     # answers that cannot be read
     ("", "5", None), ("  ", "", None), (None, "5", None), (r"\frac{1}{", "5", None), ("???", "???", None),
     (float("nan"), "nan", None), ("(1,2", "(1,2", None),
