@@ -146,7 +146,12 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> list[Mapping[
         ValueError: When there is none, or it is no such file.
     """
     with _opened(path) as file:
-        table = file.read_all()
+        try:
+            table = file.read_all()
+            # offsets that lead out of a damaged file end the process
+            table.validate(full=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; record it again") from None
         return (table if columns is None else table.select(list(columns))).to_pylist()
 
 
@@ -155,7 +160,7 @@ def _opened(path: Path) -> Any:
         raise ValueError(f"there is no {path}; record it with train.record_rollouts=true")
     try:
         file = pa.ipc.open_file(pa.memory_map(str(path)))
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}; record it again") from None
     if _ABOUT not in (file.schema.metadata or {}):
         raise ValueError(f"{path} is not of train.record_rollouts; name the folder of a run that has recorded")

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -229,6 +230,25 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"ARROW1")
     with pytest.raises(ValueError, match="cannot be read"):
         read_about(path)
+
+
+def test_damage_is_told_with_the_file(tmp_path: Path) -> None:
+    """That of its end, of its frame, and of an offset that would end the process when it is followed."""
+    path = step_file(tmp_path, 1)
+    write_step(tmp_path, Sampled(1, [full_group(1)], []), tiny_config(), World())
+    whole = path.read_bytes()
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    ids = table.column("prompt_ids").chunk(0).offsets.to_numpy().astype("int32").tobytes()
+    damaged = {
+        "frame": bytes(len(whole) // 2) + whole[len(whole) // 2 :],
+        "end": whole[:-200] + bytes(60) + whole[-140:],
+        "offset": whole.replace(ids, ids[:4] + (10**9).to_bytes(4, "little") + ids[8:]),
+    }
+    for what, text in damaged.items():
+        assert text != whole, what
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=f"{path} cannot be read: "):
+            read_rows(path)
 
 
 def test_a_refused_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
