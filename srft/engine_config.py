@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -54,6 +55,11 @@ class EngineConfig(Section):
         if self.kind == "http":
             if not self.urls:
                 raise ValueError("engine.kind=http wants engine.urls, too")
+            for url in self.urls:
+                try:
+                    urlsplit(url).port  # noqa: B018
+                except ValueError as error:
+                    raise ValueError(f"engine.urls: {url} has no port: {error}; write http://host:8000") from None
             if len(set(self.urls)) < len(self.urls):
                 raise ValueError(f"engine.urls={self.urls} names a server twice; name each once")
             if self.ranks_per_engine is not None:

@@ -104,6 +104,8 @@ def test_every_wrong_value_is_reported_at_once() -> None:
         (["engine.urls=http://a:1"], "engine.urls=['http://a:1'] is for engine.kind=http, got engine.kind=auto"),
         (["engine.weights_dir=/w", "engine.kind=hf"], "engine.weights_dir=/w is for engine.kind=http, got engine.kin"),
         ([*SERVERS, "engine.urls=['http://a:1','http://a:1']"], "names a server twice; name each once"),
+        ([*SERVERS, "engine.urls=http://a:99999"], "http://a:99999 has no port: Port out of range"),
+        ([*SERVERS, "engine.urls=http://a:b/v1"], "http://a:b/v1 has no port: Port could not be cast"),
         ([*SERVERS, "engine.ranks_per_engine=2"], "with engine.kind=http all ranks share the servers; leave it unset"),
         ([*SERVERS, "rollout.temperature=2.5"], "vLLM samples at temperatures between 0.01 and 2"),
         (["model.tiny.num_heads=3"], "model.tiny.num_heads=3 must divide model.tiny.hidden_size=128"),
