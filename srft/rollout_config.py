@@ -25,7 +25,7 @@ class RolloutConfig(Section):
     max_lag: int = Field(0, ge=0)
     """Steps by which the policy that samples may be behind the one that learns. 0: each step's rollouts are its own.
     1: they are made while the step before is trained. More: they wait, which is no faster; it shows what staleness
-    does. Rollouts are then weighted by how likely they still are; one process alone. With train.replay: by which those
+    does. Rollouts are then weighted by how likely they still are. With train.replay: by which those
     of the record may be behind."""
     is_cap: float = Field(2.0, ge=1)
     """With max_lag > 0: largest such weight of a token, p / p of the engine."""
