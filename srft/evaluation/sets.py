@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from srft.data.columns import Row
 from srft.data.examples import Example, load_examples
 from srft.data.files import is_local
 from srft.data.judging import fitting_reward
-from srft.data.messages import is_missing
+from srft.data.messages import is_missing, split_conversation
 from srft.data.sources import read_source
 from srft.data.tasks import BUILTIN_TASKS
 from srft.rewards.answers import last_boxed
@@ -89,14 +89,24 @@ def _written(row: Row) -> Question:
     text = next((row[name] for name in ("problem", "question", "prompt") if name in row), None)
     if text is None:
         raise KeyError("problem, question or prompt")
+    halves = split_conversation(text, "its question")
+    if halves is not None:
+        # the question alone; how it is put is said by the run
+        text = next((turn["content"] for turn in reversed(halves[0]) if turn["role"] == "user"), None)
+    if not isinstance(text, str):
+        raise ValueError(f"its question is a text, or messages with a user's turn, got {text!r:.80}")
     if "answer" not in row and (boxed := last_boxed(str(row.get("solution", "")))):
-        return Question(str(text), boxed[1])
-    return Question(str(text), row["answer"])
+        return Question(text, boxed[1])
+    return Question(text, row["answer"])
 
 
 def _olympiad(row: Row) -> Question:
     """Several answers stand in one text, each between dollars of its own, which would be read as words."""
     answers = row["final_answer"]
+    if is_missing(answers):
+        return Question(str(row["question"]), None)
+    # a file that others pass on may have one text
+    answers = [answers] if isinstance(answers, str) else answers
     parts = [str(part).strip().rstrip(".").replace("$", "") for part in answers]
     context = row.get("context")
     text = row["question"] if is_missing(context) else f"{context}\n\n{row['question']}"
@@ -107,24 +117,42 @@ def _arc(row: Row) -> Question:
     """The hub's columns, or a question that lists its options, "A) ..." or "1) ...", one a line."""
     if "choices" in row:
         labels = list(row["choices"]["label"])
-        return Question(row["question"], labels.index(row["answerKey"]), tuple(row["choices"]["text"]))
+        return Question(row["question"], _place(row["answerKey"], labels), _options(row["choices"]["text"]))
     marks = list(_LETTERED.finditer(row["question"]))
     if not marks:
         raise KeyError("choices")
     ends = [mark.start() for mark in marks[1:]] + [len(row["question"])]
     options = [row["question"][mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)]
     labels = [row["question"][mark.start()] for mark in marks]
-    return Question(row["question"][: marks[0].start()].strip(), labels.index(str(row["answer"])), tuple(options))
+    return Question(row["question"][: marks[0].start()].strip(), _place(str(row["answer"]), labels), tuple(options))
+
+
+def _place(label: Any, labels: Sequence[Any]) -> int:
+    """Where the right option stands."""
+    if label not in labels:
+        raise ValueError(f"the right option is {label!r}, which is none of {', '.join(map(str, labels))}")
+    return labels.index(label)
+
+
+def _options(value: Any) -> tuple[str, ...]:
+    """The texts of options; a text in place of a list would be taken apart into its letters."""
+    if not isinstance(value, list | tuple) or any(is_missing(option) for option in value):
+        raise ValueError(f"options are a list of texts, which a CSV file cannot hold, got {value!r:.80}")
+    return tuple(str(option).strip() for option in value)
 
 
 def _gpqa(row: Row) -> Question:
     wrong = [row[f"Incorrect Answer {number}"] for number in (1, 2, 3)]
-    options = [str(option).strip() for option in (row["Correct Answer"], *wrong)]
-    return Question(row["Question"].strip(), 0, tuple(options))
+    return Question(row["Question"].strip(), 0, _options([row["Correct Answer"], *wrong]))
 
 
 def _mmlu_pro(row: Row) -> Question:
-    return Question(row["question"].strip(), int(row["answer_index"]), tuple(map(str, row["options"])))
+    options, index = _options(row["options"]), row["answer_index"]
+    if index not in range(len(options)):
+        raise ValueError(f"answer_index is 0 to {len(options) - 1}, got {index!r}")
+    if row.get("answer", _LETTERS[int(index)]) != _LETTERS[int(index)]:
+        raise ValueError(f"its answer is {row['answer']!r} and its answer_index {index}, another option")
+    return Question(row["question"].strip(), int(index), options)
 
 
 SETS = {

@@ -112,6 +112,11 @@ def test_written_answers(tmp_path: Path) -> None:
     (example,) = read_set(f"olympiadbench={a_file(tmp_path, 'olympiadbench')}", CONFIG).examples
     assert example.answer == "1,\\frac{1}{2}" and str(example.prompt).startswith("Let x > 0.\n\nSolve.")
     assert read_set(f"amc={tmp_path / 'math500.jsonl'}", CONFIG).samples == 32
+    one = a_file(tmp_path, "one", [ROWS["olympiadbench"][0] | {"final_answer": "$12$, $13$"}])
+    assert read_set(f"olympiadbench={one}", CONFIG).examples[0].answer == "12, 13"
+    asked = [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is 2+3?"}]
+    turns = a_file(tmp_path, "turns", [{"prompt": asked, "answer": "5"}, {"prompt": json.dumps(asked), "answer": "5"}])
+    assert {e.prompt for e in read_set(f"aime24={turns}", CONFIG).examples} == {f"What is 2+3?\n\n{BOX}\n"}
 
 
 def test_any_source_is_a_set(tmp_path: Path) -> None:
@@ -134,8 +139,14 @@ def test_any_source_is_a_set(tmp_path: Path) -> None:
         ("gpqa_d={file}", "line 1: GPQA-D needs a column 'Incorrect Answer 1', got problem, answer"),
         ("olympiadbench={file}", "line 1: OlympiadBench needs a column 'final_answer', got problem, answer"),
         ("math500={empty}", "line 2: not a row of MATH500: its question or its answer is empty"),
-        ("arc_c={arc}", "line 1: not a row of ARC-C: 'D' is not in list"),
-        ("mmlu_pro={mmlu}", "line 1: not a row of MMLU-Pro: option 4 of 3 is right"),
+        ("arc_c={arc}", "line 1: not a row of ARC-C: the right option is 'D', which is none of 1, 2, 3"),
+        ("mmlu_pro={mmlu}", "line 1: not a row of MMLU-Pro: answer_index is 0 to 2, got 4"),
+        ("mmlu_pro={half}", "line 1: not a row of MMLU-Pro: answer_index is 0 to 2, got 0.5"),
+        ("mmlu_pro={parts}", "line 1: not a row of MMLU-Pro: its answer is 'A' and its answer_index 1, another option"),
+        ("mmlu_pro={letters}", "line 1: not a row of MMLU-Pro: options are a list of texts, which a CSV"),
+        ("gpqa_d={gap}", "line 1: not a row of GPQA-D: options are a list of texts"),
+        ("aime24={mute}", "line 1: not a row of AIME24: its question is a text, or messages with a user's turn"),
+        ("olympiadbench={none}", "line 1: not a row of OlympiadBench: its question or its answer is empty"),
     ],
 )
 def test_what_is_no_set_is_refused_with_its_place(tmp_path: Path, word: str, message: str) -> None:
@@ -145,6 +156,12 @@ def test_what_is_no_set_is_refused_with_its_place(tmp_path: Path, word: str, mes
         "empty": a_file(tmp_path, "empty", [ROWS["math500"][0], {"problem": "x", "answer": " "}]),
         "arc": a_file(tmp_path, "arc", [ROWS["arc_c"][0] | {"answer": "D"}]),
         "mmlu": a_file(tmp_path, "mmlu", [ROWS["mmlu_pro"][0] | {"answer_index": 4}]),
+        "half": a_file(tmp_path, "half", [ROWS["mmlu_pro"][0] | {"answer_index": 0.5}]),
+        "parts": a_file(tmp_path, "parts", [ROWS["mmlu_pro"][0] | {"answer": "A"}]),
+        "letters": a_file(tmp_path, "letters", [ROWS["mmlu_pro"][0] | {"options": "['ice', 'fire']"}]),
+        "gap": a_file(tmp_path, "gap", [ROWS["gpqa_d"][0] | {"Incorrect Answer 2": None}]),
+        "mute": a_file(tmp_path, "mute", [{"prompt": [{"role": "system", "content": "Think."}], "answer": "5"}]),
+        "none": a_file(tmp_path, "none", [ROWS["olympiadbench"][0] | {"final_answer": None}]),
     }
     with pytest.raises(ValueError, match=message):
         read_set(word.format(**files), CONFIG)
