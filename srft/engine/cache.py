@@ -48,7 +48,8 @@ class RoomyLayer(DynamicLayer):
     def _extended(self, name: str, held: Tensor, new: Tensor, length: int) -> Tensor:
         end, memory = length + new.shape[-2], self._memory.get(name)
         if memory is None or memory.shape[-2] < end:
-            memory = new.new_empty(*new.shape[:-2], end + max(_LEAST_ROOM, end // 4), new.shape[-1])
+            # zeros, since a weight of 0 leaves out what has no token yet
+            memory = new.new_zeros(*new.shape[:-2], end + max(_LEAST_ROOM, end // 4), new.shape[-1])
             if length:
                 memory[..., :length, :] = held
             self._memory[name] = memory

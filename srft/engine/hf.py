@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srft.engine.base import Completion, Ended, Sampling
 from srft.engine.cache import make_cache
+from srft.engine.one_query import sampling_attention
 from srft.engine.stops import StopTexts
 from srft.policy.loading import allocate, bare_copy
 from srft.policy.weights import whole_tensors
@@ -175,10 +176,10 @@ class HfEngine:
 
 
 def _own_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy as transformers loads it in that precision: its own attention, and rotary frequencies left in fp32."""
+    """A copy as transformers loads it in that precision: an attention that gives its own, frequencies in fp32."""
     config = copy.deepcopy(model.config)
     if (traits := getattr(model, "srft_traits", None)) is not None:
-        config._attn_implementation = traits.attention
+        config._attn_implementation = sampling_attention(traits.attention, dtype, traits.device)
     sampler = bare_copy(model, config)
     buffers = dict(model.named_buffers())
     unsaved = {
