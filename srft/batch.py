@@ -192,10 +192,10 @@ class Batch:
     """Packed sequences of T tokens, N of which (the responses' own) are counted in the loss.
 
     Args:
-        input_ids: [T] int64.
-        position_ids: [T] int64, starting at 0 in each sequence.
+        input_ids: [T] int64. A sequence may lack its prompt, which the nearest one before that has a prompt has too.
+        position_ids: [T] int64, starting at 0 in each sequence, or at the length of a prompt that it lacks.
         cu_seqlens: [B+1] int32 on the CPU, bounds of the sequences in T.
-        max_seqlen: Longest sequence, in tokens.
+        max_seqlen: Longest sequence, in tokens, its prompt among them.
         loss_rows: [N] int64, index in T of the position that predicts each counted token.
         labels: [N] int64, the counted tokens.
         loss_cu_seqlens: [B+1] int32 on the CPU, bounds of the responses in N.
@@ -206,6 +206,8 @@ class Batch:
         old_logprobs: [N] fp32, or None when the current policy is the one that sampled.
         old_entropy: [N] fp32, nats, or None as ``old_logprobs``.
         sequences: The B sequences, in order.
+        cu_seqlens_k: [B+1] int32 on the CPU, bounds of the sequences with every prompt that one lacks counted as its
+            own; the very ``cu_seqlens`` where none does.
         is_empty: It has one sequence that counts for nothing, with which a rank keeps step with the others.
         ref_logprobs: [N] fp32 of the reference model, or None where the method does not need them.
         teacher_logprobs: [N] fp32 of the teacher, 0 on demonstrations, or None where the method has none.
@@ -226,6 +228,7 @@ class Batch:
     rollout_logprobs: Tensor
     old_logprobs: Tensor | None
     sequences: list[Response]
+    cu_seqlens_k: Tensor
     is_empty: bool = False
     old_entropy: Tensor | None = None
     ref_logprobs: Tensor | None = None
@@ -259,6 +262,8 @@ def pack(
     sequences: Sequence[Response],
     tokens_per_microbatch: int,
     device: torch.device,
+    *,
+    share_prompts: bool = False,
 ) -> list[Batch]:
     """Pack sequences into micro-batches of bounded size, the longest first.
 
@@ -266,21 +271,41 @@ def pack(
         sequences: What to pack; a sequence is never split.
         tokens_per_microbatch: Most tokens in one micro-batch; a longer single sequence still gets one to itself.
         device: Where the batch is used; bounds stay on the CPU.
+        share_prompts: Keep sequences of the same prompt together, as far as a micro-batch holds them, and the prompt
+            there once, in the longest of them. To each of the others it counts as ``shared_cost`` of its tokens.
 
     Returns:
         Micro-batches that together hold every sequence once.
     """
+    together: dict[object, list[Response]] = {}
+    for number, sequence in enumerate(sorted(sequences, key=len, reverse=True)):
+        together.setdefault(tuple(sequence.prompt_ids) if share_prompts else number, []).append(sequence)
     bins: list[list[Response]] = []
     room: list[int] = []
-    for sequence in sorted(sequences, key=len, reverse=True):
-        place = next((i for i, free in enumerate(room) if free >= len(sequence)), None)
-        if place is None:
-            bins.append([])
-            room.append(tokens_per_microbatch)
-            place = len(bins) - 1
-        bins[place].append(sequence)
-        room[place] -= len(sequence)
-    return [_to_batch(members, device) for members in bins]
+    for group in together.values():
+        have_prompt: set[int] = set()
+        for sequence in group:
+            saved = len(sequence.prompt_ids) - shared_cost(len(sequence.prompt_ids))
+            costs = [(len(sequence) - saved * (i in have_prompt), i) for i in range(len(bins))]
+            cost, place = min((each for each in costs if each[0] <= room[each[1]]), default=(len(sequence), len(bins)))
+            if place == len(bins):
+                bins.append([])
+                room.append(tokens_per_microbatch)
+            bins[place].append(sequence)
+            room[place] -= cost
+            have_prompt.add(place)
+    return [_to_batch(members, device, share_prompts) for members in bins]
+
+
+def shared_cost(prompt_tokens: int) -> int:
+    """Return how many tokens' memory a prompt takes for a sequence that shares it.
+
+    Its keys and values are held again for each: at most 4 numbers in some 34 that a layer holds of a token and feature.
+
+    Args:
+        prompt_tokens: Of the prompt.
+    """
+    return -(-prompt_tokens // 8)
 
 
 def empty_batch(*, is_demo: bool, scores: Iterable[str], device: torch.device) -> Batch:
@@ -298,18 +323,23 @@ def empty_batch(*, is_demo: bool, scores: Iterable[str], device: torch.device) -
     return replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX), is_empty=True)
 
 
-def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
-    lengths = torch.tensor([len(s) for s in sequences])
+def _to_batch(sequences: list[Response], device: torch.device, share_prompts: bool = False) -> Batch:
     responses = torch.tensor([s.num_own for s in sequences])
+    reads = torch.tensor([len(s) for s in sequences])
+    # sequences of one prompt are neighbours, the first of which has it
+    pairs = zip(sequences, sequences[1:], strict=False)
+    lacks = [False, *(share_prompts and s.prompt_ids == next_one.prompt_ids for s, next_one in pairs)]
+    prefixes = torch.tensor([len(s.prompt_ids) * lack for s, lack in zip(sequences, lacks, strict=True)])
+    lengths = reads - prefixes
     starts = lengths.cumsum(0) - lengths
-    total = int(lengths.sum())
-    # the position before a token predicts it, so a response's rows start one before it
-    loss_rows = torch.cat(
-        [
-            torch.tensor(s.own_places) + (start + len(s.prompt_ids) - 1)
-            for start, s in zip(starts.tolist(), sequences, strict=True)
-        ]
-    )
+    loss_rows, prompt_end = [], 0
+    for sequence, lack, start in zip(sequences, lacks, starts.tolist(), strict=True):
+        if not lack:
+            prompt_end = start + len(sequence.prompt_ids)
+        places = torch.tensor(sequence.own_places)
+        # the position before a token predicts it: of a response's first one the last of the prompt
+        rows = places + (start if lack else prompt_end) - 1
+        loss_rows.append(rows.where(places > 0, prompt_end - 1))
 
     def per_token(values: list[float] | list[bool], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).repeat_interleave(responses).to(device)
@@ -320,6 +350,8 @@ def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
         tokens = torch.tensor([tokens for _, tokens, _ in parts])
         return torch.tensor(values, dtype=dtype).repeat_interleave(tokens).to(device)
 
+    cu_seqlens = _bounds(lengths)
+    held = [([] if lack else s.prompt_ids, s) for s, lack in zip(sequences, lacks, strict=True)]
     flat_logprobs = [x for s in sequences for x in (s.rollout_logprobs or [0.0] * s.num_own)]
 
     def known(name: str) -> Tensor | None:
@@ -327,13 +359,11 @@ def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
         return None if values[0] is None else torch.cat(values).to(device)
 
     return Batch(
-        input_ids=torch.tensor(
-            [t for s in sequences for t in (*s.prompt_ids, *s.response_ids)], device=device
-        ),
-        position_ids=(torch.arange(total) - starts.repeat_interleave(lengths)).to(device),
-        cu_seqlens=_bounds(lengths),
-        max_seqlen=int(lengths.max()),
-        loss_rows=loss_rows.to(device),
+        input_ids=torch.tensor([t for prompt, s in held for t in (*prompt, *s.response_ids)], device=device),
+        position_ids=(torch.arange(int(lengths.sum())) - (starts - prefixes).repeat_interleave(lengths)).to(device),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(reads.max()),
+        loss_rows=torch.cat(loss_rows).to(device),
         labels=torch.tensor([t for s in sequences for t in s.own_ids], device=device),
         loss_cu_seqlens=_bounds(responses),
         advantages=per_part(
@@ -344,6 +374,7 @@ def _to_batch(sequences: list[Response], device: torch.device) -> Batch:
         rollout_logprobs=torch.tensor(flat_logprobs, dtype=torch.float32, device=device),
         old_logprobs=known("old_logprobs"),
         sequences=sequences,
+        cu_seqlens_k=_bounds(reads) if any(lacks) else cu_seqlens,
         old_entropy=known("old_entropy"),
         ref_logprobs=known("ref_logprobs"),
         teacher_logprobs=known("teacher_logprobs"),

@@ -49,7 +49,8 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
         learner.optimizer.state.clear()
     taught = [assign_advantages(part, config.method) for part in _parts(learner, groups)]
     counts = [_totals(learner, part) for part in taught]
-    exchanges = [Exchange(world, with_gradient(learner, part)) for part in taught]
+    shares = learner.model.srft_traits.shares_prompts
+    exchanges = [Exchange(world, with_gradient(learner, part), share_prompts=shares) for part in taught]
     held = [s for exchange in exchanges for s in exchange.held]
     behind = config.rollout.max_lag > 0 and any(totals.rollout_tokens for totals in counts)
     if len(exchanges) > 1 or behind:
@@ -206,11 +207,13 @@ def accumulate(
         out, gates = _fused_loss(learner, batch, whole, dead, router_logits=router is not None)
         aux = balance.new_zeros(())
         if router is not None:
-            aux = router.loss(gates, load or router.load(gates)) * (not batch.is_empty)
+            aux = router.loss(gates, load or router.load(gates, batch), batch) * (not batch.is_empty)
         (out.loss + aux).backward()
         balance += aux.detach()
         outputs.append(out)
     figures = loss_metrics(config.method, batches, outputs, whole, world)
+    read, computed = world.sum([sum(map(len, sequences)), sum(len(b.input_ids) for b in batches if not b.is_empty)])
+    figures["tokens/shared"] = Figure(1 - computed / read if read else 0.0, weight=read)
     skipped = totals.tokens - given.tokens
     figures["tokens/skipped"] = Figure(skipped / totals.tokens, weight=totals.tokens)
     if dead:
@@ -227,16 +230,20 @@ def _totals(learner: Learner, sequences: list[Response]) -> Totals:
     return Totals(*map(int, learner.world.sum(astuple(count(sequences)))))
 
 
-def micro_batches(learner: Learner, sequences: list[Response], totals: Totals) -> list[Batch]:
+def micro_batches(
+    learner: Learner, sequences: list[Response], totals: Totals, model: PreTrainedModel | None = None
+) -> list[Batch]:
     """Pack this rank's sequences into as many micro-batches as every other rank has, at least one; some may be empty.
 
     Args:
         learner: Its configuration says how large they may be.
         sequences: This rank's.
         totals: Of the whole update.
+        model: Computes them, and says whether they may share prompts; None: the policy.
     """
     device = learner.world.device
-    batches = pack(sequences, learner.config.microbatch_tokens, device)
+    shares = (model or learner.model).srft_traits.shares_prompts
+    batches = pack(sequences, learner.config.microbatch_tokens, device, share_prompts=shares)
     scores = [name for name in SCORES if any(getattr(batch, name) is not None for batch in batches)]
     counts, known = zip(*learner.world.gather((len(batches), scores)), strict=True)
     return batches + [
@@ -330,7 +337,7 @@ def _scored(
     learner: Learner, model: PreTrainedModel, sequences: list[Response]
 ) -> Iterator[tuple[Response, torch.Tensor, torch.Tensor]]:
     """Each response of this rank with the log-probabilities and the entropies that a model gives its tokens."""
-    for batch in micro_batches(learner, sequences, count(sequences)):
+    for batch in micro_batches(learner, sequences, count(sequences), model):
         logprobs, entropy = _score(learner, batch, model)
         if not batch.is_empty:
             for sequence, place in batch.responses():

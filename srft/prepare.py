@@ -33,7 +33,7 @@ from srft.policy.frozen import Frozen, load_frozen
 from srft.policy.learner import Learner
 from srft.policy.loading import fill, skeleton
 from srft.policy.lora import fill_adapters, without_adapters
-from srft.policy.model import build_tiny, load_model, load_tokenizer, prepare_policy, read_config
+from srft.policy.model import allow_sharing, build_tiny, load_model, load_tokenizer, prepare_policy, read_config
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import World, joined
 from srft.policy.proof import Proof, prove
@@ -269,6 +269,8 @@ def load_policy(
         return Learner(config, model, tokenizer, make_optimizer(model, config), world), None
     proof = prove(model, config)
     frozen = frozen_models(config, tokenizer, start, world)
+    if frozen.start and frozen.reference is not None:
+        allow_sharing(frozen.reference, model.srft_traits.shares_prompts)
     engine = 0 if config.train.replay else engine_bytes(config, model, world)
     tokens = choose_tokens_per_microbatch(config, model, world, engine)
     config = config.model_copy(update={"train": config.train.model_copy(update={"tokens_per_microbatch": tokens})})

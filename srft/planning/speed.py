@@ -58,7 +58,11 @@ class Speed:
             return figures
         # a method may learn from a part of what was passed on, taken to be like the whole
         taken = {key: row[key] * trained / tokens for key in ("tokens/step", "tokens/counted", "tokens/squared")}
-        flops = training_flops(self._shape, trained, taken["tokens/counted"], taken["tokens/squared"])
+        # what a prompt's further sequences do not compute again, and the pairs among it, a little less than all of them
+        shared = row.get("tokens/shared", 0.0)
+        taken["tokens/step"] *= 1 - shared
+        taken["tokens/squared"] *= 1 - shared**2
+        flops = training_flops(self._shape, *taken.values())
         figures["speed/mfu"] = flops / seconds / (self._layout.device.flops * self._size)
         if self._passes is not None:
             figures["speed/planned_s"] = self._planned_seconds(self._shape, self._passes, self._layout, taken)

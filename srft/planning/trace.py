@@ -190,7 +190,7 @@ def _batch(tokens: int, rows: int) -> Batch:
     bounds = torch.zeros(2, dtype=torch.int32)
     flags = vector.bool()
     return Batch(
-        positions, positions, bounds, tokens, counted, counted, bounds, vector, flags, flags, vector, None, []
+        positions, positions, bounds, tokens, counted, counted, bounds, vector, flags, flags, vector, None, [], bounds
     )  # fmt: skip
 
 

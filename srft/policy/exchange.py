@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srft.batch import Response
+from srft.batch import Response, shared_cost
 from srft.policy.parallel import World
 
 # of a response as numbers: its kind, cut or not, reward, advantage, that of its prefix, its policy, tokens of prefix,
@@ -22,10 +22,11 @@ class Exchange:
     Args:
         world: The ranks.
         sequences: Those that this rank's prompts gave.
+        share_prompts: Whether sequences of a prompt cost less on one rank than on several.
     """
 
-    def __init__(self, world: World, sequences: Sequence[Response]) -> None:
-        self._world, self._own = world, list(sequences)
+    def __init__(self, world: World, sequences: Sequence[Response], *, share_prompts: bool = False) -> None:
+        self._world, self._own, self._share_prompts = world, list(sequences), share_prompts
         self.held = self._own
         """Those that this rank learns from: what the update reads of each, and no text."""
         if world.size > 1:
@@ -43,13 +44,14 @@ class Exchange:
     def _spread(self) -> None:
         rank, size = self._world.rank, self._world.size
         encoded = [_encoded(s) for s in self._own]
-        sizes = self._world.gather([(len(s), len(e)) for s, e in zip(self._own, encoded, strict=True)])
-        goes_to = assignment([[tokens for tokens, _ in of_rank] for of_rank in sizes])
+        prompts = numbered_prompts(self._own, share=self._share_prompts)
+        sizes = self._world.gather([(len(e), len(s), p) for e, s, p in zip(encoded, self._own, prompts, strict=True)])
+        goes_to = assignment([[tokens for _, tokens, _ in r] for r in sizes], [[p for *_, p in r] for r in sizes])
         # of this rank's responses, those for each rank; of each rank's, how many and how many numbers come here
         self._sent = [[i for i, to in enumerate(goes_to[rank]) if to == other] for other in range(size)]
         self._received = [goes_to[other].count(rank) for other in range(size)]
         numbers_here = [
-            sum(numbers for (_, numbers), to in zip(sizes[other], goes_to[other], strict=True) if to == rank)
+            sum(numbers for (numbers, *_), to in zip(sizes[other], goes_to[other], strict=True) if to == rank)
             for other in range(size)
         ]
         parts = [[x for i in each for x in encoded[i]] for each in self._sent]
@@ -57,23 +59,53 @@ class Exchange:
         self.held = _decoded(_all_to_all(self._world, flat, [len(part) for part in parts], numbers_here).tolist())
 
 
-def assignment(lengths: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Choose a rank for every response: the longest first, each to the rank that has the fewest tokens so far.
+def numbered_prompts(sequences: Sequence[Response], *, share: bool) -> list[tuple[int, int]]:
+    """Give each response the number of its prompt among these, and how many of its tokens it may share.
 
     Args:
-        lengths: Tokens of each rank's responses.
+        sequences: A rank's.
+        share: Whether those of one prompt share it; else each is by itself.
+    """
+    numbers: dict[object, int] = {}
+    return [
+        (numbers.setdefault(tuple(s.prompt_ids) if share else i, len(numbers)), share * len(s.prompt_ids))
+        for i, s in enumerate(sequences)
+    ]
+
+
+def assignment(
+    lengths: Sequence[Sequence[int]], prompts: Sequence[Sequence[tuple[int, int]]] | None = None
+) -> list[list[int]]:
+    """Choose a rank for every response: the longest first, each to the rank that has the fewest tokens with it.
+
+    Those of a prompt go to one rank until it has its share of all tokens.
+
+    Args:
+        lengths: Tokens of each rank's responses, their prompts among them.
+        prompts: The number of each one's prompt on its rank, and the tokens that it shares where another one of that
+            prompt is; None: nothing is shared. Those of a prompt follow each other.
 
     Returns:
         Ranks, in the shape of ``lengths``; the same wherever it is called.
     """
     loads = [0] * len(lengths)
     chosen = [[0] * len(of_rank) for of_rank in lengths]
+    prompts = prompts or [[(i, 0) for i in range(len(of_rank))] for of_rank in lengths]
+    together: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     every = [(-tokens, rank, i) for rank, of_rank in enumerate(lengths) for i, tokens in enumerate(of_rank)]
-    for tokens, rank, i in sorted(every):
-        # where it is already, if no other rank has less
-        to = min(range(len(loads)), key=lambda other: (loads[other], other != rank, other))
-        chosen[rank][i] = to
-        loads[to] -= tokens
+    for less, rank, i in sorted(every):
+        number, shared = prompts[rank][i]
+        together.setdefault((rank, number), []).append((-less, shared - shared_cost(shared), i))
+    groups = together.values()
+    even = sum(tokens - saved * (n > 0) for group in groups for n, (tokens, saved, _) in enumerate(group)) / len(loads)
+    for (rank, _), group in together.items():
+        has_prompt = [False] * len(loads)
+        for tokens, saved, i in group:
+            after = [load + tokens - saved * there for load, there in zip(loads, has_prompt, strict=True)]
+            # beside its prompt while that rank has no more than its share; where it is already, if no other has less
+            order = [(not (has_prompt[to] and n <= even), n, to != rank, to) for to, n in enumerate(after)]
+            to = chosen[rank][i] = min(order)[-1]
+            loads[to], has_prompt[to] = after[to], True
     return chosen
 
 

@@ -97,7 +97,7 @@ def flash_attention(
     value: Tensor,
     scaling: float | None,
     window: int | None,
-    bounds: Tensor,
+    bounds: tuple[Tensor, Tensor],
     longest: int,
     softcap: float | None,
     sinks: Tensor | None,
@@ -107,12 +107,13 @@ def flash_attention(
     Args:
         kernel: A key of ``PACKAGES``.
         query: [T, H, d], 16 bit.
-        key: [T, H_kv, d].
-        value: [T, H_kv, d_v].
+        key: [T_k, H_kv, d].
+        value: [T_k, H_kv, d_v].
         scaling: Of the scores; None: 1 / sqrt(d).
         window: Tokens a token sees, itself among them; None: all before it.
-        bounds: [B+1] int32 on the device of the query.
-        longest: Most tokens in a sequence.
+        bounds: [B+1] int32 of the queries and of the keys, on their device; the queries are the last of the keys'
+            tokens.
+        longest: Most keys of a sequence.
         softcap: Scores become ``softcap * tanh(scores / softcap)``; None: as they are.
         sinks: [H] logit of a token that nothing is read from; None: no such token.
 
@@ -134,8 +135,8 @@ def flash_attention(
         query,
         key,
         value,
-        cu_seqlens_q=bounds,
-        cu_seqlens_k=bounds,
+        cu_seqlens_q=bounds[0],
+        cu_seqlens_k=bounds[1],
         max_seqlen_q=longest,
         max_seqlen_k=longest,
         softmax_scale=scaling,

@@ -57,6 +57,22 @@ def probe_sequences(model: PreTrainedModel, config: Config) -> list[Response]:
     return sequences
 
 
+def shared_probes(sequences: list[Response]) -> list[Response]:
+    """Divide sequences anew, so that most of each is prompt, and give each prompt two more responses.
+
+    Args:
+        sequences: From ``probe_sequences``, each of which gives three: its own tokens, a response in reverse that is as
+            long, and one of a single token.
+    """
+    found = []
+    for s in sequences:
+        ids = s.prompt_ids + s.response_ids
+        prompt = max(1, len(ids) * 2 // 3, len(ids) - ROWS)
+        responses = ids[prompt:], ids[: prompt - 1 : -1], ids[:1]
+        found += [Response(ids[:prompt], response, False, False, [], "") for response in responses]
+    return found
+
+
 def limits_of(model: PreTrainedModel) -> list[tuple[str, int]]:
     """Whole numbers of a model's configuration whose names say that they count tokens, with their names.
 
@@ -85,7 +101,7 @@ def packed_logprobs(model: PreTrainedModel, batches: list[Batch], dtype: torch.d
         dtype: Precision of the forward pass.
 
     Returns:
-        [2, N] fp32 on the CPU, in the order of the sequences' first tokens' length, as ``own_logprobs`` has it.
+        [2, N] fp32 on the CPU, in the order of ``own_logprobs``.
     """
     by_sequence: dict[int, Tensor] = {}
     with torch.no_grad():
@@ -93,8 +109,12 @@ def packed_logprobs(model: PreTrainedModel, batches: list[Batch], dtype: torch.d
             both = torch.stack(packed_forward(model, batch, dtype)).cpu()
             for sequence, place in batch.responses():
                 by_sequence[id(sequence)] = both[:, place]
-    every = sorted((s for batch in batches for s in batch.sequences), key=len)
+    every = sorted((s for batch in batches for s in batch.sequences), key=_order)
     return torch.cat([by_sequence[id(s)] for s in every], dim=1)
+
+
+def _order(sequence: Response) -> tuple[int, list[int], list[int]]:
+    return len(sequence), sequence.prompt_ids, sequence.response_ids
 
 
 def packed_forward(
@@ -118,7 +138,7 @@ def own_logprobs(
 
     Args:
         model: From ``model.prepare_policy``.
-        sequences: Any; the shortest comes first in the result.
+        sequences: Any; the shortest comes first in the result, of equally long ones that of the smaller tokens.
         dtype: Precision of the forward pass.
         round_again: Round the output of every module once more, at random: how much the model makes of rounding.
 
@@ -126,7 +146,7 @@ def own_logprobs(
         [2, N] fp32 on the CPU: log-probabilities and entropies, nats.
     """
     with torch.no_grad(), own_attention(model), Rounding(model, round_again):
-        every = [torch.stack(own_forward(model, s, dtype)).cpu() for s in sorted(sequences, key=len)]
+        every = [torch.stack(own_forward(model, s, dtype)).cpu() for s in sorted(sequences, key=_order)]
     let_go(model)
     return torch.cat(every, dim=1)
 

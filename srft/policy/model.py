@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import TypeVar
@@ -33,6 +33,7 @@ from srft.policy.attention_choice import PackedAttention, caps_scores, choose_at
 from srft.policy.compiled import as_written, compile_blocks
 from srft.policy.head import PolicyHead, make_head
 from srft.policy.parallel import World, let_go, open_to, shard
+from srft.policy.prefixes import select_repeated
 from srft.policy.split_head import SplitHead
 
 _T = TypeVar("_T")
@@ -177,6 +178,7 @@ class Traits:
         dropout: Rates above 0 in its configuration, by name; training has them off.
         head: Shares the parameters of its lm_head.
         device: Where it computes.
+        shares_prompts: Whether a prompt is computed once for all sequences of it in a micro-batch, as the proof allows.
     """
 
     attention: str
@@ -184,6 +186,7 @@ class Traits:
     dropout: dict[str, float]
     head: PolicyHead | SplitHead
     device: torch.device
+    shares_prompts: bool = False
 
 
 def prepare_policy(
@@ -258,6 +261,16 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return model.srft_traits.device
 
 
+def allow_sharing(model: PreTrainedModel, allowed: bool) -> None:
+    """Note whether a model computes a prompt once for all sequences of it in a micro-batch.
+
+    Args:
+        model: From ``prepare_policy``, which has it off.
+        allowed: What the proof says of it, or of a model of the same kind.
+    """
+    model.srft_traits = replace(model.srft_traits, shares_prompts=allowed)
+
+
 @contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
     """Give a policy the attention it was loaded with, and no compiled block, for the length of a ``with`` statement.
@@ -322,12 +335,13 @@ def _compute(
             attention_mask=None,
             use_cache=False,
             cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens_k,
             max_length_q=batch.max_seqlen,
             max_length_k=batch.max_seqlen,
             **({"output_router_logits": True} if router_logits else {}),
         )
-    hidden_states = output.last_hidden_state[0][batch.loss_rows].to(compute_dtype)
+    select = torch.Tensor.__getitem__ if batch.cu_seqlens_k is batch.cu_seqlens else select_repeated
+    hidden_states = select(output.last_hidden_state[0], batch.loss_rows).to(compute_dtype)
     if on_gradient is not None and hidden_states.requires_grad:
         hidden_states.register_hook(on_gradient)
     gates = tuple(output.router_logits or ()) if router_logits else ()

@@ -4,7 +4,8 @@ Two forward passes are compared on the user's own model. One is the trainer's: s
 the run, hidden states, head and fused op. The other is the model's: ``model(input_ids=…).logits``, with the attention
 it was loaded with, one sequence at a time. In fp32, where rounding is small, any difference of substance is an error of
 packing; in the run's dtype they may differ as that dtype's own rounding lets the model differ from its fp32 self. The
-same holds for the gradient of a random sum of log-probabilities.
+same holds for the gradient of a random sum of log-probabilities. Whether sequences of one prompt may share its
+computation is compared in the same way; a model that fails there is trained without.
 """
 
 from __future__ import annotations
@@ -23,10 +24,18 @@ from transformers import PreTrainedModel
 from srft.batch import Batch, Response, pack
 from srft.config import Config
 from srft.policy.attention import UnsupportedAttention
-from srft.policy.forwards import Rounding, own_forward, own_logprobs, packed_forward, packed_logprobs, probe_sequences
-from srft.policy.model import device_of, in_short, own_attention
+from srft.policy.forwards import (
+    Rounding,
+    own_forward,
+    own_logprobs,
+    packed_forward,
+    packed_logprobs,
+    probe_sequences,
+    shared_probes,
+)
+from srft.policy.model import allow_sharing, device_of, in_short, own_attention
 from srft.policy.parallel import let_go, whole
-from srft.policy.router import router_logits, router_of
+from srft.policy.router import Router, router_logits, router_of
 from srft.policy.spread import Spread
 from srft.policy.suspects import find_cause, limits_passed
 
@@ -71,6 +80,7 @@ class Proof:
         attention: Which attention training uses, a sentence.
         dropout: Rates that the configuration asks for and training has off.
         seconds: What the proof took.
+        sharing: Whether a prompt is computed once for all its sequences, a sentence; empty where it has one alone.
     """
 
     model_type: str
@@ -80,6 +90,7 @@ class Proof:
     attention: str
     dropout: dict[str, float]
     seconds: float
+    sharing: str = ""
 
     def sentence(self) -> str:
         """Say in a line what was proved."""
@@ -92,8 +103,8 @@ class Proof:
         off = "".join(f"; dropout off: {name} {rate:g}" for name, rate in self.dropout.items())
         return (
             f"Packed sequences of {min(self.lengths)} to {max(self.lengths)} tokens equal {self.model_type}'s own "
-            f"forward: {'; '.join(parts)}; {self.seconds:.1f} s{off}. {self.attention}"
-        )
+            f"forward: {'; '.join(parts)}; {self.seconds:.1f} s{off}. {self.attention} {self.sharing}"
+        ).rstrip()
 
     def table(self) -> str:
         """Return what was compared as lines of text, one a dtype and quantity, and the lengths and seconds."""
@@ -103,7 +114,7 @@ class Proof:
                 numbers = (gap.differences.largest, gap.differences.mean, gap.noise.largest, gap.noise.mean)
                 lines.append(f"{what:24}{dtype:10}" + "".join(f"{n:10.1e}" for n in numbers))
         lines.append(f"sequences of {', '.join(map(str, sorted(self.lengths)))} tokens; {self.seconds:.1f} s")
-        lines.append(self.attention)
+        lines += [self.attention, *([self.sharing] if self.sharing else [])]
         if self.dropout:
             lines.append("dropout off: " + ", ".join(f"{name} {rate:g}" for name, rate in self.dropout.items()))
         return "\n".join(lines)
@@ -113,7 +124,8 @@ def prove(model: PreTrainedModel, config: Config) -> Proof:
     """Compare packed training with the model's own unpacked forward and backward, in fp32 and in the run's dtype.
 
     Args:
-        model: From ``model.prepare_policy``; its gradients are dropped. Of one that is frozen the forward alone.
+        model: From ``model.prepare_policy``; its gradients are dropped. Of one that is frozen the forward alone. What
+            it shares from here on is noted on it.
         config: The whole configuration: longest sequence, tokens of a forward pass, dtype.
 
     Raises:
@@ -122,7 +134,8 @@ def prove(model: PreTrainedModel, config: Config) -> Proof:
     start = time.perf_counter()
     model_type = model.config.get_text_config().model_type
     try:
-        logprobs, gradients, lengths = _compare(model, config)
+        sequences = probe_sequences(model, config)
+        logprobs, gradients = _compare(model, config, sequences)
     except Refusal as refusal:
         raise ValueError(f"{model_type} cannot be trained on packed sequences: {refusal}") from None
     except UnsupportedAttention as error:
@@ -134,11 +147,13 @@ def prove(model: PreTrainedModel, config: Config) -> Proof:
         ) from error
     finally:
         model.zero_grad(set_to_none=True)
+    sharing = _allow_sharing(model, config, sequences, logprobs, gradients)
     seconds = time.perf_counter() - start
     traits = model.srft_traits
     return Proof(
-        model_type, logprobs, gradients, lengths, traits.packed.sentence, traits.dropout, seconds
-    )
+        model_type, logprobs, gradients, [len(s) for s in sequences], traits.packed.sentence, traits.dropout, seconds,
+        sharing,
+    )  # fmt: skip
 
 
 def _place(error: Exception) -> str:
@@ -150,8 +165,9 @@ class Refusal(ValueError):
     """The reason why a model is not trained, without its name."""
 
 
-def _compare(model: PreTrainedModel, config: Config) -> tuple[dict[str, Gap], dict[str, Gap], list[int]]:
-    sequences = probe_sequences(model, config)
+def _compare(
+    model: PreTrainedModel, config: Config, sequences: list[Response]
+) -> tuple[dict[str, Gap], dict[str, Gap]]:
     budget = config.microbatch_tokens
     packed = pack(sequences, budget, device_of(model))
     small = _first_tokens(sequences, _GRADIENT_TOKENS)
@@ -184,7 +200,75 @@ def _compare(model: PreTrainedModel, config: Config) -> tuple[dict[str, Gap], di
     if any(p.requires_grad for p in model.parameters()):
         gradients = _compare_gradients(model, small, packed_small, dtypes)
         _compare_router(model, config, small[-1])
-    return logprobs, gradients, [len(s) for s in sequences]
+    return logprobs, gradients
+
+
+def _allow_sharing(
+    model: PreTrainedModel,
+    config: Config,
+    sequences: list[Response],
+    logprobs: dict[str, Gap],
+    gradients: dict[str, Gap],
+) -> str:
+    """Let a model compute a prompt once for all its sequences if that is as exact, and say whether it does."""
+    method, train = config.method, config.train
+    if method.needs_rollouts * train.rollouts_per_prompt + method.trains_demos * train.demos_per_prompt < 2:
+        return ""
+    try:
+        _compare_shared(model, config, sequences, logprobs, gradients)
+    except (Refusal, UnsupportedAttention) as refusal:
+        reason = str(refusal)
+    except Exception as error:  # whatever a model raises inside
+        reason = f"its forward fails with {type(error).__name__}: {in_short(error)}"
+    else:
+        allow_sharing(model, True)
+        return "The prompt of a group is computed once."
+    finally:
+        model.zero_grad(set_to_none=True)
+    return f"A prompt is computed for each of its sequences, not once for all: {reason}."
+
+
+def _compare_shared(
+    model: PreTrainedModel,
+    config: Config,
+    sequences: list[Response],
+    logprobs: dict[str, Gap],
+    gradients: dict[str, Gap],
+) -> None:
+    """The same as ``_compare`` on several responses a prompt, which is computed once, by the noise found there."""
+    device, budget = device_of(model), config.microbatch_tokens
+    dtypes = list(dict.fromkeys([torch.float32, config.compute_dtype]))
+    # the longest, the dearest, shows nothing more
+    shared = shared_probes(sorted(sequences, key=len)[:-1])
+    packed = pack(shared, budget, device, share_prompts=True)
+    gold = own_logprobs(model, shared, torch.float32)
+    for dtype, gap in zip(dtypes, logprobs.values(), strict=True):
+        differences = Spread.of(packed_logprobs(model, packed, dtype) - gold)
+        if not replace(gap, differences=differences, floor=_FLOOR * max(1.0, float(gold.abs().max()))).passes:
+            raise Refusal(
+                f"its log-probabilities in {str(dtype).removeprefix('torch.')} then differ by "
+                f"{differences.largest:.2g} nats at most, where rounding gives {gap.noise.largest:.1g}"
+            )
+    if (router := router_of(config, model)) is not None:
+        one, other = (
+            _router_loss(router, model, pack(shared, sum(map(len, shared)), device, share_prompts=shares))
+            for shares in (True, False)
+        )
+        if not abs(one - other) <= 1e-4 * other:
+            raise Refusal(f"its auxiliary loss of the router is then {one:.6g} where it is {other:.6g} for copies")
+    if gradients:
+        small = shared_probes(_first_tokens(sequences, _GRADIENT_TOKENS))
+        signs = _signs(small, device)
+        # copies of the prompt have been compared with the model's own backward, which costs one a sequence
+        copies = _gradients(model, _as_trained(model, pack(small, budget, device), signs, torch.float32))
+        packed = pack(small, budget, device, share_prompts=True)
+        for dtype, gap in zip(dtypes, gradients.values(), strict=True):
+            error = Spread.of(_relative(_gradients(model, _as_trained(model, packed, signs, dtype)), copies))
+            if not replace(gap, differences=error).passes:
+                raise Refusal(
+                    f"its gradients in {str(dtype).removeprefix('torch.')} then differ by {error.largest:.2g} of their "
+                    f"norm, where rounding gives {gap.noise.largest:.1g}"
+                )
 
 
 def _first_tokens(sequences: list[Response], tokens: int) -> list[Response]:
@@ -206,12 +290,9 @@ def _compare_router(model: PreTrainedModel, config: Config, sequence: Response) 
     if router is None:
         return
     ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=device_of(model))
-    with torch.no_grad():
-        (batch,) = pack([sequence], len(sequence), device_of(model))
-        gates = router_logits(model, batch, torch.float32)
-        actual = float(router.loss(gates, router.load(gates))) if gates else math.nan
-        with own_attention(model):
-            output = model(input_ids=ids, use_cache=False, output_router_logits=True)
+    actual = _router_loss(router, model, pack([sequence], len(sequence), device_of(model)))
+    with torch.no_grad(), own_attention(model):
+        output = model(input_ids=ids, use_cache=False, output_router_logits=True)
     let_go(model)
     expected = router.coef * float(output.aux_loss) if isinstance(output.aux_loss, Tensor) else math.nan
     if not abs(actual - expected) <= 1e-4 * expected:
@@ -221,30 +302,25 @@ def _compare_router(model: PreTrainedModel, config: Config, sequence: Response) 
         )
 
 
+@torch.no_grad()
+def _router_loss(router: Router, model: PreTrainedModel, batches: list[Batch]) -> float:
+    """Of one batch, in fp32; NaN where the routers say nothing."""
+    (batch,) = batches
+    gates = router_logits(model, batch, torch.float32)
+    return float(router.loss(gates, router.load(gates, batch), batch)) if gates else math.nan
+
+
 def _compare_gradients(
     model: PreTrainedModel, sequences: list[Response], packed: list[Batch], dtypes: list[torch.dtype]
 ) -> dict[str, Gap]:
     """Gradients of a random signed sum of log-probabilities, each parameter's error relative to its norm."""
-    sequences = sorted(sequences, key=len)
-    rows = sum(len(s.response_ids) for s in sequences)
-    signs = torch.randn(rows, generator=torch.Generator().manual_seed(1)).to(device_of(model)) / rows
-    of_sequence = dict(
-        zip(map(id, sequences), signs.split([len(s.response_ids) for s in sequences]), strict=True)
-    )
+    signs = _signs(sequences, device_of(model))
 
     def own(dtype: torch.dtype, round_again: bool, seed: int = 0) -> Callable[[], None]:
         def backward() -> None:
             with own_attention(model), Rounding(model, round_again, seed):
-                for s in sequences:
-                    (own_forward(model, s, dtype)[0] * of_sequence[id(s)]).sum().backward()
-
-        return backward
-
-    def as_trained(dtype: torch.dtype) -> Callable[[], None]:
-        def backward() -> None:
-            for batch in packed:
-                weights = torch.cat([of_sequence[id(s)] for s in batch.sequences])
-                (packed_forward(model, batch, dtype)[0] * weights).sum().backward()
+                for s in sorted(sequences, key=len):
+                    (own_forward(model, s, dtype)[0] * signs[id(s)]).sum().backward()
 
         return backward
 
@@ -253,7 +329,7 @@ def _compare_gradients(
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         noise = _relative(_gradients(model, own(dtype, dtype == torch.float32)), gold)
-        error = _relative(_gradients(model, as_trained(dtype)), gold)
+        error = _relative(_gradients(model, _as_trained(model, packed, signs, dtype)), gold)
         gaps[name] = Gap(Spread.of(error), Spread.of(noise), 1e-5)
         for seed in range(1, _DRAWS if dtype == torch.float32 else 1):
             if gaps[name].passes or not error.isfinite().all():
@@ -269,6 +345,27 @@ def _compare_gradients(
                 "cause: a layer whose backward depends on how sequences are packed, or misses some of its weights"
             )
     return gaps
+
+
+def _signs(sequences: list[Response], device: torch.device) -> dict[int, Tensor]:
+    """Random weights of each sequence's tokens, by its id."""
+    lengths = [len(s.response_ids) for s in sorted(sequences, key=len)]
+    rows = sum(lengths)
+    signs = torch.randn(rows, generator=torch.Generator().manual_seed(1)).to(device) / rows
+    return dict(zip(map(id, sorted(sequences, key=len)), signs.split(lengths), strict=True))
+
+
+def _as_trained(
+    model: PreTrainedModel, packed: list[Batch], signs: dict[int, Tensor], dtype: torch.dtype
+) -> Callable[[], None]:
+    """The backward pass of training, of log-probabilities by these weights."""
+
+    def backward() -> None:
+        for batch in packed:
+            weights = torch.cat([signs[id(s)] for s in batch.sequences])
+            (packed_forward(model, batch, dtype)[0] * weights).sum().backward()
+
+    return backward
 
 
 def _gradients(model: PreTrainedModel, backward: Callable[[], None]) -> dict[str, Tensor]:

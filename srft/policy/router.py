@@ -14,6 +14,7 @@ from srft.config import Config
 from srft.policy.head import no_head
 from srft.policy.model import compute
 from srft.policy.parallel import World
+from srft.policy.prefixes import prefixes_of
 
 
 @dataclass(frozen=True)
@@ -45,26 +46,39 @@ class Router:
     coef: float
     top_k: int
 
-    def load(self, router_logits: Seq[Tensor]) -> Load:
+    def load(self, router_logits: Seq[Tensor], batch: Batch) -> Load:
         """Count the choices.
 
         Args:
             router_logits: One [T, E] tensor a routed layer.
+            batch: What they are of; a token that several sequences read counts for each.
         """
         logits = _rows(router_logits).detach()
         # through the probabilities, as models choose: two logits may round to the same one
         chosen = logits.softmax(-1).topk(self.top_k, dim=-1).indices
-        return Load(torch.bincount(chosen.flatten(), minlength=logits.shape[1]).float(), len(logits))
+        times = _times(batch, len(router_logits))
+        if times is None:
+            return Load(torch.bincount(chosen.flatten(), minlength=logits.shape[1]).float(), len(logits))
+        each = times.repeat_interleave(self.top_k)
+        return Load(torch.bincount(chosen.flatten(), each, minlength=logits.shape[1]).float(), int(times.sum()))
 
-    def loss(self, router_logits: Seq[Tensor], load: Load) -> Tensor:
+    def loss(self, router_logits: Seq[Tensor], load: Load, batch: Batch) -> Tensor:
         """Return one micro-batch's share of the loss, 0-d fp32 with a gradient.
 
         Args:
             router_logits: One [T, E] tensor a routed layer.
             load: Of the whole update.
+            batch: As for ``load``.
         """
-        probabilities = _rows(router_logits).softmax(-1).sum(0) / load.rows
+        each, times = _rows(router_logits).softmax(-1), _times(batch, len(router_logits))
+        probabilities = (each if times is None else each * times[:, None]).sum(0) / load.rows
         return self.coef * len(probabilities) * (load.assignments / load.rows * probabilities).sum()
+
+
+def _times(batch: Batch, layers: int) -> Tensor | None:
+    """How often each row of all layers counts, fp32; None: once."""
+    shared = prefixes_of(batch.cu_seqlens, batch.cu_seqlens_k)
+    return None if shared is None else shared.readers().float().repeat(layers).to(batch.input_ids.device)
 
 
 def _rows(router_logits: Seq[Tensor]) -> Tensor:
@@ -105,7 +119,7 @@ def whole_load(router: Router, model: PreTrainedModel, batches: list[Batch], dty
     """
     loads = []
     for batch in batches:
-        load = router.load(router_logits(model, batch, dtype))
+        load = router.load(router_logits(model, batch, dtype), batch)
         loads.append(Load(0 * load.assignments, 0) if batch.is_empty else load)
     *assignments, rows = world.sum(
         [*torch.stack([load.assignments for load in loads]).sum(0).tolist(), sum(load.rows for load in loads)]

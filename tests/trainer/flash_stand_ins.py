@@ -17,13 +17,17 @@ SEEN: dict[str, Any] = {}
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float | None, left: int | None, softcap: float,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, bounds_k: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """[T, H, d_v] causal attention within each sequence, which sees ``left`` tokens before its own, or all."""
-    place = torch.arange(len(q))
-    back = place[:, None] - place
-    sequence = torch.bucketize(place, bounds, right=True)
-    seen = (sequence[:, None] == sequence) & (back >= 0)
+    """[T, H, d_v] causal attention within each sequence, which sees ``left`` tokens before its own, or all.
+
+    Where a sequence has more keys than queries, the last query stands with the last key.
+    """
+    bounds_k = bounds if bounds_k is None else bounds_k
+    place, of_key = torch.arange(len(q)), torch.arange(len(k))
+    sequence, sequence_k = (torch.bucketize(p, b, right=True) for p, b in ((place, bounds), (of_key, bounds_k)))
+    back = (bounds[sequence] - place)[:, None] * -1 + (bounds_k[sequence_k] - of_key)
+    seen = (sequence[:, None] == sequence_k) & (back >= 0)
     if left is not None:
         seen &= back <= left
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -40,7 +44,8 @@ def checked(given: dict[str, Any], unlimited: int | None) -> int | None:
     """Note the arguments; return how many tokens before its own a token sees, None for all."""
     SEEN.clear()
     SEEN.update(given)
-    assert given["causal"] is True and given["cu_seqlens_q"] is given["cu_seqlens_k"]
+    assert given["causal"] is True and len(given["k"]) == len(given["v"]) == given["cu_seqlens_k"][-1]
+    assert len(given["q"]) == given["cu_seqlens_q"][-1]
     assert given["max_seqlen_q"] == given["max_seqlen_k"]
     left, right = given["window_size"]
     if left == unlimited:
@@ -59,7 +64,7 @@ def flash_2(
     left = checked(locals(), -1)
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] and not return_attn_probs and dropout_p == 0
     assert alibi_slopes is block_table is None
-    return attend(q, k, v, cu_seqlens_q, softmax_scale, left, softcap)
+    return attend(q, k, v, cu_seqlens_q, softmax_scale, left, softcap, None, cu_seqlens_k)
 
 
 def flash_3(
@@ -72,7 +77,7 @@ def flash_3(
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] and not return_attn_probs
     assert seqused_q is seqused_k is qv is q_descale is k_descale is v_descale is pack_gqa is None
     assert attention_chunk == sm_margin == 0 and num_splits == 1
-    return attend(q, k, v, cu_seqlens_q, softmax_scale, left, softcap), torch.zeros(1)
+    return attend(q, k, v, cu_seqlens_q, softmax_scale, left, softcap, None, cu_seqlens_k), torch.zeros(1)
 
 
 def flash_4(
@@ -88,7 +93,7 @@ def flash_4(
     assert qv is min_seqlen_k is seqused_q is seqused_k is gather_kv_indices is page_table is None
     assert score_mod is score_mod_bwd is mask_mod is block_sparse_tensors is aux_tensors is None
     assert learnable_sink is None or learnable_sink.dtype == q.dtype
-    return attend(q, k, v, cu_seqlens_q, softmax_scale, left, softcap, learnable_sink), None
+    return attend(q, k, v, cu_seqlens_q, softmax_scale, left, softcap, learnable_sink, cu_seqlens_k), None
 
 
 def module_of(function: Any) -> types.ModuleType:

@@ -16,7 +16,7 @@ from srft.learning import accumulate, learn
 from srft.methods import assign_advantages
 from srft.policy.exchange import Exchange
 from srft.policy.learner import Learner
-from srft.policy.model import byte_tokenizer, prepare_policy
+from srft.policy.model import allow_sharing, byte_tokenizer, prepare_policy
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import World, whole
 from tests.trainer.architectures import build
@@ -50,6 +50,7 @@ LAYOUTS: dict[int, dict[str, tuple[int, int, str]]] = {
     2: {
         "2x3": (80, 2, "spread"), "one rank has nothing": (100, 2, "first"), "kinds apart": (60, 2, "kinds"),
         "split head, 2x3": (80, 2, "spread"), "split head, one rank has nothing": (100, 2, "first"),
+        "shared prompts": (80, 2, "spread"),
     },
     4: {
         "4x2": (60, 4, "spread"), "2x2 replicas, 4x2": (60, 2, "spread"), "2x2 replicas, kinds": (40, 2, "kinds"),
@@ -65,6 +66,7 @@ SPLIT = {
 }
 # what else is not tried on every case: a method is told as much of a world of two as of one of four
 SOME = SPLIT | {
+    "shared prompts": ("token", "batch-two-updates", "grpo", "experts"),
     "4x2": ("token", "sequence", "batch-two-updates", "upt", "experts"),
     "2x2 replicas, 4x2": ("token", "batch-two-updates", "upt", "experts"),
     "2x2 replicas, kinds": ("token", "sequence", "batch-two-updates"),
@@ -101,7 +103,8 @@ def held(learner: Learner, groups: list[Group], how: str) -> list[Response]:
     """What this rank learns from: a fair share, nothing but on the first rank, or kinds apart."""
     world = learner.world
     if how == "spread":
-        return Exchange(world, assign_advantages(world.own(groups), learner.config.method)).held
+        own, traits = assign_advantages(world.own(groups), learner.config.method), learner.model.srft_traits
+        return Exchange(world, own, share_prompts=traits.shares_prompts).held
     every = assign_advantages(groups, learner.config.method)
     if how == "first":
         return every if world.is_first else []
@@ -109,9 +112,10 @@ def held(learner: Learner, groups: list[Group], how: str) -> list[Response]:
     return [s for s in every if (last if s.is_demo else world.is_first)]
 
 
-def run(world: World, budget: int, how: str, case: str, dtype: torch.dtype) -> dict[str, Any]:
+def run(world: World, budget: int, how: str, case: str, dtype: torch.dtype, shares: bool) -> dict[str, Any]:
     """Gradient of an update, weights after ``STEPS`` steps, figures of the last, entropies of its responses."""
     learner, groups = learner_for(case, dtype, world, budget), random_groups()
+    allow_sharing(learner.model, shares)
     found, micro_batches = accumulate(learner, held(learner, groups, how), 1)
     parameters = dict(learner.model.named_parameters())
     gradients = {n: whole(torch.zeros_like(p) if p.grad is None else p.grad).clone() for n, p in parameters.items()}
@@ -137,7 +141,7 @@ def every_run(worlds: dict[int, World], layouts: dict[str, tuple[int, int, str]]
         for layout, (budget, shards, how) in layouts.items():
             if is_run(layout, case, dtype):
                 world = replace(worlds[shards], vocab_parallel=layout in SPLIT)
-                yield f"{layout}/{case}/{dtype}", run(world, budget, how, case, dtype)
+                yield f"{layout}/{case}/{dtype}", run(world, budget, how, case, dtype, layout == "shared prompts")
 
 
 def rank_main(rank: int, folder: Path) -> None:

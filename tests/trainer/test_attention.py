@@ -190,7 +190,8 @@ def test_the_call_of_a_package(kernel: str, window: int | None, packages: types.
         x = SEEN[name]
         assert x.shape == (17, heads, 64) and x.is_contiguous() and x.dtype == torch.bfloat16
     (bounds,) = gpu.moved
-    assert SEEN["cu_seqlens_q"] is bounds and bounds.dtype == torch.int32 and bounds.tolist() == BOUNDS.tolist()
+    assert SEEN["cu_seqlens_q"] is SEEN["cu_seqlens_k"] is bounds
+    assert bounds.dtype == torch.int32 and bounds.tolist() == BOUNDS.tolist()
     assert SEEN["max_seqlen_q"] == 11 and SEEN["softmax_scale"] == 0.3 and SEEN["softcap"] == 0.0
     assert SEEN["deterministic"] is False and SEEN.get("learnable_sink") is None
     everything = (PACKAGES[kernel].unlimited,) * 2

@@ -62,6 +62,9 @@ def test_the_layout_changes_nothing(
         assert layout.endswith(f"{ranks}x{found['micro_batches']}")
     assert relative(found["gradients"], gold["gradients"]) <= GRADIENTS[dtype]
     assert found["loss"] == pytest.approx(gold["loss"], rel=1e-5)
+    # which prompts are computed once is of the layout
+    shared = [one["figures"].pop("tokens/shared", 0) for one in (found, gold)]
+    assert (shared[0] > 0) == (layout == "shared prompts")
     if dtype in WEIGHTS:
         assert relative(found["weights"], gold["weights"]) <= WEIGHTS[dtype]
         assert found["figures"] == pytest.approx(gold["figures"], rel=1e-6, abs=1e-9)

@@ -93,11 +93,12 @@ def test_the_coefficient_is_the_models_own() -> None:
 
 def test_evenly_used_experts_give_the_smallest_loss() -> None:
     """E sum f P is top_k for an even load, and E where all tokens want one expert."""
-    router = Router(1.0, 1)
+    router, batch = Router(1.0, 1), packed_batch()
     even = torch.eye(4).repeat(3, 1) * 50
     one = torch.eye(4)[:1].repeat(12, 1) * 50
     for logits, expected in ((even, 1.0), (one, 4.0)):
-        assert router.loss([logits, logits], router.load([logits, logits])).item() == pytest.approx(expected)
+        load = router.load([logits, logits], batch)
+        assert router.loss([logits, logits], load, batch).item() == pytest.approx(expected)
 
 
 def test_router_logits_cover_every_token() -> None:

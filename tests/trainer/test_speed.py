@@ -44,6 +44,16 @@ def test_a_row_gets_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {key: row[key] for key in ROW} == ROW
 
 
+def test_what_was_not_computed_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the tokens shared: the body works on the other half, the head on as many as before."""
+    speed = _speed(monkeypatch)
+    whole, half = speed.with_figures(ROW), speed.with_figures({**ROW, "tokens/shared": 0.5})
+    body = 6 * 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40) * 500 + 6 * 2 * 24 * 20_000 / 4
+    assert (whole["speed/mfu"] - half["speed/mfu"]) * 2.0 * 1e9 == pytest.approx(body)
+    assert half["speed/tokens_per_s"] == whole["speed/tokens_per_s"]
+    assert 0.4 * whole["speed/planned_s"] < half["speed/planned_s"] < 0.8 * whole["speed/planned_s"]
+
+
 def test_the_plan_follows_the_tokens_and_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times the sequences take ten times as long, and so do products at a tenth of the rate, nearly."""
     planned = _speed(monkeypatch).with_figures(ROW)["speed/planned_s"]
