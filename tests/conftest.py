@@ -103,13 +103,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs vLLM, which `make test` installs")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def seed_of_what_tests_share() -> None:
+    """Seed every generator before a module's fixtures, too, whatever ran before it."""
+    _seed()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seed every generator and return the seed."""
+    _seed()
+    return 0
+
+
+def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    return 0
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import select
 import signal
 import subprocess
@@ -16,6 +17,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 _server: subprocess.Popen[str] | None = None
@@ -71,6 +75,10 @@ def _serve() -> None:
     importlib.import_module("torch.distributed.fsdp")
     importlib.import_module("transformers.models.qwen2.modeling_qwen2")
     importlib.import_module("srft.train")
+    # every child begins with these
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
