@@ -16,7 +16,7 @@ SCORES = ("old_logprobs", "old_entropy", "ref_logprobs", "teacher_logprobs", "im
 """What a response may have of each of its tokens, found by models before the update."""
 SAMPLED = (
     "response_ids", "is_demo", "truncated", "rollout_logprobs", "text", "reward", "status", "message",
-    "teacher_prompt_ids", "prefix_tokens", "version", "spans", "transcript",
+    "teacher_prompt_ids", "prefix_tokens", "versions", "spans", "transcript",
 )  # fmt: skip
 """What a response has before anything is learned from it, beside the tokens of its prompt."""
 
@@ -46,7 +46,8 @@ class Response:
         teacher_prompt_ids: What the teacher reads in place of ``prompt_ids``; None: the same.
         prefix_tokens: Tokens of a demonstration with which a rollout begins; fewer than it has.
         prefix_advantage: Filled in by the method: the advantage of these tokens.
-        version: Of a rollout, the weights that sampled it: steps they were trained for.
+        versions: Of a rollout, the weights that sampled it, in order: steps they were trained for, and how many of the
+            tokens after its prefix are theirs.
         importance: How often each token counts where an older policy sampled it, 1 on those of a demonstration; None
             where rollouts are always of the current policy.
         logprobs: Log-probabilities of the policy as its update found it; known after the loss.
@@ -55,7 +56,8 @@ class Response:
             then one that was said to it, and so on; empty: one turn of its own. Whatever is of each token, such as its
             log-probability, is of ``own_ids``.
         transcript: A conversation as text, with what was said to the policy; empty where it is none.
-        is_rewarded: Whether an environment has given the reward, so that no verifier is asked.
+        is_rewarded: Whether it has its reward, of an environment or a verifier, so that no verifier is asked.
+        seed: Of the tokens with which a rollout goes on; None once it has ended.
     """
 
     prompt_ids: list[int]
@@ -76,13 +78,14 @@ class Response:
     teacher_prompt_ids: list[int] | None = None
     prefix_tokens: int = 0
     prefix_advantage: float = 0.0
-    version: int = 0
+    versions: list[tuple[int, int]] = field(default_factory=list)
     importance: Tensor | None = None
     logprobs: Tensor | None = None
     entropies: Tensor | None = None
     spans: list[int] = field(default_factory=list)
     transcript: str = ""
     is_rewarded: bool = False
+    seed: int | None = None
 
     @property
     def own_places(self) -> Sequence[int]:
@@ -110,6 +113,21 @@ class Response:
         return [(True, self.prefix_tokens), (False, len(self.response_ids) - self.prefix_tokens)]
 
     @property
+    def version(self) -> int:
+        """The oldest of ``versions``; 0 where nothing was sampled."""
+        return min((version for version, _ in self.versions), default=0)
+
+    @property
+    def num_sampled(self) -> int:
+        """How many of its tokens ``versions`` has."""
+        return sum(tokens for _, tokens in self.versions)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it goes on."""
+        return self.seed is not None
+
+    @property
     def is_correct(self) -> bool:
         """Whether the verifier accepted it; a custom reward counts as accepted from 0.5 up."""
         return self.reward >= 0.5
@@ -121,8 +139,21 @@ class Response:
 
     @property
     def lacks_verdict(self) -> bool:
-        """Whether a verifier is to judge it: no environment has, and none failed."""
-        return self.status == "ok" and not self.is_rewarded
+        """Whether a verifier is to judge it: it has ended, nobody has judged it, and no environment failed."""
+        return self.status == "ok" and not self.is_rewarded and not self.is_open
+
+    def extend(self, token_ids: list[int], logprobs: list[float], version: int) -> None:
+        """Add tokens that were sampled; copies that share the lists keep what they have.
+
+        Args:
+            token_ids: The tokens.
+            logprobs: The engine's, of each of them.
+            version: Of the weights that sampled them.
+        """
+        self.response_ids, self.rollout_logprobs = self.response_ids + token_ids, self.rollout_logprobs + logprobs
+        has_same = bool(self.versions) and self.versions[-1][0] == version
+        before, same = (self.versions[:-1], self.versions[-1][1]) if has_same else (self.versions, 0)
+        self.versions = [*before, (version, same + len(token_ids))]
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -130,37 +161,25 @@ class Response:
 
 @dataclass
 class Group:
-    """A prompt with everything that answers it: its ``rollouts`` and its ``demos``, of at most ``max_new_tokens``."""
+    """A prompt with everything that answers it: its ``rollouts`` and its ``demos``, of at most ``max_new_tokens``.
+
+    ``drawn`` is the step that it was drawn for and its place in that step's batch; (0, 0): nobody has noted it.
+    """
 
     prompt: Prompt
     rollouts: list[Response] = field(default_factory=list)
     demos: list[Response] = field(default_factory=list)
     max_new_tokens: int = 0
+    drawn: tuple[int, int] = (0, 0)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether some rollout has not ended."""
+        return any(s.is_open for s in self.rollouts)
 
-@dataclass(frozen=True)
-class Sampled:
-    """A step's judged groups.
-
-    Args:
-        step: The step that learns from them.
-        groups: This rank's.
-        gave_way: Those in whose place some of them came.
-        seconds: What making them took beside training; None where training waited for all of it, or it is not known.
-    """
-
-    step: int
-    groups: list[Group]
-    gave_way: list[Group]
-    seconds: float | None = None
-
-    def copy(self) -> Sampled:
-        """Return the same, to be learned from, which fills in responses."""
-        return replace(self, groups=list(map(_copied, self.groups)), gave_way=list(map(_copied, self.gave_way)))
-
-
-def _copied(group: Group) -> Group:
-    return replace(group, rollouts=[replace(s) for s in group.rollouts], demos=[replace(s) for s in group.demos])
+    def copy(self) -> Group:
+        """Return the same with responses of its own, whose lists are shared."""
+        return replace(self, rollouts=[replace(s) for s in self.rollouts], demos=[replace(s) for s in self.demos])
 
 
 @dataclass(frozen=True)

@@ -243,11 +243,6 @@ class Config(Section):
                 f"train.tokens_per_microbatch={train.tokens_per_microbatch} cannot hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens; raise it to at least that"
             )
-        if self.rollout.min_new_tokens > self.rollout.max_new_tokens:
-            raise ValueError(
-                f"rollout.min_new_tokens={self.rollout.min_new_tokens} is more than rollout.max_new_tokens="
-                f"{self.rollout.max_new_tokens}, which cuts a completion; lower the one or raise the other"
-            )
         if self.engine.kind in ("vllm", "http") and not 0.01 <= self.rollout.temperature <= 2:
             raise ValueError(
                 f"vLLM samples at temperatures between 0.01 and 2, got rollout.temperature={self.rollout.temperature}"
@@ -297,6 +292,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _rollouts_fit_the_method(self) -> Config:
         lag, train, method = self.rollout.max_lag, self.train, self.method
+        whole = {"env.name": self.env.name, "train.rollouts_only": train.rollouts_only, "method.name": method.name}
+        if not method.counts_prompts:
+            del whole["method.name"]
+        if self.rollout.segments > 1 and (unfit := [f"{name}={value}" for name, value in whole.items() if value]):
+            raise ValueError(
+                f"{unfit[0]} with these options wants the completions of a prompt whole, in one step, and "
+                f"rollout.partial_tokens={self.rollout.partial_tokens} lets them go on in the next; change one of them"
+            )
         if train.rollouts_only and train.replay:
             raise ValueError(
                 f"train.rollouts_only=true makes rollouts, and train.replay={train.replay} takes those of another run; "

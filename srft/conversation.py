@@ -142,11 +142,10 @@ def _speak(talk: _Talk, completion: Completion, environment: Environment, sampli
     s = talk.response
     room = sampling.max_new_tokens - len(s.response_ids)
     said = completion.token_ids[:room]
-    s.response_ids, s.rollout_logprobs = s.response_ids + said, s.rollout_logprobs + completion.logprobs[:room]
+    s.extend(said, completion.logprobs[:room], completion.version)
     s.spans.append(len(said))
     s.truncated = completion.finish == "length" or len(completion.token_ids) > room
     s.text = completion_text(environment.form.tokenizer, said, talk.opened, sampling.stop)
-    s.version = completion.version
     talk.turns.append({"role": "assistant", "content": s.text})
 
 

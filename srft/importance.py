@@ -31,9 +31,10 @@ def weigh(
         world: The ranks, whose rollouts are described together.
 
     Returns:
-        Of rollouts ``lag/mean`` and ``lag/max``, steps by which their policy was behind. Of their tokens' ratios before
-        the cap ``lag/is_mean``, ``lag/is_p95``, ``lag/is_max``, ``lag/is_off``, the share outside of [0.9, 1.1], and
-        ``lag/is_ess``, the effective share of the sample, (sum w)^2 / (n sum w^2); and ``lag/is_capped``, the share
+        Of the tokens of rollouts ``lag/mean`` and ``lag/max``, steps by which the policy that sampled them was behind,
+        and ``lag/older``, the share of those that were sampled by another than the one before the step. Of their ratios
+        before the cap ``lag/is_mean``, ``lag/is_p95``, ``lag/is_max``, ``lag/is_off``, the share outside of [0.9, 1.1],
+        and ``lag/is_ess``, the effective share of the sample, (sum w)^2 / (n sum w^2); and ``lag/is_capped``, the share
         above it. Nothing where no token was sampled.
     """
     ratios = [torch.zeros(0, dtype=torch.float64)]
@@ -48,24 +49,26 @@ def weigh(
         ratio = (s.old_logprobs[own].double() - sampled).exp()
         s.importance[own] = ratio.clamp(max=cap) if mode == "truncate" else torch.where(ratio > cap, 0.0, ratio)
         ratios.append(ratio.cpu())
-    behind = [step - 1 - s.version for s in sequences if not s.is_demo]
+    behind = [(step - 1 - version, tokens) for s in sequences for version, tokens in s.versions]
     return _described(torch.cat(ratios), behind, cap, world)
 
 
-def _described(own: Tensor, behind: list[int], cap: float, world: World) -> dict[str, float]:
-    """The figures of every rank's ratios, [tokens] fp64, and of the steps by which its rollouts are behind."""
+def _described(own: Tensor, behind: list[tuple[int, int]], cap: float, world: World) -> dict[str, float]:
+    """The figures of every rank's ratios, [tokens] fp64, and of the steps by which so many of its tokens are behind."""
     off, capped = (own < _NEAR[0]) | (own > _NEAR[1]), own > cap
     sums = [x.sum().item() for x in (own, own.square(), off, capped)]
-    every = world.sum([len(own), *sums, sum(behind), len(behind)])
+    lags = sum(steps * tokens for steps, tokens in behind), sum(tokens for steps, tokens in behind if steps)
+    every = world.sum([len(own), *sums, *lags])
     if not (count := int(every[0])):
         return {}
-    tokens, total, squares, far, above, steps, rollouts = torch.tensor(every, dtype=torch.float64)
+    tokens, total, squares, far, above, steps, older = torch.tensor(every, dtype=torch.float64)
     # the 95th percentile is the least of so many, the largest, of which one rank may have all
     beyond = count - max(1, round(0.95 * count)) + 1
     largest = torch.cat(world.gather(own.topk(min(beyond, len(own))).values)).topk(beyond).values
     figures = {
-        "mean": steps / rollouts, "is_mean": total / tokens, "is_p95": largest[-1], "is_max": largest[0],
-        "is_off": far / tokens, "is_ess": total.square() / (tokens * squares), "is_capped": above / tokens,
+        "mean": steps / tokens, "older": older / tokens, "is_mean": total / tokens, "is_p95": largest[-1],
+        "is_max": largest[0], "is_off": far / tokens, "is_ess": total.square() / (tokens * squares),
+        "is_capped": above / tokens,
     }  # fmt: skip
     told = {f"lag/{name}": figure.item() for name, figure in figures.items()}
-    return told | {"lag/max": world.largest(max(behind, default=0))}
+    return told | {"lag/max": world.largest(max((steps for steps, _ in behind), default=0))}

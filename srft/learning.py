@@ -81,11 +81,13 @@ def _parts(learner: Learner, groups: list[Group]) -> list[list[Group]]:
     world, updates = learner.world, learner.config.train.updates_per_step
     asked, shown = [g for g in groups if g.rollouts], [g for g in groups if not g.rollouts]
     parts: list[list[Group]] = [[] for _ in range(updates)]
-    for own, total in zip((asked, shown), world.sum([len(asked), len(shown)]), strict=True):
-        size = max(1, int(total) // updates)
+    for own in (asked, shown):
+        # where nobody has noted when they were drawn, each rank has one of every world.size groups
+        drawn = world.gather([group.drawn for group in own])
+        order = sorted((when, i, rank) for rank, of_rank in enumerate(drawn) for i, when in enumerate(of_rank))
+        place = {(i, rank): number for number, (_, i, rank) in enumerate(order)}
         for i, group in enumerate(own):
-            # each rank has one of every world.size groups
-            parts[(world.rank + i * world.size) // size].append(group)
+            parts[place[i, world.rank] * updates // len(order)].append(group)
     return parts
 
 

@@ -126,6 +126,14 @@ class BaseMethod(Section, ABC):
         return self.needs_demos
 
     @property
+    def counts_prompts(self) -> bool:
+        """Whether it goes by how many groups a step has, or changes that, so that all begin and end in it: one whose
+        groups give way to others, or that makes an update of what it keeps of theirs.
+        """
+        own = type(self)
+        return own.wants_another is not BaseMethod.wants_another or own.further is not BaseMethod.further
+
+    @property
     def needs_entropy(self) -> bool:
         """Whether the mean entropy of a whole update must be known before its loss: one more forward pass."""
         return False

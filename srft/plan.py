@@ -69,7 +69,12 @@ def _about_rollouts(config: Config) -> list[str]:
         number, spread = len(engine.devices), engine.tensor_parallel
         each = f", one for every {spread} GPUs" if spread > 1 else ""
         said.append(f"Engines on {number} GPU{'s' if number > 1 else ''} of each machine that train nothing{each}.")
-    if config.rollout.max_lag:
+    if config.rollout.segments > 1:
+        said.append(
+            f"Completions go on over {config.rollout.segments} steps at most (rollout.partial_tokens): what they have "
+            "is read again in each, which is not counted."
+        )
+    if config.rollout.steps_ahead:
         said.append(
             "Rollouts go on beside training (rollout.max_lag): a step takes the longer of the two, where they share no "
             "GPU."

@@ -49,7 +49,7 @@ from srft.replay import Replay, describe_replay, refuse_unfit_record
 from srft.report.build import build_report
 from srft.rewards.pool import RewardPool
 from srft.rollout import Actor, refuse_long_lessons
-from srft.rollouts import Rollouts, describe_lag, describe_step
+from srft.rollouts import Rollouts, describe_lag, describe_parts, describe_step
 from srft.stop import StopSignals
 from srft.sync import WeightSync, make_probe
 from srft.warm_start import cached_start, keep_start, warm_start
@@ -154,8 +154,11 @@ def prepared(config: Config) -> Iterator[Run]:
                 log.say(f"{describe_step(learner, prompts.note)} {describe_ends(sampling, tokenizer)}")
                 if actor is None:
                     log.say(describe_replay(config))
-                elif config.rollout.max_lag:
-                    log.say(describe_lag(config, threads, world.size))
+                else:
+                    if config.rollout.segments > 1:
+                        log.say(describe_parts(config))
+                    if config.rollout.steps_ahead:
+                        log.say(describe_lag(config, threads, world.size))
                 if proof is not None:
                     log.say(proof.sentence())
                 sync = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srft.batch import SAMPLED, Group, Response, Sampled
+from srft.batch import SAMPLED, Group, Response
 from srft.config import Config
 from srft.data.prompts import Prompt
 from srft.dataset import Prompts
@@ -14,6 +15,7 @@ from srft.method import BaseMethod, StepInfo
 from srft.policy.learner import Learner
 from srft.record.metrics import Clock
 from srft.record.rollouts import SHAPES, by_group, options_of, read_about, read_rows, step_file
+from srft.sampled import Sampled
 
 
 class Replay:
@@ -57,9 +59,10 @@ class Replay:
             for rows in by_group(read_rows(self._file(step))):
                 group = self._group(rows)
                 (gave_way if rows[0]["gave_way"] else asked if group.rollouts else shown).append(group)
-            self._keep_asked(asked + shown, now)
+            ended = read_about(self._file(step)).get("ended")
+            self._keep_asked(asked + shown, now, may_lack=ended is not None)
             groups = world.own([g for g in asked if g.rollouts or g.demos]) + world.own([g for g in shown if g.demos])
-            return Sampled(step, groups, world.own(gave_way))
+            return Sampled(step, groups, world.own(gave_way), ended=ended and (ended[0], ended[1]))
 
     def wait(self) -> None:
         """Nothing is being made."""
@@ -74,9 +77,7 @@ class Replay:
     def _group(self, rows: Sequence[Mapping[str, Any]]) -> Group:
         only_demos = all(row["is_demo"] for row in rows)
         prompt = self._prompt(rows[0], of_demos=only_demos)
-        # a record may be of before there were conversations
-        known = [name for name in SAMPLED if name in rows[0]]
-        responses = [Response(prompt.prompt_ids, **{name: row[name] for name in known}) for row in rows]
+        responses = [_response(prompt, row) for row in rows]
         return Group(
             prompt, [s for s in responses if not s.is_demo], [s for s in responses if s.is_demo],
             self._learner.config.rollout.max_new_tokens,
@@ -92,11 +93,14 @@ class Replay:
             )
         return prompt
 
-    def _keep_asked(self, groups: list[Group], now: StepInfo) -> None:
-        """Leave out the kind of response that the method does not learn from at this step."""
+    def _keep_asked(self, groups: list[Group], now: StepInfo, may_lack: bool) -> None:
+        """Leave out the kind of response that the method does not learn from at this step.
+
+        Of completions that go on over steps a step may have none.
+        """
         method = self._learner.config.method
         for wanted, kind in zip(method.asks(now), ("rollouts", "demos"), strict=True):
-            if wanted and not any(getattr(group, kind) for group in groups):
+            if wanted and not may_lack and not any(getattr(group, kind) for group in groups):
                 raise ValueError(
                     f"{self._file(now.step)} has no {kind}, from which method.name={method.name} learns; record a run "
                     "that has"
@@ -104,6 +108,16 @@ class Replay:
             if not wanted:
                 for group in groups:
                     setattr(group, kind, [])
+
+
+def _response(prompt: Prompt, row: Mapping[str, Any]) -> Response:
+    # a record may be of before there were conversations, or several versions in a rollout
+    known = [name for name in SAMPLED if name in row and name != "versions"]
+    response = Response(prompt.prompt_ids, **{name: row[name] for name in known})
+    sampled = 0 if row["is_demo"] else response.num_own - row["prefix_tokens"]
+    of_tokens = [version for version in row.get("versions", [row["version"]] * sampled) if version is not None]
+    response.versions = [(version, len(list(tokens))) for version, tokens in itertools.groupby(of_tokens)]
+    return response
 
 
 def refuse_unfit_record(config: Config) -> None:

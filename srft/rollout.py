@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from srft.data.templates import completion_text
 from srft.data.turns import transcript
 from srft.engine.base import Completion, Ended, Engine, Sampling
 from srft.engine.sampling import prompt_format
+from srft.engine.stops import StopTexts
 from srft.methods import StepInfo
 from srft.policy.learner import Learner
 from srft.policy.parallel import ALONE, World
@@ -53,8 +55,9 @@ class Actor:
 
 
 def roll_out(
-    config: Config, actor: Actor, prompts: list[Prompt], now: StepInfo, shown: Sequence[Prompt] = ()
-) -> list[Group]:
+    config: Config, actor: Actor, prompts: list[Prompt], now: StepInfo, shown: Sequence[Prompt] = (),
+    going: Sequence[Group] = (),
+) -> list[Group]:  # fmt: skip
     """Sample completions and join demonstrations to them: each prompt's own, or others as groups by themselves.
 
     Args:
@@ -63,11 +66,21 @@ def roll_out(
         prompts: Those of all ranks; one group is made of each that is this rank's.
         now: The step, whose number is part of every sample's seed.
         shown: Those with the step's demonstrations, one each, where these are a set of their own: all ranks', too.
+        going: This rank's groups of earlier steps that are open; they stay as they are.
+
+    Returns:
+        Those that were open, as far as they are now, and the new ones, which are open themselves where
+        ``rollout.partial_tokens`` has not let all their completions end.
     """
-    longest = config.rollout.max_new_tokens
-    of_demos = [Group(p, demos=[demonstration(p, 0)], max_new_tokens=longest) for p in actor.world.own(shown)]
+    own = actor.world.own(list(enumerate(prompts)))
+    of_demos = [
+        Group(p, demos=[demonstration(p, 0)], max_new_tokens=config.rollout.max_new_tokens, drawn=(now.step, place))
+        for place, p in actor.world.own(list(enumerate(shown)))
+    ]
     _begin_demos(actor, of_demos)
-    groups = _answered(config, actor, actor.world.own(list(enumerate(prompts))), now)
+    groups = _answered(config, actor, own, now, [group.copy() for group in going])
+    for group, (place, _) in zip(groups[len(going) :], own, strict=True):
+        group.drawn = (now.step, place)
     return [group for group in groups if group.rollouts] + of_demos if config.data.demos else groups
 
 
@@ -101,12 +114,15 @@ def resample(
         judge(fresh, actor.pool)
         for (place, _), group in zip(asked, fresh, strict=True):
             gave_way.append(groups[place // world.size])
+            group.drawn = gave_way[-1].drawn
             groups[place // world.size] = group
     return gave_way
 
 
-def _answered(config: Config, actor: Actor, own: list[tuple[int, Prompt]], now: StepInfo) -> list[Group]:
-    """This rank's groups of the prompts at these places."""
+def _answered(
+    config: Config, actor: Actor, own: list[tuple[int, Prompt]], now: StepInfo, going: Sequence[Group] = ()
+) -> list[Group]:
+    """Groups that go on, modified in place, and this rank's of the prompts at these places."""
     groups = [Group(p, max_new_tokens=config.rollout.max_new_tokens) for _, p in own]
     # the place in the batch tells two copies of a prompt apart where a batch crosses into the next epoch
     uids = [f"{p.example.id}@{place}" for place, p in own]
@@ -132,25 +148,18 @@ def _answered(config: Config, actor: Actor, own: list[tuple[int, Prompt]], now: 
         for group, rollouts in zip(groups, talks, strict=True):
             group.rollouts += rollouts
     elif wants_rollouts:
-        begun = [
-            (group, uid, begin, samples)
-            for group, uid in zip(groups, uids, strict=True)
-            for begin, samples in _beginnings(config, group.prompt, now, random.Random(seed(uid, -1)))
-        ]
-        prompt_ids = [group.prompt.prompt_ids + begin for group, _, begin, _ in begun]
-        seeds = [[seed(uid, k) for k in samples] for _, uid, _, samples in begun]
-        answers = actor.engine.generate(
-            prompt_ids, actor.sampling, seeds, judged_early(actor, [(g.prompt, begin) for g, _, begin, _ in begun])
-        )
-        for (group, _, begin, _), completions in zip(begun, answers, strict=True):
-            group.rollouts += [_rollout(actor, group.prompt, begin, completion) for completion in completions]
+        for group, uid in zip(groups, uids, strict=True):
+            for begin, samples in _beginnings(config, group.prompt, now, random.Random(seed(uid, -1))):
+                group.rollouts += [_begun(group.prompt, begin, seed(uid, k)) for k in samples]
+    if actor.environment is None and (wants_rollouts or config.rollout.segments > 1):
+        _go_on(config, actor, [*going, *groups])
     if chosen and config.method.shows_demos:
         form = prompt_format(config, actor.tokenizer)
         for group, of_group in zip(groups, chosen, strict=True):
             shown_ids = [with_demo(group.prompt, place, form, config.method.show) for place in of_group]
             for k, rollout in enumerate(group.rollouts):
                 rollout.teacher_prompt_ids = shown_ids[k % len(shown_ids)]
-    return groups
+    return [*going, *groups]
 
 
 def _begin_demos(actor: Actor, groups: list[Group]) -> None:
@@ -229,16 +238,76 @@ def _beginnings(
     return [(demo[:n], [k for k in range(rollouts) if lengths[k] == n]) for n in dict.fromkeys(lengths)]
 
 
-def _rollout(actor: Actor, prompt: Prompt, begin: list[int], completion: Completion) -> Response:
-    room = actor.sampling.max_new_tokens - len(begin)
-    response_ids = _within(actor, begin, completion.token_ids)
+def _begun(prompt: Prompt, begin: list[int], seed: int) -> Response:
+    """A rollout before its first token, with those of a demonstration with which it begins."""
     return Response(
-        prompt.prompt_ids, response_ids, is_demo=False,
-        truncated=completion.finish == "length" or len(completion.token_ids) > room,
-        rollout_logprobs=[0.0] * len(begin) + completion.logprobs[:room],
-        text=completion_text(actor.tokenizer, response_ids, prompt.opened, actor.sampling.stop),
-        prefix_tokens=len(begin), version=completion.version,
+        prompt.prompt_ids, begin, is_demo=False, truncated=False, rollout_logprobs=[0.0] * len(begin), text="",
+        prefix_tokens=len(begin), seed=seed,
     )  # fmt: skip
+
+
+def _go_on(config: Config, actor: Actor, groups: Sequence[Group]) -> None:
+    """Sample the next tokens of every open rollout: all that it may have, or ``rollout.partial_tokens``."""
+    limit, least = actor.sampling.max_new_tokens, actor.sampling.min_new_tokens
+    most = config.rollout.partial_tokens or limit
+    rows = [(number, group.prompt, s) for number, group in enumerate(groups) for s in group.rollouts]
+    calls: dict[Sampling, list[tuple[int, Prompt, Response]]] = {}
+    # the ranks may share an engine: each asks it as often as the others, whatever it has
+    for had in range(0, limit, most):
+        room = min(most, limit - had)
+        sampling = replace(actor.sampling, max_new_tokens=room, min_new_tokens=min(room, max(0, least - had)))
+        calls.setdefault(sampling, []).extend(row for row in rows if row[2].is_open and row[2].num_sampled == had)
+    for sampling, members in calls.items():
+        # rollouts of a prompt that have the same tokens so far are samples of one
+        alike = [list(same) for _, same in groupby(members, key=lambda row: (row[0], row[2].response_ids))]
+        asked = [(same[0][1], [s for _, _, s in same]) for same in alike]
+        answers = actor.engine.generate(
+            [prompt.prompt_ids + of[0].response_ids for prompt, of in asked], sampling,
+            [[s.seed for s in of if s.seed is not None] for _, of in asked], _told_of_whole(actor, sampling, asked),
+        )  # fmt: skip
+        for (prompt, of), completions in zip(asked, answers, strict=True):
+            for s, completion in zip(of, completions, strict=True):
+                _add(actor, sampling, prompt, s, completion)
+
+
+def _add(actor: Actor, sampling: Sampling, prompt: Prompt, s: Response, completion: Completion) -> None:
+    """Add what was sampled to an open rollout, and end it unless it goes on."""
+    assert s.seed is not None
+    drawn, room = len(completion.token_ids), actor.sampling.max_new_tokens - len(s.response_ids)
+    new, by_text = _kept(actor, s, completion.token_ids)
+    s.extend(new, completion.logprobs[: len(new)], completion.version)
+    stopped = by_text or (completion.finish == "stop" and drawn <= room)
+    if not stopped and drawn == sampling.max_new_tokens < room:
+        s.seed = sample_seed(s.seed, s.num_sampled, "segment", 0)
+        return
+    s.seed, s.truncated = None, not stopped
+    s.text = completion_text(actor.tokenizer, s.response_ids, prompt.opened, actor.sampling.stop)
+
+
+def _kept(actor: Actor, s: Response, token_ids: list[int]) -> tuple[list[int], bool]:
+    """What a rollout takes of new tokens, and whether a stop text ends it that began in those it had."""
+    new = _within(actor, s.response_ids, token_ids)[len(s.response_ids) :]
+    if not actor.sampling.stop or not s.num_sampled:
+        return new, False
+    texts = StopTexts(actor.tokenizer, actor.sampling.stop, actor.sampling.min_new_tokens)
+    count = texts.cut(s.response_ids[s.prefix_tokens :] + new)
+    return (new, False) if count is None else (new[: count - s.num_sampled], True)
+
+
+def _told_of_whole(actor: Actor, sampling: Sampling, asked: list[tuple[Prompt, list[Response]]]) -> Ended | None:
+    """What judges rollouts as they end; not those that a call has only brought to the end of its tokens."""
+    judging = judged_early(actor, [(prompt, of[0].response_ids) for prompt, of in asked])
+    if judging is None:
+        return None
+
+    def ended(place: int, sample: int, token_ids: list[int]) -> None:
+        s = asked[place][1][sample]
+        new, by_text = _kept(actor, s, token_ids)
+        is_full = len(s.response_ids) + len(new) == actor.sampling.max_new_tokens
+        if by_text or is_full or len(token_ids) < sampling.max_new_tokens:
+            judging(place, sample, new)
+
+    return ended
 
 
 def demonstration(prompt: Prompt, place: int) -> Response:
@@ -257,14 +326,15 @@ def demonstration(prompt: Prompt, place: int) -> Response:
 
 
 def judge(groups: list[Group], pool: Judge) -> None:
-    """Give every rollout and demonstration its reward.
+    """Give every rollout that has ended and every demonstration its reward.
 
     Args:
-        groups: Modified in place; conversations that their environment judged keep its reward, those of one that hung
-            or died its status, with a reward of 0.
+        groups: Modified in place; what has its reward keeps it, and conversations whose environment hung or died their
+            status, with a reward of 0.
         pool: The verifiers; demonstrations are judged like rollouts, so a bad one earns nothing.
     """
     members = [(s, g.prompt.example) for g in groups for s in (*g.rollouts, *g.demos) if s.lacks_verdict]
     results = pool.score([(response.text, example.answer, example.row) for response, example in members])
     for (response, _), result in zip(members, results, strict=True):
         response.reward, response.status, response.message = result.value, result.status, result.message
+        response.is_rewarded = True

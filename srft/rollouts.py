@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from srft.batch import Sampled
+from srft.batch import Group
 from srft.config import Config
 from srft.data.prompts import Prompt
 from srft.data.sampler import StepSampler
@@ -19,22 +19,26 @@ from srft.policy.lora import adapters
 from srft.record.metrics import Clock
 from srft.record.waiting import Waiting
 from srft.rollout import Actor, judge, resample, roll_out
+from srft.sampled import Sampled
 
 
 class Rollouts:
-    """Draws prompts and has them answered and judged, ``rollout.max_lag`` steps before they are learned from.
+    """Draws prompts and has them answered and judged, ``rollout.steps_ahead`` steps before they are learned from.
 
-    With a lag of n >= 1 a thread makes one batch at a time, whole: that of step s by the policy after max(0, s - 1 - n)
-    steps, so that a run has the same rows every time. ``take(k)`` gives the engine step k + n, and ``wait`` takes it
-    back when step k is trained and the weights are to move. No batch sees new weights halfway. So a lag of 1 already
-    overlaps all that there is to overlap, and what is made is behind by n.
+    With n >= 1 of these a thread makes one batch at a time: that of step s by the policy after max(0, s - 1 - n) steps,
+    so that a run has the same rows every time. ``take(k)`` gives the engine step k + n, and ``wait`` takes it back when
+    step k is trained and the weights are to move: they do so between batches alone. So n = 1 already overlaps all that
+    there is to overlap, and what is made is behind by n.
+
+    With ``rollout.partial_tokens`` a batch is of the groups that end with it. Those that do not go on with the next, by
+    its weights, and end within ``rollout.segments`` of them, so that no token is older than ``rollout.max_lag``.
 
     Args:
         learner: What it learns from is asked for.
         prompts: Those to draw from.
         sampler: Draws them; its state is that of all batches made.
         actor: Answers them, and judges the answers; between ``take`` and ``wait`` nobody else may use it.
-        waiting: Batches made; of a resumed run, those of its checkpoint.
+        waiting: Batches made, and groups that go on; of a resumed run, those of its checkpoint.
         threads: Of the engine, where it computes in this process beside training; None: as many as training.
     """
 
@@ -48,10 +52,10 @@ class Rollouts:
         threads: int | None = None,
     ) -> None:
         self._learner, self._prompts, self._sampler, self._actor = learner, prompts, sampler, actor
-        self._lag, self._waiting = learner.config.rollout.max_lag, waiting
+        self._ahead, self._waiting = learner.config.rollout.steps_ahead, waiting
         its = (threads or torch.get_num_threads(), learner.world.device)
         self._maker = ThreadPoolExecutor(1, "rollouts", _settle, its)
-        self._made: Future[Sampled] | None = None
+        self._made: Future[tuple[Sampled, list[Group]]] | None = None
 
     def take(self, step: int, clock: Clock) -> Sampled:
         """Return a step's judged groups, and with a lag begin those of a later step.
@@ -60,18 +64,18 @@ class Rollouts:
             step: Its number; each is taken once, in order.
             clock: Has the seconds that training waits, as "rollout" and "reward".
         """
-        if not self._lag:
-            made = self._make(self._learner.now(step), clock)
+        if not self._ahead:
+            made, self._waiting.going = self._make(self._learner.now(step), clock)
             with clock("rollout"):
                 self._actor.engine.sleep()
             return made
         with clock("rollout"):
             # before the first step nothing is trained that could be waited for
-            for early in range(step, step + self._lag):
+            for early in range(step, step + self._ahead):
                 if early not in self._waiting.batches:
                     self._begin(early)
                     self.wait()
-            self._begin(step + self._lag)
+            self._begin(step + self._ahead)
         return self._waiting.batches.pop(step).copy()
 
     def wait(self) -> None:
@@ -82,7 +86,7 @@ class Rollouts:
             ValueError: What a verifier or the method raises.
         """
         if self._made is not None:
-            made = self._made.result()
+            made, self._waiting.going = self._made.result()
             self._made, self._waiting.batches[made.step] = None, made
 
     def close(self) -> None:
@@ -96,24 +100,31 @@ class Rollouts:
         now = replace(now, memory=copy.deepcopy(now.memory))
         self._made = self._maker.submit(self._make_beside, now)
 
-    def _make_beside(self, now: StepInfo) -> Sampled:
+    def _make_beside(self, now: StepInfo) -> tuple[Sampled, list[Group]]:
         clock = Clock(self._actor.world, now.step)
-        made = self._make(now, clock)
+        made, going = self._make(now, clock)
         self._actor.world.at("")
-        return replace(made, seconds=clock.seconds()["time/step"])
+        return replace(made, seconds=clock.seconds()["time/step"]), going
 
-    def _make(self, now: StepInfo, clock: Clock) -> Sampled:
+    def _make(self, now: StepInfo, clock: Clock) -> tuple[Sampled, list[Group]]:
+        """A step's groups and those that go on after it, in the order in which their prompts were drawn."""
         config, actor = self._learner.config, self._actor
         with clock("rollout"):
             prompts, shown = self._draw(now)
-            groups = roll_out(config, actor, prompts, now, shown)
+            every = roll_out(config, actor, prompts, now, shown, self._waiting.going)
         with clock("reward"):
-            judge(groups, actor.pool)
+            judge(every, actor.pool)
+        groups, going = ([group for group in every if group.is_open is kind] for kind in (False, True))
         with clock("rollout"):
             gave_way = resample(config, actor, groups, self._draw_more, now)
-        due = 0 if config.train.rollouts_only else max(0, now.step - 1 - self._lag)
-        assert all(s.version == due for group in groups + gave_way for s in group.rollouts)
-        return Sampled(now.step, groups, gave_way)
+        behind = now.step - 1 if config.train.rollouts_only else config.rollout.max_lag
+        oldest = max(0, now.step - 1 - behind)
+        assert all(oldest <= s.version <= actor.engine.version for group in groups + gave_way for s in group.rollouts)
+        ended = None
+        if config.rollout.segments > 1:
+            those, others = map(int, actor.world.sum([sum(bool(g.rollouts) for g in groups), len(going)]))
+            ended = those, others
+        return Sampled(now.step, groups, gave_way, ended=ended), going
 
     def _draw(self, now: StepInfo) -> tuple[list[Prompt], list[Prompt]]:
         """The prompts of the next step and, where they are a set of their own, its demonstrations."""
@@ -139,17 +150,30 @@ def describe_lag(config: Config, threads: int | None, ranks: int) -> str:
     """Say in one sentence what is done at once.
 
     Args:
-        config: The whole configuration, with a ``rollout.max_lag`` above 0.
+        config: The whole configuration, with a ``rollout.steps_ahead`` above 0.
         threads: The engine's, from ``cores_divided``.
         ranks: Those of the run, each with as many.
     """
-    lag = config.rollout.max_lag
+    lag = config.rollout.steps_ahead
     said = f"While a step is trained, the engine makes the rollouts of the step {lag} ahead"
     if threads is not None:
         ours = torch.get_num_threads()
         said += f", with {threads} thread{'s' if threads > 1 else ''} beside training's {ours}"
         said += " on each rank" if ranks > 1 else ""
     return f"{said}; its weights are {lag} step{'s' if lag > 1 else ''} old then."
+
+
+def describe_parts(config: Config) -> str:
+    """Say in one sentence how completions go on over steps.
+
+    Args:
+        config: The whole configuration, with more than one of ``rollout.segments``.
+    """
+    parts = config.rollout.segments
+    return (
+        f"A completion gets {config.rollout.partial_tokens} tokens a step and goes on in the next, by its weights, for "
+        f"{parts} steps at most; a group is learned from in the step in which the last of its completions ends."
+    )
 
 
 def describe_step(learner: Learner, data_note: str) -> str:

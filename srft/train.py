@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 
 from srft.launch import share_cores, start_ranks
+from srft.sampled import Sampled
 from srft.stop import ALARMED, Stopped, leave_at_once
 
 if __name__ == "__main__":
@@ -74,7 +75,7 @@ def fit(config: Config) -> None:
             with clock("train"):
                 figures = learn(run.learner, groups, step)
             if not figures:
-                run.log.say(f"Step {step}: no sample was judged, or the method took none, so nothing was learned.")
+                run.log.say(f"Step {step}: {_why_nothing(sampled)}, so nothing was learned.")
             with clock("rollout"):
                 run.rollouts.wait()
             with clock("sync"):
@@ -85,8 +86,7 @@ def fit(config: Config) -> None:
                 # before the step counts as done: a run that goes on has every file up to where it does
                 write_step(run.log.run_dir, sampled, config, run.world)
             row = {"step": step, **synced, **figures, **group_metrics(groups, run.world, sampled.gave_way)}
-            if sampled.seconds is not None:
-                row["time/ahead"] = sampled.seconds
+            row |= sampled.figures()
             if run.actor is not None:
                 row["engine/restarts"] = run.actor.engine.restarts
             if step % train.eval_every == 0 or is_last:
@@ -134,6 +134,12 @@ def _roll_out_only(run: Run) -> None:
 def _ending(run: Run, alarms: list[Alarm]) -> list[Alarm]:
     """The alarms among these that end the run, on every rank."""
     return run.world.first([alarm for alarm in alarms if alarm.alarm in run.learner.config.train.stop_on_alarm])
+
+
+def _why_nothing(sampled: Sampled) -> str:
+    if sampled.ended is not None and not sampled.ended[0]:
+        return f"no group has ended, {sampled.ended[1]} go on"
+    return "no sample was judged, or the method took none"
 
 
 def _begin(run: Run) -> None:

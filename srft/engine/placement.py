@@ -65,7 +65,7 @@ def place_engines(config: Config, world: World) -> Placement:
         ValueError: When the options ask for what the engine's kind, the ranks or the GPUs do not allow.
     """
     kind, options, here = _kind(config, world), config.engine, _ranks_here(world)
-    takes_turns = not config.rollout.max_lag and not config.train.rollouts_only
+    takes_turns = not config.rollout.steps_ahead and not config.train.rollouts_only
     if options.sleep and (not takes_turns or options.devices or world.device.type != "cuda"):
         raise ValueError(
             "engine.sleep=true is for an engine on the GPU that training computes on, the two in turn, without "

@@ -42,7 +42,7 @@ def cores_divided(config: Config, world: World) -> Iterator[int | None]:
     Yields:
         Threads of the engine; None where it and the trainer take turns, compute on a GPU, or it is on servers.
     """
-    overlaps = config.rollout.max_lag and not config.train.replay
+    overlaps = config.rollout.steps_ahead and not config.train.replay
     if not overlaps or world.device.type == "cuda" or config.engine.kind == "http":
         yield None
         return
@@ -82,7 +82,7 @@ def start_engine(learner: Learner, folder: Path, threads: int | None = None) -> 
         threads = _threads(place.ranks_per_engine, threads) if world.size > 1 else threads
         start = partial(_start_vllm, learner, folder, threads, place)
     weights, most = partial(whole_tensors, learner.model, config.engine_dtype), config.engine.restarts
-    lags = config.rollout.max_lag > 0
+    lags = config.rollout.steps_ahead > 0
     return SharedEngine(
         start, weights, world.beside(), place.ranks_per_engine, most, sleeps=place.sleeps, keeps_weights=lags
     )

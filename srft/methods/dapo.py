@@ -33,6 +33,11 @@ class Method(grpo.Method):
     overlong_penalty: float = Field(1.0, ge=0)
     """Reward lost at rollout.max_new_tokens."""
 
+    @property
+    def counts_prompts(self) -> bool:
+        """Where groups may give way."""
+        return self.max_resamples > 0
+
     def wants_another(self, group: Group, tried: int) -> bool:
         """Where no reward of the rollouts differs from another."""
         return tried < self.max_resamples and len({s.reward for s in judged(group.rollouts)}) < 2

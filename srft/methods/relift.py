@@ -75,6 +75,11 @@ class Method(BaseMethod):
         """Compare the rollouts with each other."""
         return compared(group.rollouts, self.advantage_std)
 
+    @property
+    def counts_prompts(self) -> bool:
+        """Where they are the size of the buffer."""
+        return self.buffer_size is None
+
     def further(self, groups: Sequence[Group], now: StepInfo, gather: Callable[[Any], list[Any]]) -> list[Response]:
         """Fill ``buffer``, of prompts and demonstrations as tokens, and empty it of the newest once they are enough."""
         unsolved = [demo for g in groups if _is_unsolved(g) for demo in judged(g.demos)]

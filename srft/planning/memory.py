@@ -196,7 +196,7 @@ def sleeps(config: Config, layout: Layout) -> bool:
     """
     if not uses_vllm(config, layout.device) or layout.engines_apart or not layout.device.is_gpu:
         return False
-    takes_turns = not config.rollout.max_lag and not config.train.rollouts_only
+    takes_turns = not config.rollout.steps_ahead and not config.train.rollouts_only
     return takes_turns if config.engine.sleep is None else config.engine.sleep
 
 

@@ -151,7 +151,7 @@ def plan_pace(
 def _at_once(config: Config, layout: Layout) -> bool:
     """Whether rollouts go on beside training: they lag, and are made elsewhere, or by cores of their own."""
     elsewhere = config.engine.kind == "http" or layout.engines_apart > 0 or not layout.device.is_gpu
-    return config.rollout.max_lag > 0 and samples(config) and elsewhere
+    return config.rollout.steps_ahead > 0 and samples(config) and elsewhere
 
 
 def _forwards(shape: ModelShape, config: Config, teacher: ModelShape | None) -> float:
@@ -220,6 +220,7 @@ def _rollout(shape: ModelShape, config: Config, layout: Layout, lengths: Tokens,
     reads = shape.parameters * config.engine_dtype.itemsize + at_once * shape.kv_bytes * lengths.sequence / 2
     computes = 2 * (shape.products + shape.head) * at_once / device.products
     one = max(reads / (traffic * spread), computes / spread)
-    # the longest completion reaches the limit, however few tokens the others have
-    steps = max(config.rollout.max_new_tokens, sequences * lengths.response / at_once)
+    # the longest completion reaches the limit of a step, however few tokens the others have
+    longest = -(-config.rollout.max_new_tokens // config.rollout.segments)
+    steps = max(longest, sequences * lengths.response / at_once)
     return steps * one

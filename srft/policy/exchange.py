@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from srft.batch import Response, shared_cost
 from srft.policy.parallel import World
 
-# of a response as numbers: its kind, cut or not, reward, advantage, that of its prefix, its policy, tokens of prefix,
-# prompt, response, teacher's prompt and turns, log-probabilities
+# of a response as numbers: its kind, cut or not, reward, advantage, that of its prefix, tokens of prefix, prompt,
+# response, teacher's prompt and turns, policies that sampled it, log-probabilities
 _HEADER = 12
 
 
@@ -111,24 +112,27 @@ def assignment(
 
 def _encoded(s: Response) -> list[float]:
     shown = s.teacher_prompt_ids or []
-    lengths = [len(s.prompt_ids), len(s.response_ids), len(shown), len(s.spans), len(s.rollout_logprobs)]
-    header = [s.is_demo, s.truncated, s.reward, s.advantage, s.prefix_advantage, s.version, s.prefix_tokens, *lengths]
-    return [*header, *s.prompt_ids, *s.response_ids, *shown, *s.spans, *s.rollout_logprobs]
+    policies = [number for version in s.versions for number in version]
+    parts: list[list[int] | list[float]]
+    parts = [s.prompt_ids, s.response_ids, shown, s.spans, policies, s.rollout_logprobs]
+    header = [s.is_demo, s.truncated, s.reward, s.advantage, s.prefix_advantage, s.prefix_tokens]
+    return [*header, *[len(part) for part in parts], *itertools.chain(*parts)]
 
 
 def _decoded(numbers: list[float]) -> list[Response]:
     found, at = [], 0
     while at < len(numbers):
         is_demo, truncated, reward, advantage, of_prefix, *counts = numbers[at : at + _HEADER]
-        version, prefix, prompt, response, shown, spans, logprobs = map(int, counts)
-        own, with_shown = prompt + response, prompt + response + shown
-        ids = [int(x) for x in numbers[at + _HEADER : at + _HEADER + with_shown + spans]]
-        end = at + _HEADER + with_shown + spans + logprobs
+        prefix, *lengths = map(int, counts)
+        *bounds, end = itertools.accumulate(lengths, initial=at + _HEADER)
+        parts = [list(map(int, numbers[first:last])) for first, last in itertools.pairwise(bounds)]
+        prompt, response, shown, spans, policies = parts
         found.append(
             Response(
-                ids[:prompt], ids[prompt:own], bool(is_demo), bool(truncated), numbers[end - logprobs : end], "",
-                reward=reward, advantage=advantage, teacher_prompt_ids=ids[own:with_shown] or None,
-                prefix_tokens=prefix, prefix_advantage=of_prefix, spans=ids[with_shown:], version=version,
+                prompt, response, bool(is_demo), bool(truncated), numbers[bounds[-1] : end], "",
+                reward=reward, advantage=advantage, teacher_prompt_ids=shown or None,
+                prefix_tokens=prefix, prefix_advantage=of_prefix, spans=spans,
+                versions=list(zip(policies[::2], policies[1::2], strict=True)),
             )
         )  # fmt: skip
         at = end

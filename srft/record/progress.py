@@ -9,7 +9,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-from srft.batch import Sampled
+from srft.batch import Group
 from srft.data.sampler import StepSampler
 from srft.disk import sync_to_disk, writing
 from srft.options import to_toml
@@ -17,6 +17,7 @@ from srft.policy.checkpoint import Checkpoints, load_optimizer, read_state
 from srft.policy.learner import Learner
 from srft.record.log import RECORDS
 from srft.record.waiting import Waiting
+from srft.sampled import Sampled
 from srft.stop import Stopped
 
 
@@ -30,7 +31,7 @@ class Progress:
         learner: Holds the policy and its optimizer.
         sampler: Draws prompts and demonstrations; its state is noted after each step.
         data: From ``problems.data_state``, by which a resume tells other rows.
-        waiting: Batches made for later steps, noted with the sampler's state.
+        waiting: Batches made for later steps, and groups that go on, noted with the sampler's state.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Progress:
         self._checkpoints = Checkpoints(run_dir, learner)
         self._sampler_state = sampler.state_dict()
         self._batches: list[Sampled] = []
+        self._going: list[Group] = []
         self._memory: dict[str, Any] = {}
 
     def restore(self, checkpoint: Path | None) -> None:
@@ -76,7 +78,7 @@ class Progress:
             unlogged: Its row as far as it is known, None once ``metrics.jsonl`` has it.
         """
         self.step, self._sampler_state = step, self._sampler.state_dict()
-        self._batches = list(self._waiting.batches.values())
+        self._batches, self._going = list(self._waiting.batches.values()), self._waiting.going
         self._memory = copy.deepcopy(self._learner.memory)
         self.unlogged = None if unlogged is None else dict(unlogged)
 
@@ -99,7 +101,9 @@ class Progress:
             "start": self._learner.frozen.start,
         }
         own = _waiting_of(self._learner.world.rank)
-        texts = {own: self._waiting.lines(self._batches)} if self._batches else {}
+        # of every rank or none, for they are read up to the first that is missing
+        has_any = self._learner.world.largest(len(self._batches) + len(self._going))
+        texts = {own: self._waiting.lines(self._batches, self._going)} if has_any else {}
         self._checkpoints.save(self.step, state, texts)
         self._saved_step = self.step
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,11 +11,12 @@ from typing import Any
 import pyarrow as pa  # comes with datasets
 import torch
 
-from srft.batch import SAMPLED, Group, Response, Sampled
+from srft.batch import SAMPLED, Group, Response
 from srft.config import Config
 from srft.disk import sync_to_disk, writing
 from srft.policy.parallel import World
 from srft.record.files import replace_file
+from srft.sampled import Sampled
 
 _ABOUT = b"srft"
 SHAPES = (
@@ -30,9 +30,9 @@ _SCHEMA = pa.schema(
         ("id", pa.string()), ("group", pa.int32()), ("place", pa.int32()), ("gave_way", pa.bool_()),
         ("is_demo", pa.bool_()), ("truncated", pa.bool_()), ("reward", pa.float64()), ("status", pa.string()),
         ("message", pa.string()), ("advantage", pa.float64()), ("text", pa.string()), ("version", pa.int32()),
-        ("prefix_tokens", pa.int32()), ("prompt_ids", _IDS), ("response_ids", _IDS), ("teacher_prompt_ids", _IDS),
-        ("rollout_logprobs", pa.list_(pa.float64())), ("logprobs", _NUMBERS), ("entropies", _NUMBERS), ("spans", _IDS),
-        ("transcript", pa.string()),
+        ("versions", _IDS), ("prefix_tokens", pa.int32()), ("prompt_ids", _IDS), ("response_ids", _IDS),
+        ("teacher_prompt_ids", _IDS), ("rollout_logprobs", pa.list_(pa.float64())), ("logprobs", _NUMBERS),
+        ("entropies", _NUMBERS), ("spans", _IDS), ("transcript", pa.string()),
     ]
 )  # fmt: skip
 
@@ -53,10 +53,11 @@ def write_step(
     """Record a step once it was learned from, if it is, on the first rank; an older file of it is replaced at once.
 
     A row is a response, in order: the groups with rollouts, those of demonstrations alone, those that gave way.
-    ``logprobs`` and ``entropies`` are of each token by the policy before the step, as far as the step has them: null
-    for what the method left out, and on several ranks, where others than those that sampled a response may learn from
-    it; of a conversation they are of its own tokens, see ``Response.spans``. ``message``, ``text`` and ``transcript``
-    have ``?`` for halves of surrogate pairs.
+    ``versions`` has the weights that sampled each token of a rollout, as the steps that they were trained for, null of
+    a demonstration's with which it begins; ``version`` the oldest. ``logprobs`` and ``entropies`` are of each token by
+    the policy before the step, as far as the step has them: null for what the method left out, and on several ranks,
+    where others than those that sampled a response may learn from it; of a conversation they are of its own tokens, see
+    ``Response.spans``. ``message``, ``text`` and ``transcript`` have ``?`` for halves of surrogate pairs.
 
     Args:
         run_dir: Folder of the run.
@@ -71,21 +72,24 @@ def write_step(
     """
     alone = world.size == 1
     kinds = [
-        [_rows(group, alone) for group in batch.groups if group.rollouts],
-        [_rows(group, alone) for group in batch.groups if not group.rollouts],
-        [_rows(group, alone) for group in batch.gave_way],
+        [(group.drawn, _rows(group, alone)) for group in batch.groups if group.rollouts],
+        [(group.drawn, _rows(group, alone)) for group in batch.groups if not group.rollouts],
+        [((0, 0), _rows(group, alone)) for group in batch.gave_way],
     ]
     every = world.gather(kinds)
-    about = options_of(config) | dict(facts)
+    about = options_of(config) | {"ended": batch.ended} | dict(facts)
     world.on_first(lambda: _write(step_file(run_dir, batch.step), every, about))
 
 
-def _write(path: Path, every: list[list[list[list[dict[str, Any]]]]], about: dict[str, Any]) -> None:
+def _write(
+    path: Path, every: list[list[list[tuple[tuple[int, int], list[dict[str, Any]]]]]], about: dict[str, Any]
+) -> None:
     rows: list[dict[str, Any]] = []
     number = 0
     for kind, of_ranks in enumerate(zip(*every, strict=True)):
-        # each rank has one of every so many groups
-        for group in (group for turn in zip_longest(*of_ranks) for group in turn if group is not None):
+        # where nobody has noted when they were drawn, each rank has one of every so many groups
+        placed = [(drawn, i, rank) for rank, own in enumerate(of_ranks) for i, (drawn, _) in enumerate(own)]
+        for group in (of_ranks[rank][i][1] for _, i, rank in sorted(placed)):
             rows += [{"group": number, "place": i, "gave_way": kind == 2} | row for i, row in enumerate(group)]
             number += 1
     about = about | {"has_prefixes": any(row["prefix_tokens"] for row in rows)}
@@ -116,7 +120,9 @@ def _rows(group: Group, alone: bool) -> list[dict[str, Any]]:
 def _row(group: Group, s: Response, alone: bool) -> dict[str, Any]:
     row = {name: getattr(s, name) for name in SAMPLED}
     row |= {name: getattr(s, name).encode(errors="replace").decode() for name in ("text", "message", "transcript")}
-    row |= {"id": group.prompt.example.id, "prompt_ids": s.prompt_ids, "advantage": s.advantage}
+    row |= {"id": group.prompt.example.id, "prompt_ids": s.prompt_ids, "advantage": s.advantage, "version": s.version}
+    begun = [] if s.is_demo else [None] * s.prefix_tokens
+    row["versions"] = begun + [version for version, tokens in s.versions for _ in range(tokens)]
     before = (s.logprobs, s.entropies) if s.old_logprobs is None else (s.old_logprobs, s.old_entropy)
     known = [values.tolist() if isinstance(values, torch.Tensor) and alone else None for values in before]
     return row | dict(zip(("logprobs", "entropies"), known, strict=True))

@@ -35,7 +35,8 @@ def two_rollouts_and_a_demo() -> list[Response]:
     """One rollout begins with a token of a demonstration."""
     first, second = sequence([1], [5, 6, 7]), sequence([1], [5, 6])
     first.rollout_logprobs, second.rollout_logprobs = [-1.0, -2.0, -1.0], [0.0, -3.0]
-    first.version, second.version, second.prefix_tokens = 3, 5, 1
+    # of two policies, and of the one before the step
+    first.versions, second.versions, second.prefix_tokens = [(3, 2), (5, 1)], [(6, 1)], 1
     demo = sequence([1], [8, 9], is_demo=True)
     first.old_logprobs = torch.tensor([-1.0, -2.0 + math.log(4), -1.0 + math.log(0.5)])
     second.old_logprobs, demo.old_logprobs = torch.tensor([-7.0, -3.0 + math.log(1.05)]), torch.tensor([-1.0, -1.0])
@@ -51,8 +52,8 @@ def test_weights_and_figures_by_hand() -> None:
         assert weights == [pytest.approx([1, above, 0.5]), [1, 1], pytest.approx([1, 1.05])]
         total, squares = 6.55, 1 + 16 + 0.25 + 1.05**2
         assert figures == pytest.approx({
-            "lag/mean": 2, "lag/max": 3, "lag/is_mean": total / 4, "lag/is_p95": 4, "lag/is_max": 4, "lag/is_off": 0.5,
-            "lag/is_ess": total**2 / 4 / squares, "lag/is_capped": 0.25,
+            "lag/mean": 7 / 4, "lag/max": 3, "lag/older": 3 / 4, "lag/is_mean": total / 4, "lag/is_p95": 4,
+            "lag/is_max": 4, "lag/is_off": 0.5, "lag/is_ess": total**2 / 4 / squares, "lag/is_capped": 0.25,
         })  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import torch
 
 from srft import rollouts
 from srft import train as loop
-from srft.batch import SCORES, Group, Response, Sampled
+from srft.batch import SCORES, Group, Response
 from srft.data.prompts import Prompt
 from srft.data.sampler import StepSampler
 from srft.dataset import Prompts
@@ -26,6 +26,7 @@ from srft.policy.parallel import World
 from srft.record.metrics import Clock
 from srft.record.waiting import Waiting
 from srft.rollout import Actor
+from srft.sampled import Sampled
 from srft.stop import Stopped
 from tests.trainer.runs import (
     ROOT,
@@ -93,12 +94,12 @@ def test_training_and_rollouts_overlap(tmp_path: Path, monkeypatch: pytest.Monke
             assert makes.wait(30)
         return learn(learner, groups, step)
 
-    def rolling(config: Any, actor: Any, prompts: Any, now: Any, shown: Any) -> Any:
+    def rolling(config: Any, actor: Any, prompts: Any, now: Any, shown: Any, going: Any) -> Any:
         if now.step == 2:
             assert threading.current_thread() is not threading.main_thread()
             makes.set()
             assert trains.wait(30)
-        return roll_out(config, actor, prompts, now, shown)
+        return roll_out(config, actor, prompts, now, shown, going)
 
     monkeypatch.setattr(loop, "learn", learning)
     monkeypatch.setattr(rollouts, "roll_out", rolling)
@@ -168,7 +169,7 @@ from srft import rollouts, train
 roll_out, learn = rollouts.roll_out, train.learn
 saved = Path(sys.argv.pop(1))
 
-def stuck(config, actor, prompts, now, shown):
+def stuck(config, actor, prompts, now, shown, going):
     if now.step == 3:
         os.kill(os.getpid(), signal.SIGTERM)
         until = time.monotonic() + 100
@@ -177,7 +178,7 @@ def stuck(config, actor, prompts, now, shown):
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.2)
         os._exit(9)
-    return roll_out(config, actor, prompts, now, shown)
+    return roll_out(config, actor, prompts, now, shown, going)
 
 def learning(learner, groups, step):
     if step == 2:
@@ -216,57 +217,67 @@ def test_what_fails_in_the_thread_ends_the_run(uninterrupted: Path, tmp_path: Pa
 
 
 def test_written_batches_are_as_they_were() -> None:
-    """Every field of a response that is known before a step learns from it, of groups of both sets."""
+    """Every field of a response that is known before a step learns from it, of groups of both sets; a batch of none."""
     prompts, demos = ([Prompt(example(i), [i, 9], []) for i in numbers] for numbers in (range(3), range(5, 7)))
 
     def response(prompt: Prompt, **fields: Any) -> Response:
         return Response(prompt.prompt_ids, [3, 1], False, True, [-0.1, -float("inf")], "a\u2028\n\ud800", **fields)
 
     full = response(
-        prompts[2], reward=1 / 3, status="timeout", message="late", teacher_prompt_ids=[4], prefix_tokens=1, version=7,
-        spans=[1, 0, 1], transcript="c",
+        prompts[2], reward=1 / 3, status="timeout", message="late", teacher_prompt_ids=[4], prefix_tokens=1,
+        versions=[(5, 1), (7, 2)], spans=[1, 0, 1], transcript="c", is_rewarded=True, seed=2**62 + 1,
     )
     other = response(prompts[0])
     changed = {f.name for f in dataclasses.fields(full) if getattr(full, f.name) != f.default}
     later = {"advantage", "prefix_advantage", "importance", "entropy", "logprobs", "entropies", *SCORES}
-    assert changed | later | {"is_demo", "is_rewarded"} == {f.name for f in dataclasses.fields(full)}
+    assert changed | later | {"is_demo"} == {f.name for f in dataclasses.fields(full)}
     batches = [
         Sampled(4, [Group(prompts[2], [full], [response(prompts[2])], 12)], [Group(prompts[0], [other, other])]),
-        Sampled(5, [Group(demos[1], demos=[Response([6, 9], [2], True, False, [], "d")])], []),
+        Sampled(5, [Group(demos[1], demos=[Response([6, 9], [2], True, False, [], "d")])], [], ended=(1, 2)),
+        Sampled(6, [], [], ended=(0, 2)),
     ]
+    going = [Group(prompts[2], [full], drawn=(6, 0)), Group(prompts[0], [other, other], [other], 12, (6, 1))]
     read = Waiting(prompts, demos)
-    read.read([Waiting(prompts, demos).lines(batches)])
-    assert read.batches == {4: batches[0], 5: batches[1]}
+    read.read([Waiting(prompts, demos).lines(batches, going)])
+    assert read.batches == {batch.step: batch for batch in batches} and read.going == going
     assert read.batches[4].groups[0].prompt is prompts[2] and read.batches[5].groups[0].prompt is demos[1]
 
 
 @pytest.mark.parametrize("written_by", [1, 2, 5])
 def test_any_number_of_ranks_takes_up_waiting_batches(written_by: int) -> None:
-    """Each has the groups that it would have made; of those that gave way the same number of ranks has its own."""
+    """Each has the groups that it would have made, those that gave way and those that go on too."""
     prompts, demos = ([Prompt(example(i), [i, 9], []) for i in numbers] for numbers in (range(9), range(9, 12)))
 
-    def groups(numbers: Sequence[int], rank: int, ranks: int) -> list[Group]:
-        """Those of a rank, of prompts and then of demonstrations."""
-        asked = [Group(prompts[i], [Response([i, 9], [3], False, False, [-0.1], "")]) for i in numbers if i < 9]
-        shown = [Group(demos[i - 9], demos=[Response([i, 9], [3], True, False, [], "")]) for i in numbers if i >= 9]
-        return asked[rank::ranks] + shown[rank::ranks]
+    def group(step: int, place: int, number: int) -> Group:
+        """Of a prompt, or of a demonstration alone."""
+        if number < 9:
+            return Group(prompts[number], [Response([number, 9], [3], False, False, [-0.1], "")], drawn=(step, place))
+        demo = Response([number, 9], [3], True, False, [], "")
+        return Group(demos[number - 9], demos=[demo], drawn=(step, place))
+
+    def dealt(steps_and_numbers: Sequence[tuple[int, int]], rank: int, ranks: int) -> list[Group]:
+        """Those of a rank, in the order in which their prompts were drawn."""
+        every = [group(step, place, i) for place, (step, i) in enumerate(steps_and_numbers)]
+        return [one for one in every if one.drawn[1] % ranks == rank]
 
     def batch(rank: int, ranks: int) -> Sampled:
-        """All that gave way did so on the last rank."""
-        return Sampled(4, groups([*range(4), 9, 10], rank, ranks), groups(range(4, 7 * (rank == ranks - 1)), 0, 1))
+        """Three rounds gave way in the second place."""
+        groups = dealt([(4, i) for i in range(4)], rank, ranks) + dealt([(4, 9), (4, 10)], rank, ranks)
+        return Sampled(4, groups, [group(4, 1, i) for i in range(4, 7) if rank == 1 % ranks])
+
+    def going(rank: int, ranks: int) -> list[Group]:
+        """Of one step all but the first two have ended, of the next none."""
+        first = dealt([(3, 7), (3, 8)], rank, ranks)
+        return first + dealt([(4, 5), (4, 6), (4, 7), (4, 8)], rank, ranks)
 
     every = [batch(rank, written_by) for rank in range(written_by)]
-    texts = [Waiting(prompts, demos).lines([own]) for own in every]
+    texts = [Waiting(prompts, demos).lines([own], going(rank, written_by)) for rank, own in enumerate(every)]
     for ranks in (1, 2, 3, 5):
-        found = []
         for rank in range(ranks):
             waiting = Waiting(prompts, demos)
             waiting.read(texts, World(rank, ranks))
-            found.append(waiting.batches[4])
-        assert [one.groups for one in found] == [batch(rank, ranks).groups for rank in range(ranks)]
-        names = sorted(group.prompt.example.id for one in found for group in one.gave_way)
-        assert names == sorted(group.prompt.example.id for one in every for group in one.gave_way)
-        assert ranks != written_by or found == every
+            assert waiting.batches == {4: batch(rank, ranks)}
+            assert waiting.going == going(rank, ranks)
 
 
 def test_a_copy_is_learned_from() -> None:
@@ -326,7 +337,7 @@ def test_a_batch_is_asked_for_by_what_is_known_when_it_is_begun(monkeypatch: pyt
     learner, noted = learner_of(config, None, None), threading.Event()  # type: ignore[arg-type]
     asked: dict[int, dict[str, int]] = {}
 
-    def rolling(_config: Any, _actor: Any, _prompts: Any, now: Any, _shown: Any) -> list[Group]:
+    def rolling(_config: Any, _actor: Any, _prompts: Any, now: Any, _shown: Any, _going: Any) -> list[Group]:
         assert now.step == 1 or noted.wait(30)
         asked[now.step] = dict(now.memory)
         return [Group(Prompt(example(now.step), [1], []))]

@@ -28,9 +28,9 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def start(folder: Path, ranks: int, killed: bool = False) -> list[int]:
+def start(folder: Path, ranks: int, killed: bool = False, options: dict[str, Any] = OPTIONS) -> list[int]:
     """Start a run, or go on with it; the exit status of each rank, without a launcher that would end the others."""
-    words = arguments(folder, **OPTIONS, reward__kind=f"{folder.parent / 'odd.py'}:odd", train__resume=True)
+    words = arguments(folder, **options, reward__kind=f"{folder.parent / 'odd.py'}:odd", train__resume=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

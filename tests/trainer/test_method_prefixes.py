@@ -84,7 +84,8 @@ def test_what_a_prefix_counts_as() -> None:
 
 def test_a_prefix_crosses_ranks() -> None:
     """What another rank learns from has its prefix, its advantage and its policy; a conversation has its turns."""
-    hybrid = replace(begun(sequence([1, 2], [3, 4, 5]), 2), advantage=-0.5, prefix_advantage=0.25, version=3)
+    hybrid = replace(begun(sequence([1, 2], [3, 4, 5]), 2), advantage=-0.5, prefix_advantage=0.25)
+    hybrid.versions = [(3, 1), (5, 2)]
     plain = sequence([1], [8, 9])
     talk = replace(sequence([1], [8, 9, 5]), spans=[1, 1, 1], rollout_logprobs=[-1.0, -2.0], teacher_prompt_ids=[7])
     found = _decoded([float(x) for s in (hybrid, talk, plain) for x in _encoded(s)])

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from srft import prepare
-from srft.batch import Group, Response, Sampled
+from srft.batch import Group, Response
 from srft.data.prompts import Prompt
 from srft.disk import WriteError
 from srft.policy.parallel import World
 from srft.record.rollouts import by_group, read_about, read_rows, step_file, write_step
+from srft.sampled import Sampled
 from tests.trainer.runs import (
     arguments,
     assert_same_run,
@@ -151,7 +152,7 @@ def full_group(number: int) -> Group:
         prompt.prompt_ids, [3, 1], False, True, [1 / 3, -math.inf], "a\u2028\n\ud800", 1 / 3, "timeout", "late",
         advantage=-0.1, old_logprobs=torch.tensor([-0.5, -0.25]), old_entropy=torch.tensor([0.5, 1.0]),
         logprobs=torch.tensor([-9.0, -9.0]), entropies=torch.tensor([9.0, 9.0]), teacher_prompt_ids=[4],
-        prefix_tokens=1, version=7, spans=[1, 0, 1], transcript="\ud800",
+        prefix_tokens=1, versions=[(7, 1)], spans=[1, 0, 1], transcript="\ud800",
     )  # fmt: skip
     return Group(prompt, [response], [Response(prompt.prompt_ids, [2], True, False, [], "d")], 12)
 
@@ -166,6 +167,7 @@ def test_numbers_keep_every_bit_and_what_is_not_known_is_null(tmp_path: Path) ->
     assert rollout["rollout_logprobs"] == [1 / 3, -math.inf] and rollout["reward"] == 1 / 3
     assert (rollout["logprobs"], rollout["entropies"]) == ([-0.5, -0.25], [0.5, 1.0])
     assert (rollout["spans"], rollout["transcript"]) == ([1, 0, 1], "?")
+    assert (rollout["version"], rollout["versions"], demo["versions"]) == (7, [None, 7], [])
     assert rollout["text"] == "a\u2028\n?" and rollout["message"] == "late" and rollout["advantage"] == -0.1
     assert (rollout["truncated"], rollout["teacher_prompt_ids"], rollout["prefix_tokens"]) == (True, [4], 1)
     assert demo["logprobs"] is None and demo["entropies"] is None and demo["teacher_prompt_ids"] is None
