@@ -20,6 +20,8 @@ from srft.report.table import Table, on_terminal
 
 # tokens shown before one
 _CONTEXT = 8
+# columns, in fewer of which numbers would be cut; a terminal or a pipe that is narrower gets long lines
+_WIDTH = 140
 
 
 class Token(NamedTuple):
@@ -128,8 +130,10 @@ def main() -> None:
     try:
         rows = read_rows(step_file(options.run, options.step))
         tokenizer = load_tokenizer(load_config_text((options.run / "config.toml").read_text()).model)
+        console = Console()
+        console.width = max(console.width, _WIDTH)
         for table in tables(rows, tokenizer, options.count):
-            Console().print(on_terminal(table))
+            console.print(on_terminal(table))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -59,7 +59,7 @@ def test_a_record_without_log_probabilities_is_refused() -> None:
 
 
 def test_the_command_prints_them(tmp_path: Path) -> None:
-    """Of a run that recorded; of a step that is not there it says so."""
+    """Of a run that recorded, every number whole in a pipe, too; of a step that is not there it says so."""
     run = train(tmp_path, train__steps=1, train__record_rollouts=True)
     command = [sys.executable, "-m", "srft.trace", str(run)]
     done, absent = (
@@ -68,4 +68,6 @@ def test_the_command_prints_them(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert all(title in done.stdout for title in ("Policy and engine apart", "Least likely", "Pulled most"))
+    rows = [line.split() for line in done.stdout.splitlines() if " rollout chain:" in line]
+    assert rows and [float(word) for words in rows for word in words[3:9]], "a number that is cut is none"
     assert absent.returncode == 2 and "step_000002.arrow; record it" in absent.stderr
