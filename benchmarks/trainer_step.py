@@ -31,10 +31,10 @@ from srft.options import load_config
 from srft.planning.models import ModelShape, measure_shape
 from srft.planning.pace import training_flops
 from srft.policy.compiled import as_written
-from srft.policy.model import build_tiny, byte_tokenizer
+from srft.policy.model import allow_sharing, build_tiny, byte_tokenizer
 from srft.prepare import Run, prepared
 
-PROMPT = 10  # tokens, one a byte
+PROMPT = 10  # tokens, one a byte, at least
 REWARD = "def reward(completion, answer, row):\n    return sum(map(ord, completion)) * 7919 % 10007 / 10007\n"
 RATE = 1e-6
 INSTALL = "pip install --no-deps trl==1.16.0 accelerate"
@@ -75,18 +75,19 @@ def rate(device: str, seconds: float = 0.3) -> Spent:
     return Spent(*(flops / each for each in found["products"][0]))
 
 
-def floors(shape: ModelShape, sequences: int, group: int, new: int) -> dict[str, float]:
+def floors(shape: ModelShape, sequences: int, group: int, new: int, prompt: int = PROMPT) -> dict[str, float]:
     """FLOPs of matrix products that a step cannot do without.
 
     Rollout, for B sequences of P + T tokens, with M parameters in the linear layers of the body and V D in the head:
     2 M (P / G + T - 1) + 2 V D T for each, since the G of a group share their prompt, the last token is not fed again
     and of a prompt only the last position goes to the head; and 4 H d for every pair of a query and a key that it sees,
     about (P + T)^2 / 2 - P^2 / 2 of them a layer. Training: forward and backward are 6 M a token, 6 V D a completion's
-    token and 12 H d a pair, with a prompt for every sequence, as everyone trains.
+    token and 12 H d a pair, with a prompt for every sequence, as others train; ours, which has one for a group, may be
+    below that.
     """
-    longest = PROMPT + new
-    linear = 2 * shape.products * (PROMPT / group + new - 1) + 2 * shape.vocab * shape.hidden * new
-    attention = 2 * shape.layers * shape.heads * shape.head_dim * ((longest - 1) ** 2 - PROMPT**2)
+    longest = prompt + new
+    linear = 2 * shape.products * (prompt / group + new - 1) + 2 * shape.vocab * shape.hidden * new
+    attention = 2 * shape.layers * shape.heads * shape.head_dim * ((longest - 1) ** 2 - prompt**2)
     return {
         "rollout": sequences * (linear + attention),
         "train": training_flops(shape, sequences * longest, sequences * new, sequences * longest**2),
@@ -95,9 +96,9 @@ def floors(shape: ModelShape, sequences: int, group: int, new: int) -> dict[str,
 
 def configuration(folder: Path, options: argparse.Namespace) -> Config:
     """Ours: GRPO with all its defaults, on prompts and a reward that are written here."""
-    rng = random.Random(0)
+    rng, before = random.Random(0), ("0+" * options.prompt)[: options.prompt - PROMPT]
     lines = [
-        json.dumps({"prompt": f"{rng.randrange(10_000):04d}+{rng.randrange(10_000):04d}=", "answer": "0"})
+        json.dumps({"prompt": f"{before}{rng.randrange(10_000):04d}+{rng.randrange(10_000):04d}=", "answer": "0"})
         for _ in range(options.prompts * own_steps(options) + 8)
     ]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
@@ -111,7 +112,7 @@ def configuration(folder: Path, options: argparse.Namespace) -> Config:
     return load_config([
         *shape, "name=step", f"runs_dir={folder}", f"cache_dir={folder}", f"data.train={folder / 'prompts.jsonl'}",
         "data.columns.prompt=prompt", "data.columns.answer=answer", "data.eval_limit=8",
-        f"data.max_prompt_tokens={PROMPT}", f"reward.kind={folder / 'reward.py'}:reward", "reward.workers=1",
+        f"data.max_prompt_tokens={options.prompt}", f"reward.kind={folder / 'reward.py'}:reward", "reward.workers=1",
         "method.name=grpo", "engine.kind=hf", "model.warm_start.max_steps=0",
         f"train.prompts_per_step={options.prompts}", f"train.rollouts_per_prompt={options.rollouts}",
         f"rollout.max_new_tokens={options.tokens}", f"rollout.min_new_tokens={options.tokens}", f"train.lr={RATE}",
@@ -121,8 +122,8 @@ def configuration(folder: Path, options: argparse.Namespace) -> Config:
 
 
 def own_steps(options: argparse.Namespace) -> int:
-    """How many steps of ours there are: one a round, or two where one of them is of compiled blocks."""
-    return (options.rounds + 1) * (2 if options.compile else 1)
+    """How many steps of ours there are: one a round, or two where one of them is another way."""
+    return (options.rounds + 1) * (2 if options.compile or options.copies else 1)
 
 
 def step_of_ours(run: Run, config: Config, number: int, into: dict[str, list[Spent]]) -> None:
@@ -143,7 +144,7 @@ def step_of_ours(run: Run, config: Config, number: int, into: dict[str, list[Spe
 
 
 def steps_of_trl(
-    folder: Path, config: Config, into: dict[str, list[Spent]], after: Callable[[int], None]
+    folder: Path, config: Config, rounds: int, into: dict[str, list[Spent]], after: Callable[[int], None]
 ) -> list[dict[str, float]]:
     """Train by TRL, with ``after`` after each of its steps, and return what it logged.
 
@@ -173,7 +174,6 @@ def steps_of_trl(
 
     gpu = config.train.device == "cuda"
     sequences, tokens = config.train.prompts_per_step * config.train.rollouts_per_prompt, config.rollout.max_new_tokens
-    rounds = config.train.steps // (2 if config.model.compile else 1)
     arguments = trl.GRPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=sequences // (4 if gpu else 1),
         gradient_accumulation_steps=4 if gpu else 1,
@@ -237,6 +237,7 @@ def main() -> None:
     for name, default, text in (
         ("rounds", 5, "steps of each that are counted"), ("prompts", 16, "prompts of a step"),
         ("rollouts", 8, "completions of each"), ("tokens", 64, "tokens of a completion"),
+        ("prompt", PROMPT, f"tokens of a prompt, {PROMPT} or more"),
         ("width", 256, "of the model"), ("layers", 3, "of the model"), ("mlp", 672, "width of its MLP"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
@@ -244,9 +245,12 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model in place of a tiny one")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out")
     parser.add_argument("--compile", action="store_true", help="a second step of ours a round, with model.compile")
+    parser.add_argument("--copies", action="store_true", help="a second step, with a copy of the prompt a completion")
     options = parser.parse_args()
+    if options.prompt < PROMPT or (options.compile and options.copies):
+        parser.error(f"--prompt is {PROMPT} or more, and one of --compile and --copies a run")
     rates: list[Spent] = []
-    found: dict[str, dict[str, list[Spent]]] = {"ours": {}, "ours, compiled": {}, "TRL": {}}
+    found: dict[str, dict[str, list[Spent]]] = {name: {} for name in ("ours", "ours, compiled", "ours, copies", "TRL")}
     with tempfile.TemporaryDirectory() as name:
         config = configuration(Path(name), options)
         with prepared(config) as run:
@@ -254,6 +258,11 @@ def main() -> None:
 
             def round_of_ours(number: int) -> None:
                 rates.append(rate(options.device))
+                if options.copies:
+                    for shares, name in ((True, "ours"), (False, "ours, copies")):
+                        allow_sharing(run.learner.model, shares)
+                        step_of_ours(run, config, 2 * number - shares, found[name])
+                    return
                 if not options.compile:
                     step_of_ours(run, config, number, found["ours"])
                     return
@@ -264,7 +273,7 @@ def main() -> None:
             try:
                 if options.no_trl:
                     raise ImportError("left out by --no-trl")
-                steps_of_trl(Path(name), config, found["TRL"], round_of_ours)
+                steps_of_trl(Path(name), config, options.rounds + 1, found["TRL"], round_of_ours)
             except ImportError as error:
                 print(f"TRL: {error}; {INSTALL}")
                 for number in range(1, options.rounds + 2):
@@ -277,9 +286,9 @@ def main() -> None:
         f"{torch.get_num_threads()}; torch {torch.__version__}, transformers {transformers.__version__}, TRL "
         f"{about['device']['peers'].get('trl')}; "
         f"commit {about['commit']}; {shape.parameters:,} parameters, {options.prompts} x {options.rollouts} "
-        f"completions of {options.tokens} tokens"
+        f"completions of {options.tokens} tokens, prompts of {options.prompt}"
     )
-    floor = floors(shape, options.prompts * options.rollouts, options.rollouts, options.tokens)
+    floor = floors(shape, options.prompts * options.rollouts, options.rollouts, options.tokens, options.prompt)
     print(report(floor, rates, found, sampled))
 
 

@@ -75,7 +75,15 @@ def test_a_whole_step_is_measured() -> None:
     assert done.returncode == 0, done.stderr
     rows = {tuple(line.split(" | ")[:2]): line for line in done.stdout.splitlines() if line.startswith("| ")}
     assert {("| floor", "step"), ("| ours", "rollout"), ("| ours", "train"), ("| ours", "sync")} <= rows.keys()
-    assert "pip install" in done.stdout and "GFLOP/s" in done.stdout and "nan" not in done.stdout
+    assert "nan" not in done.stdout and all(s in done.stdout for s in ("pip install", "prompts of 10", "GFLOP/s"))
+
+
+def test_a_step_with_copies_of_the_prompt_is_measured_beside() -> None:
+    """In turn with one that computes it once, at the length that is asked for."""
+    done = run("-m", "benchmarks.trainer_step", *SMALL_STEP, "--no-trl", "--copies", "--prompt=13")
+    assert done.returncode == 0, done.stderr
+    rows = {tuple(line.split(" | ")[:2]) for line in done.stdout.splitlines() if line.startswith("| ")}
+    assert {("| ours", "train"), ("| ours, copies", "train")} <= rows and "prompts of 13" in done.stdout
 
 
 def test_the_floor_counts_the_products_of_a_rollout() -> None:

@@ -153,7 +153,8 @@ def test_by_length_equals_copies_of_the_prompt(
     sizes: list[tuple[int, list[int]]], window: int | None, capped: bool, with_sinks: bool
 ) -> None:
     """Output and gradients in float64, for any groups, windows that end within the prompt, caps and sinks."""
-    row = shared_row([*sizes, (3, [2, 1])])
+    # at the end a prompt that is filled up to one of more tokens than follow it
+    row = shared_row([*sizes, (8, [2, 1]), (5, [1, 1])])
     inputs = tensors(row, 8, torch.float64)
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if with_sinks else None
     softcap = 1.5 if capped else None
