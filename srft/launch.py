@@ -219,12 +219,14 @@ class _Job:
         self._kill_at = until if self._kill_at is None else min(self._kill_at, until)
 
     def _read(self, written: list[tuple[selectors.SelectorKey, int]]) -> None:
-        # what the others say of a rank that was killed is that they miss it, in many lines
-        killed = self._failed if self._failed is not None and self._failed.process.returncode < 0 else None
         for key, _ in written:
             rank: _Rank = key.data
-            if not rank.read(key.fileobj, shown=killed in (None, rank)):  # type: ignore[arg-type]
+            if not rank.read(key.fileobj, shown=self._tells(rank)):  # type: ignore[arg-type]
                 self._selector.unregister(key.fileobj)
+
+    def _tells(self, rank: _Rank) -> bool:
+        """Whether there is more to what a rank says than that it misses one that was killed, in many lines."""
+        return self._failed in (None, rank) or self._failed.process.returncode >= 0
 
     def _end_all(self) -> None:
         """Kill what is left of the ranks, then all that has their token: engines, reward workers, what these began."""
@@ -244,7 +246,7 @@ class _Job:
         """Say what went wrong, and return the status to leave with."""
         first, *others = self._ranks
         for rank in others:
-            if not first.says(rank):
+            if not first.says(rank) and self._tells(rank):
                 for line in rank.last_words:
                     rank.show(line)
         if self._failed is None:

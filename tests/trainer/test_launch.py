@@ -186,6 +186,17 @@ def test_killed_rank_takes_everything_along(rank: int, tmp_path: Path) -> None:
         assert not marked_processes(f"SRFT_TEST_RUN={tmp_path}")
 
 
+def test_what_others_say_of_a_killed_rank_is_left_out(tmp_path: Path) -> None:
+    """Also where one has said it before the launcher saw who was killed."""
+    code = "print('error: rank 0 is missed', file=sys.stderr, flush=True) if rank else None; wait()"
+    with waiting(tmp_path, code) as (launcher, _):
+        os.kill(rank_process(launcher, 0), signal.SIGKILL)
+        assert launcher.wait(timeout=20) == 137
+        assert launcher.stderr is not None
+        (line,) = launcher.stderr.read().splitlines()
+        assert line.startswith("rank 0 of 3 ended by SIGKILL (which is also how")
+
+
 def test_killed_launcher_leaves_no_rank(tmp_path: Path) -> None:
     """Ranks end with it, whether they are at work or not."""
     with waiting(tmp_path, "wait()") as (launcher, family):
