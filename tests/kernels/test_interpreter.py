@@ -14,21 +14,17 @@ ROOT = Path(__file__).resolve().parents[2]
 # logits but for the three ways to a gradient: a formula with a term, one without, and statistics first
 PIECES = {
     "losses": (
-        ["losses", "token_loss", "zero_weights"],
+        ["losses", "token_loss", "zero_weights", "rows", "mutations", "properties", "cross_entropy"],
         "(test_losses and chunks16 and (fp32 or fp16) and not N130)"
         " or (test_losses and chunks16 and plain and (token or grpo or gspo)"
         " and not (sequence or batch or bnpo or dr_grpo or dapo))"
         " or (test_token_loss and weights_of_zero and op and nan and not reinforce)"
         " or (test_losses and chunks16 and (logit_options or per_token) and (logprobs or token_loss or cross_entropy))"
         " or (test_zero_weights and (nan or minus_infinity or (live and 10000))"
-        " and not (gspo or reinforce or token_weight))",
-        60,
-    ),
-    "rows": (
-        ["rows", "mutations", "properties", "cross_entropy"],
-        "test_rows or test_mutations or row_is_independent or (test_cross_entropy"
+        " and not (gspo or reinforce or token_weight))"
+        " or test_rows or test_mutations or row_is_independent or (test_cross_entropy"
         " and (((against_float64 or vocabulary) and (both or softcap)) or (weight_of_0 and smoothed)))",
-        42,
+        102,
     ),
     "logits": (
         ["logits", "hard_inputs", "device_path", "head_options", "validation"],
