@@ -291,6 +291,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rollouts_fit_the_method(self) -> Config:
+        self.rollout.refuse_unfit()
         lag, train, method = self.rollout.max_lag, self.train, self.method
         whole = {"env.name": self.env.name, "train.rollouts_only": train.rollouts_only, "method.name": method.name}
         if not method.counts_prompts:
@@ -298,7 +299,7 @@ class Config(Section):
         if self.rollout.segments > 1 and (unfit := [f"{name}={value}" for name, value in whole.items() if value]):
             raise ValueError(
                 f"{unfit[0]} with these options wants the completions of a prompt whole, in one step, and "
-                f"rollout.partial_tokens={self.rollout.partial_tokens} lets them go on in the next; change one of them"
+                f"rollout.partial_tokens={self.rollout.partial_tokens} lets them go on in the next; unset one of them"
             )
         if train.rollouts_only and train.replay:
             raise ValueError(

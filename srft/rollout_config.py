@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from srft.section import Section, one_or_more
 
@@ -37,8 +37,12 @@ class RolloutConfig(Section):
     is_mode: Literal["truncate", "mask"] = "truncate"
     """With max_lag > 0: a token above is_cap counts is_cap times ("truncate"), or not at all ("mask")."""
 
-    @model_validator(mode="after")
-    def _lengths_fit_together(self) -> RolloutConfig:
+    def refuse_unfit(self) -> None:
+        """Check that its options fit together.
+
+        Raises:
+            ValueError: When completions must be longer than they may be, or take more steps than ``max_lag`` allows.
+        """
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"rollout.min_new_tokens={self.min_new_tokens} is more than rollout.max_new_tokens="
@@ -51,7 +55,6 @@ class RolloutConfig(Section):
                 f"steps old, and rollout.max_lag={self.max_lag}; set rollout.max_lag to at least {self.segments - 1}, "
                 f"or rollout.partial_tokens to at least {-(-self.max_new_tokens // (self.max_lag + 1))}"
             )
-        return self
 
     @property
     def segments(self) -> int:
