@@ -343,25 +343,22 @@ def empty_batch(*, is_demo: bool, scores: Iterable[str], device: torch.device) -
 
 
 def _to_batch(sequences: list[Response], device: torch.device, share_prompts: bool = False) -> Batch:
-    responses = torch.tensor([s.num_own for s in sequences])
-    reads = torch.tensor([len(s) for s in sequences])
-    # sequences of one prompt are neighbours, the first of which has it
-    pairs = zip(sequences, sequences[1:], strict=False)
-    lacks = [False, *(share_prompts and s.prompt_ids == next_one.prompt_ids for s, next_one in pairs)]
-    prefixes = torch.tensor([len(s.prompt_ids) * lack for s, lack in zip(sequences, lacks, strict=True)])
-    lengths = reads - prefixes
-    starts = lengths.cumsum(0) - lengths
-    loss_rows, prompt_end = [], 0
-    for sequence, lack, start in zip(sequences, lacks, starts.tolist(), strict=True):
-        if not lack:
-            prompt_end = start + len(sequence.prompt_ids)
+    held: list[int] = []
+    own, loss_rows, prompt, prompt_end = [], [], None, 0
+    for sequence in sequences:
+        first = len(held)
+        # sequences of one prompt are neighbours, the first of which has it
+        if not share_prompts or sequence.prompt_ids != prompt:
+            prompt = sequence.prompt_ids
+            held += prompt
+            prompt_end = len(held)
         places = torch.tensor(sequence.own_places)
         # the position before a token predicts it: of a response's first one the last of the prompt
-        rows = places + (start if lack else prompt_end) - 1
-        loss_rows.append(rows.where(places > 0, prompt_end - 1))
-
-    def per_token(values: list[float] | list[bool], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).repeat_interleave(responses).to(device)
+        loss_rows.append((places + len(held) - 1).where(places > 0, prompt_end - 1))
+        held += sequence.response_ids
+        own.append(len(held) - first)
+    lengths, reads = torch.tensor(own), torch.tensor(list(map(len, sequences)))
+    cu_seqlens = _bounds(lengths)
 
     parts = [(*part, s) for s in sequences for part in s.parts]
 
@@ -369,8 +366,6 @@ def _to_batch(sequences: list[Response], device: torch.device, share_prompts: bo
         tokens = torch.tensor([tokens for _, tokens, _ in parts])
         return torch.tensor(values, dtype=dtype).repeat_interleave(tokens).to(device)
 
-    cu_seqlens = _bounds(lengths)
-    held = [([] if lack else s.prompt_ids, s) for s, lack in zip(sequences, lacks, strict=True)]
     flat_logprobs = [x for s in sequences for x in (s.rollout_logprobs or [0.0] * s.num_own)]
 
     def known(name: str) -> Tensor | None:
@@ -378,22 +373,22 @@ def _to_batch(sequences: list[Response], device: torch.device, share_prompts: bo
         return None if values[0] is None else torch.cat(values).to(device)
 
     return Batch(
-        input_ids=torch.tensor([t for prompt, s in held for t in (*prompt, *s.response_ids)], device=device),
-        position_ids=(torch.arange(int(lengths.sum())) - (starts - prefixes).repeat_interleave(lengths)).to(device),
+        input_ids=torch.tensor(held, device=device),
+        position_ids=(torch.arange(len(held)) - (cu_seqlens[1:] - reads).repeat_interleave(lengths)).to(device),
         cu_seqlens=cu_seqlens,
         max_seqlen=int(reads.max()),
         loss_rows=torch.cat(loss_rows).to(device),
         labels=torch.tensor([t for s in sequences for t in s.own_ids], device=device),
-        loss_cu_seqlens=_bounds(responses),
+        loss_cu_seqlens=_bounds(torch.tensor([s.num_own for s in sequences])),
         advantages=per_part(
             [s.prefix_advantage if of_demo and not s.is_demo else s.advantage for of_demo, _, s in parts], torch.float32
         ),
         is_demo=per_part([of_demo for of_demo, _, _ in parts], torch.bool),
-        is_correct=per_token([s.is_correct for s in sequences], torch.bool),
+        is_correct=per_part([s.is_correct for *_, s in parts], torch.bool),
         rollout_logprobs=torch.tensor(flat_logprobs, dtype=torch.float32, device=device),
         old_logprobs=known("old_logprobs"),
         sequences=sequences,
-        cu_seqlens_k=_bounds(reads) if any(lacks) else cu_seqlens,
+        cu_seqlens_k=cu_seqlens if torch.equal(reads, lengths) else _bounds(reads),
         old_entropy=known("old_entropy"),
         ref_logprobs=known("ref_logprobs"),
         teacher_logprobs=known("teacher_logprobs"),
