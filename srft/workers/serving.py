@@ -83,9 +83,14 @@ def serve(
         connection.send(("failed", f"{type(error).__name__}: {error}"))
         return
     connection.send(("ready", about(loaded)))
+    own = os.getpid()
     while True:
         try:
             item = connection.recv()
         except EOFError:
             return
-        connection.send(("done", do(loaded, item)))
+        done = do(loaded, item)
+        if os.getpid() != own:
+            # forked by the user's code, which came back here: a second answer would be taken for that of the next item
+            os._exit(0)
+        connection.send(("done", done))

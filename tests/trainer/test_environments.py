@@ -44,6 +44,11 @@ class Guess:
             raise asyncio.CancelledError
         if text == "half":
             return "\\ud800 of a pair"
+        if text == "fork":
+            if not (child := os.fork()):
+                sys.exit("the child")
+            os.waitpid(child, 0)
+            return "forked"
         if text == "words":
             return Words("of a class of mine")
         guess = int(text)
@@ -137,6 +142,13 @@ def test_an_environment_that_fails_from_the_start_ends_the_run(guess: str, monke
         assert [reply.status for reply in pool.answer([asked("die", key=1), asked("die", key=2)])] == ["error"] * 2
 
 
+def test_a_child_that_an_environment_forks_ends_nothing(guess: str) -> None:
+    """It may leave by sys.exit."""
+    with EnvironmentPool(guess, 1, 30.0) as pool:
+        pool.begin()
+        assert pool.answer([asked("fork"), asked("3", key=1)]) == [Reply("forked"), Reply("< turn 1")]
+
+
 def test_text_of_a_class_of_its_own_is_text(guess: str) -> None:
     """The trainer could not load the class."""
     with EnvironmentPool(guess, 1, 10.0) as pool:
@@ -148,7 +160,7 @@ def test_text_of_a_class_of_its_own_is_text(guess: str) -> None:
     ("said", "message"),
     [
         ("raise", r"my_env.py:24 raised ZeroDivisionError: integer division"),
-        ("what", r"my_env.py:35 raised ValueError: invalid literal"),
+        ("what", r"my_env.py:40 raised ValueError: invalid literal"),
         ("number", "step must return text or None, got int 3"),
         ("exit", r"my_env.py:28 raised SystemExit: enough"),
         ("cancelled", r"my_env.py:30 raised CancelledError"),

@@ -44,6 +44,11 @@ def dies(completion, answer, row):
 def raises(completion, answer, row):
     return row["value"]
 
+def forks(completion, answer, row):
+    # the child comes back while its parent is at the next item
+    time.sleep(0.5 * answer if os.fork() else 0.2)
+    return float(answer)
+
 def slow(completion, answer, row):
     time.sleep(60)
 
@@ -133,6 +138,12 @@ def test_a_reward_that_ends_its_process_stops_early(rewards: str, tmp_path: Path
     with pool_of(rewards, "dies") as pool, pytest.raises(ValueError, match="died twice on this item: exit code 3"):
         pool.score([("", "", {"log": str(log)})] * 500)
     assert len(log.read_text()) <= 50
+
+
+def test_a_copy_that_a_reward_forks_gives_no_result(rewards: str) -> None:
+    """Where it returns like the process itself: the next item would have its grade."""
+    with pool_of(rewards, "forks") as pool:
+        assert [r.value for r in pool.score([("", answer, {}) for answer in range(3)])] == [0, 1, 2]
 
 
 def test_results_of_a_failed_batch_can_be_asked_for() -> None:
