@@ -43,6 +43,10 @@ _CHOICE = re.compile(
     r"(?:\\text\s*\{\s*)?\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-J])\s*[).:]?\s*\}?\s*\)?\s*\}?"
 )
 _CHOICE_AND_TEXT = re.compile(r"(?:\\text\s*\{\s*\(?|\()([A-J])\)\s*\}?\s*(.+)|([A-J])[).:]\s+(.+)", re.DOTALL)
+# beside a choice: another one, or what is said of it
+_OTHER_CHOICE = re.compile(
+    r"^(?:or|and|not|nor|but|is|isn't)(?!\w)|^[A-J]$|(?<![\w'])[A-J][).:]|\b(?:or|and|not|nor)\s+(?:[a-z]+\s+)?\(?[A-J](?!\w)"
+)
 _MATRIX = re.compile(
     r"[(\[]?\s*\\begin\{([pbvBV]?)(?:matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1(?:matrix|array)\}\s*[)\]]?", re.DOTALL
 )
@@ -110,10 +114,13 @@ def _choice(text: str, _depth: int) -> Node | None:
     if match := _CHOICE.fullmatch(text):
         return Words(match[1])
     match = _CHOICE_AND_TEXT.fullmatch(text)
-    if match and not re.search(r"\b[A-J]\)|\b(?:or|and|not)\b", match[2] or match[4]):
-        # "(A) + B" is mathematics
-        return Words(match[1] or match[3]) if re.match(r"[\w$\\]", match[2] or match[4]) else None
-    return None
+    if match is None:
+        return None
+    beside = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", match[2] or match[4]).strip()
+    # "(A) + B" is mathematics
+    if _OTHER_CHOICE.search(beside) or not re.match(r"[\w$\\]", beside):
+        return None
+    return Words(match[1] or match[3])
 
 
 def _matrix(text: str, depth: int) -> Node | None:

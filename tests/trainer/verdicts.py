@@ -347,7 +347,9 @@ MATH_BOXED: list[Row] = [
     ("C", "C)", 1), ("C", r"\text{C)}", 1), ("C", "The correct answer is C", 1), ("C", "B)", 0), ("C", "C) B)", 0),
     ("C", "The correct answer is C or D", 0), ("C", "（Ｃ）", 1), ("北京", "北京", 1), ("北京", "上海", 0),
     ("четыре", "Четыре", 1), ("Zürich", "zürich", 1), ("Zürich", "Zu\u0308rich", 1), ("Zürich", "Zurich", 0),
-    ("5", "北京", 0),
+    ("5", "北京", 0), ("C", "(C) supply and demand", 1), ("C", "C. 5 or 6", 1), ("C", "C. vitamin C", 1),
+    ("C", "C: it is not so", 1), ("C", "C. D", 0), ("C", "C. 12, D. 13", 0), ("C", "C: 12 / D: 13", 0),
+    ("C", "(C) supply or option D", 0), ("C", "C. or D", 0), ("C", "(C) is wrong", 0), ("C", "(C) and (D)", 0),
     # answers that cannot be read
     ("", "5", None), ("  ", "", None), (None, "5", None), (r"\frac{1}{", "5", None), ("???", "???", None),
     (float("nan"), "nan", None), ("(1,2", "(1,2", None),
