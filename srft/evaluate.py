@@ -155,6 +155,8 @@ def evaluate(given: argparse.Namespace) -> None:
     with taken(out), ExitStack() as stack:
         environment = stack.enter_context(environment_of(config, tokenizer))
         asked = [_asked(chosen, given, subject, tokenizer, temperature, stack, environment) for chosen in sets]
+        if given.k and max(given.k) > (most := max(one.drawing.samples for one in asked)):
+            raise ValueError(f"--k {max(given.k)} is more than the answers to a problem, {most}; raise --samples")
         _keep(out, asked, given, subject, temperature)
         starting = _Starting(config, tokenizer, asked, out, stack)
         for one in asked:

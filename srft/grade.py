@@ -90,16 +90,25 @@ def grade_file(path: str, kind: str, columns: Columns, *, workers: int = 2, dead
         texts = said if isinstance(said, list) else [said]
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise ValueError(f"{place}: a completion is text, got {type(wrong[0]).__name__} {wrong[0]!r:.80}")
-        expected = lookup(row, columns.expected) if columns.expected else None
-        if expected is not None and expected not in (0, 1):
-            raise ValueError(f"{place}: {columns.expected} is true, false, 1 or 0, got {expected!r:.80}")
+        expected = _verdict(place, columns.expected, lookup(row, columns.expected)) if columns.expected else None
         items += [(text, answer, row) for text in texts]
-        places += [(place, None if expected is None else bool(expected))] * len(texts)
+        places += [(place, expected)] * len(texts)
     results: list[RewardResult] = []
     with RewardPool(kind, workers, deadline_s) as pool:
         for first in range(0, len(items), _BATCH):
             results += pool.score(items[first : first + _BATCH], may_fail=True)
     return [Grade(place, result, expected) for (place, expected), result in zip(places, results, strict=True)]
+
+
+def _verdict(place: str, column: str, value: Any) -> bool | None:
+    """The verdict of a row, which a CSV file has as a text."""
+    if isinstance(value, str):
+        value = {"true": True, "false": False, "1": True, "0": False, "": None}.get(value.strip().lower(), value)
+    if value is None:
+        return None
+    if isinstance(value, str) or value not in (0, 1):
+        raise ValueError(f"{place}: {column} is true, false, 1 or 0, got {value!r:.80}")
+    return bool(value)
 
 
 def summary(grades: Sequence[Grade]) -> list[str]:
@@ -180,6 +189,8 @@ def _grade_files(given: argparse.Namespace) -> None:
     expected = given.expected or [None] * len(completions)
     if len(expected) != len(completions):
         raise ValueError(f"give --expected as often as --completion, {len(completions)} times, got {len(expected)}")
+    if given.out is not None and not given.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {given.out}: there is no folder {given.out.absolute().parent}; make it first")
     grades: list[Grade] = []
     for file in given.files:
         for completion, verdict in zip(completions, expected, strict=True):
@@ -190,11 +201,11 @@ def _grade_files(given: argparse.Namespace) -> None:
             if len(completions) > 1:
                 found = [replace(grade, place=f"{grade.place}, {completion}") for grade in found]
             grades += found
+    print("\n".join(summary(grades)), flush=True)
     if given.out is not None:
         rows = ({"place": g.place, "value": g.result.value, "status": g.result.status, "message": g.result.message}
                 for g in grades)  # fmt: skip
         write_atomically(given.out, "".join(map(json_line, rows)))
-    print("\n".join(summary(grades)))
 
 
 def _grade_golds(given: argparse.Namespace) -> None:

@@ -56,7 +56,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def keep_settings(
     folder: Path, asked: dict[str, Any], sets: dict[str, dict[str, Any]], session: dict[str, Any]
 ) -> None:
-    """Write what is asked, after checking that it is what the folder's answers were drawn with.
+    """Write what is asked, after checking that it is what the folder's answers, if any, were drawn with.
 
     Args:
         folder: The evaluation's.
@@ -80,8 +80,11 @@ def keep_settings(
         for key in old | new
         if old.get(key) != new.get(key)
     ]
-    if differ:
+    if differ and any((folder / f"{name}.jsonl").exists() for name in known):
         raise ValueError(f"{folder} holds another evaluation: {'; '.join(differ)}. Set --out to another folder")
+    if differ:
+        # a start that failed before the first answer binds nobody
+        known = {}
     sessions = [*before.get("sessions", []), session]
     text = json.dumps({"asked": asked, "sets": known | sets, "sessions": sessions}, indent=1)
     write_atomically(folder / SETTINGS, text + "\n")

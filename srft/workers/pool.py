@@ -130,8 +130,8 @@ class WorkerPool(ABC, Generic[_Result]):
     """
 
     def __init__(self, module: str, argument: str, about: str, workers: int, deadline_s: float) -> None:
-        if workers < 1 or deadline_s <= 0:
-            raise ValueError(f"{about} needs workers >= 1 and deadline_s > 0, got {workers} and {deadline_s}")
+        if workers < 1 or not 0 < deadline_s < float("inf"):
+            raise ValueError(f"{about} needs workers >= 1 and a finite deadline_s > 0, got {workers} and {deadline_s}")
         self._module, self._argument, self._about = module, argument, about
         self.deadline_s = deadline_s
         self._killed_starts = 0

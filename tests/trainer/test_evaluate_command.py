@@ -144,6 +144,7 @@ def test_servers_answer_alike(run: Path, tmp_path: Path) -> None:
         (["chain", "--greedy", "--samples", "2"], "--greedy is temperature 0 and one answer"),
         (["chain", "--temperature", "0"], "for 0 give --greedy"),
         (["chain", "--max-new-tokens", "9999"], "lower --max-new-tokens"),
+        (["chain", "--samples", "2", "--k", "2,3"], "--k 3 is more than the answers to a problem, 2; raise --samples"),
         (["chain", "chain"], "two of the sets have one name"),
         (["chain", "engine.kin=hf"], "unknown option engine.kin"),
     ],
@@ -155,6 +156,7 @@ def test_what_a_user_can_get_wrong(
     out = tmp_path / "out"
     out.mkdir()
     record.keep_settings(out, {"seed": 0}, {"chain": {"asked": {"samples": 1}}}, {})
+    (out / "chain.jsonl").touch()
     before = (out / record.SETTINGS).read_bytes()
     with pytest.raises(SystemExit) as left:
         command.main([str(run), *words, "--out", str(out)])

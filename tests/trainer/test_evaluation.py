@@ -223,6 +223,11 @@ def test_a_folder_holds_one_evaluation(tmp_path: Path) -> None:
     keep_settings(tmp_path, {"seed": 0}, {"amc": about()}, {"command": "b"})
     assert list(read_settings(tmp_path)["sets"]) == ["math500", "amc"]
     assert [session["command"] for session in read_settings(tmp_path)["sessions"]] == ["a", "b"]
+    # nothing is answered yet
+    keep_settings(tmp_path, {"seed": 2}, {"minerva": about()}, {"command": "c"})
+    assert list(read_settings(tmp_path)["sets"]) == ["minerva"]
+    keep_settings(tmp_path, {"seed": 0}, {"math500": about()}, {"command": "a"})
+    Answered(tmp_path, "math500").add([(prompt(0), said(1))])
     with pytest.raises(ValueError, match="seed was 0, now 1; math500.samples was 2, now 4. Set --out"):
         keep_settings(tmp_path, {"seed": 1}, {"math500": about(samples=4)}, {})
     with taken(tmp_path), pytest.raises(ValueError, match="another process is writing"), taken(tmp_path):

@@ -84,8 +84,22 @@ def test_what_cannot_be_graded_is_told(graded: Path, tmp_path: Path, capsys: pyt
         broken = tmp_path / "broken.jsonl"
         broken.write_text('{"answer": "", "completion": "5", "ok": "5"}\n')
         grade_file(str(broken), "math", Columns(expected="ok"))
+    with pytest.raises(ValueError, match="a finite deadline_s > 0, got 2 and nan"):
+        grade_file(str(broken), "math", Columns(), deadline_s=float("nan"))
     grades = grade_file(str(broken), "math", Columns())
     assert summary(grades)[:2] == ["0 of 1 right, 0.0%", "1 answers that cannot be read"]
+
+
+def test_verdicts_of_a_csv_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Are texts there; none is no verdict. Where the verdicts cannot be written is said before any work."""
+    path = tmp_path / "said.csv"
+    path.write_text("answer,completion,ok\n5,5,True\n6,5,false\n7,7,1\n8,8,\n9,9,0\n")
+    grades = grade_file(str(path), "exact", Columns(expected="ok"), workers=1)
+    assert [grade.expected for grade in grades] == [True, False, True, None, False]
+    assert "3 of 4 as expected, 75.00%" in summary(grades)
+    with pytest.raises(SystemExit):
+        main([str(path), "--kind", "exact", "--out", str(tmp_path / "none" / "out.jsonl")])
+    assert f"there is no folder {tmp_path / 'none'}; make it first" in capsys.readouterr().err
 
 
 def test_several_completions_of_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
