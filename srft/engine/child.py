@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from srft.engine.base import EngineError, EngineLost
-from srft.engine.vllm_worker import read_message, write_message
+from srft.engine.guarded import read_message, shared_memory_of, write_message
 
 _CLOSE_PATIENCE_S = 10.0
 _LOG_LINES_QUOTED = 20
@@ -117,7 +117,7 @@ class Child:
 
     def note_shared_memory(self) -> None:
         """Remember what its processes have in common in memory, which stays when they are killed, for ``close``."""
-        self._shared = _mapped(self.pid)
+        self._shared = shared_memory_of(self.pid)
 
     def close(self) -> None:
         """Ask the process to end, then kill its whole group; safe to call twice."""
@@ -235,19 +235,6 @@ def child_environment(num_threads: int | None, visible_devices: str | None) -> d
         "PYTHONFAULTHANDLER": "1",
     }
     return {**defaults, **environment}
-
-
-def _mapped(group: int) -> set[Path]:
-    """Files in /dev/shm that processes of a group have mapped, on a system with /proc."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(folder.name)) == group:
-                words = [line.split(maxsplit=5) for line in (folder / "maps").read_text().splitlines()]
-                found |= {Path(word[5]) for word in words if len(word) == 6 and word[5].startswith("/dev/shm/")}
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-    return {path for path in found if path.exists()}
 
 
 def _transport_parents() -> list[str]:

@@ -1,35 +1,38 @@
 """The process that holds vLLM: a script that answers length-prefixed JSON on two pipes.
 
-``srft.engine.vllm`` starts it by path, with any Python that has vLLM, so it imports nothing of this package
-and nothing but the standard library before vLLM itself.
+``srft.engine.vllm`` starts it by path, with any Python that has vLLM and maybe without this package, of which it takes
+``guarded`` alone; before vLLM itself it imports nothing else but the standard library.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import json
 import logging
 import os
-import select
-import shutil
-import signal
-import struct
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# for this import alone: beside this package may lie others, of another Python
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from srft.engine.guarded import (  # noqa: E402
+    die_with_parent,
+    fork_guard,
+    leave_signals_to_the_trainer,
+    read_message,
+    write_message,
+)
+
+del sys.path[0]
 
 if TYPE_CHECKING:
     import torch
     from vllm import LLM
     from vllm.logprobs import FlatLogprobs
 
-_HEADER = struct.Struct(">Q")
-_PR_SET_PDEATHSIG = 1
-# the longest that anything of the engine may outlive its trainer is a few of these
-_GUARD_POLL_S = 0.25
 # at most so often does a call say that it gets on, where nothing has ended
 _PROGRESS_S = 0.5
 # prompt tokens that one step on CPU may take; vLLM's own default there
@@ -37,92 +40,6 @@ _CPU_TOKENS_PER_STEP = 4096
 # the first warns that there is no chat template without a tokenizer, the second that tied heads and rotary
 # tables are not part of an update; ``replace_weights`` checks that every weight came
 _FALSE_ALARMS = ("vllm.renderers.base", "vllm.model_executor.model_loader.reload.layerwise")
-
-
-def write_message(fd: int, message: dict[str, Any], timeout_s: float | None = None) -> None:
-    """Write one message: 8 bytes of length, then JSON.
-
-    Args:
-        fd: A pipe; one that does not block where there is a limit.
-        message: Anything JSON can hold.
-        timeout_s: Seconds the other end may take to read it; None waits for ever.
-
-    Raises:
-        BrokenPipeError: When the other end is gone.
-        TimeoutError: When it took too long.
-    """
-    payload = json.dumps(message).encode()
-    view = memoryview(_HEADER.pack(len(payload)) + payload)
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    while view:
-        if deadline is not None and not select.select([], [fd], [], max(0.0, deadline - time.monotonic()))[1]:
-            raise TimeoutError
-        view = view[os.write(fd, view) :]
-
-
-def read_message(fd: int, timeout_s: float | None = None) -> dict[str, Any]:
-    """Read one message that ``write_message`` wrote.
-
-    Args:
-        fd: A blocking pipe.
-        timeout_s: Seconds the whole message may take; None waits for ever.
-
-    Raises:
-        EOFError: When the other end is gone.
-        TimeoutError: When it took too long.
-    """
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    (length,) = _HEADER.unpack(_read_exactly(fd, _HEADER.size, deadline))
-    return json.loads(_read_exactly(fd, length, deadline))
-
-
-def _read_exactly(fd: int, count: int, deadline: float | None) -> bytes:
-    parts = bytearray()
-    while len(parts) < count:
-        if deadline is not None and not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            raise TimeoutError
-        part = os.read(fd, min(count - len(parts), 1 << 20))
-        if not part:
-            raise EOFError
-        parts += part
-    return bytes(parts)
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel to kill this process when the thread that started it ends (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # a parent that died before the call above sends no signal
-    if os.getppid() != parent_pid:
-        os._exit(1)
-
-
-def _leave_signals_to_the_trainer() -> None:
-    """Pass over a signal that was sent to a whole job: the trainer ends this process, and its guard the group.
-
-    The guard is forked later and inherits this.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _fork_guard(request_fd: int, reply_fd: int, folders: list[str]) -> None:
-    """Fork a process that kills the whole group as soon as the trainer or this process is gone.
-
-    A thread could not: it dies with this process, and the grandchildren would stay.
-    """
-    worker_pid = os.getpid()
-    if os.fork():
-        return
-    os.close(reply_fd)
-    hangup = select.poll()
-    # no event asked for: only the hang-up, which needs no asking, ends the wait early
-    hangup.register(request_fd, 0)
-    while os.getppid() == worker_pid and not hangup.poll(_GUARD_POLL_S * 1000):
-        pass
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    os.killpg(0, signal.SIGKILL)
 
 
 def _start(config: dict[str, Any]) -> LLM:
@@ -345,7 +262,7 @@ def _executor(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor
 
 
-def _serve(request_fd: int, reply_fd: int) -> None:
+def _serve(request_fd: int, reply_fd: int, guard_fd: int) -> None:
     llm: LLM | None = None
     call: dict[str, int] = {}
     while True:
@@ -359,6 +276,7 @@ def _serve(request_fd: int, reply_fd: int) -> None:
                 _show_progress(llm, reply_fd, call)
                 if request["tensor_parallel"] > 1:
                     _executor(llm).register_failure_callback(lambda: os._exit(1))
+                    os.write(guard_fd, b"!")
                 reply: dict[str, Any] = {"vocab_size": llm.model_config.get_vocab_size()}
             elif request["op"] == "generate":
                 reply = _generate(llm, request, call)
@@ -386,12 +304,12 @@ def main(argv: list[str]) -> None:
     for fd in (request_fd, reply_fd):
         os.set_inheritable(fd, False)
     if parent_pid:
-        _die_with_parent(parent_pid)
-    _leave_signals_to_the_trainer()
-    _fork_guard(request_fd, reply_fd, argv[3:])
+        die_with_parent(parent_pid)
+    leave_signals_to_the_trainer()
+    guard_fd = fork_guard(request_fd, reply_fd, argv[3:])
     write_message(reply_fd, {"vllm": importlib.util.find_spec("vllm") is not None})
     try:
-        _serve(request_fd, reply_fd)
+        _serve(request_fd, reply_fd, guard_fd)
     except (EOFError, BrokenPipeError):
         sys.exit("the trainer is gone")
 

@@ -14,7 +14,7 @@ import pytest
 
 from srft.engine import vllm as client
 from srft.engine.base import EngineLost, Sampling
-from srft.engine.vllm_worker import read_message
+from srft.engine.guarded import read_message
 from tests.trainer.tiny_vllm import MAX_LEN, VOCAB, assert_gone, live_members, save_model, script, start, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def test_child_that_hangs_is_killed_and_one_that_is_slow_is_not(tmp_path: Path) 
 DEAF = """
 import sys, time
 sys.path.append({folder!r})
-from vllm_worker import read_message, write_message
+from guarded import read_message, write_message
 request, reply = map(int, sys.argv[3:5])
 write_message(reply, {{"vllm": True}})
 read_message(request)
@@ -193,3 +193,44 @@ def test_guard_takes_grandchildren_along(tmp_path: Path, end: str) -> None:
         os.close(send_fd)
     process.wait()
     assert_gone(process.pid)
+
+
+# in place of an engine that is spread: two processes that have memory in common
+SPREAD = """
+import mmap, os, sys, time
+from srft.engine.guarded import fork_guard
+request, reply, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+guard = fork_guard(request, reply, [])
+if os.fork():
+    time.sleep(600)
+with open(path, "w+b") as file:
+    file.truncate(4096)
+    held = mmap.mmap(file.fileno(), 4096)
+os.write(guard, b"!")
+os.write(reply, b"!")
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs Linux")
+def test_guard_removes_what_the_group_had_in_common() -> None:
+    """Shared memory stays when those who have it are killed, which a trainer that is killed cannot see to."""
+    path = Path(f"/dev/shm/srft-test-{os.getpid()}")
+    request_fd, send_fd = os.pipe()
+    receive_fd, reply_fd = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SPREAD, str(request_fd), str(reply_fd), str(path)],
+        pass_fds=(request_fd, reply_fd), start_new_session=True, cwd=ROOT,
+    )  # fmt: skip
+    for fd in (request_fd, reply_fd):
+        os.close(fd)
+    try:
+        assert os.read(receive_fd, 1) == b"!" and path.exists()
+        process.kill()
+        process.wait()
+        assert_gone(process.pid)
+        assert not path.exists()
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(send_fd)
+        os.close(receive_fd)
