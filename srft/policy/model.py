@@ -46,7 +46,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         config: The model section of the configuration.
 
     Raises:
-        ValueError: When the folder or hub id cannot be read, or the tokenizer has no end-of-sequence token.
+        ValueError: When the folder or hub id cannot be read, or the tokenizer has no words or no end-of-sequence token.
     """
     source = config.tokenizer or config.name
     if source == "tiny":
@@ -62,6 +62,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = kind.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a damaged file fails in the libraries below with whatever they happen to raise
         raise ValueError(f"cannot load a tokenizer from {source!r}: {in_short(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # of a folder without its files transformers makes one without words
+        raise ValueError(f"the tokenizer {source!r} has no words; is tokenizer.json missing there?")
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template
     if tokenizer.eos_token_id is None:

@@ -211,6 +211,13 @@ def test_missing_tokenizer_is_one_line() -> None:
         load_tokenizer(tiny_config("model.name=no/such/folder").model)
 
 
+def test_a_model_without_its_tokenizer_is_one_line(tmp_path: Path) -> None:
+    """Of its config alone transformers makes a tokenizer that turns any text into nothing."""
+    build("qwen2").config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no words; is tokenizer.json missing there"):
+        load_tokenizer(tiny_config(f"model.name={tmp_path}").model)
+
+
 EDITS = ("model.rope_theta=40000", "model.max_position_embeddings=256")
 
 
