@@ -8,26 +8,61 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from srft.batch import Response
+from srft.batch import Batch, Response
 from srft.policy.parallel import ALONE, World
 
 # ratios outside of it are told as a share
 _NEAR = (0.9, 1.1)
 
 
-def weigh(
-    sequences: Sequence[Response], step: int, cap: float, mode: Literal["truncate", "mask"], world: World = ALONE
-) -> dict[str, float]:
+def weigh(sequences: Sequence[Response], cap: float, mode: Literal["truncate", "mask"]) -> None:
     """Fill in ``Response.importance``: exp(old_logprobs - rollout_logprobs) on tokens that were sampled, 1 elsewhere.
 
     With ``old_logprobs`` of the policy before the step's updates the clipped ratio of a method stays that of these
     updates, and what lies between the engine and that policy is corrected by itself, no further than ``cap``.
 
     Args:
-        sequences: All that this rank learns from in a step, with ``old_logprobs``; modified in place.
-        step: Its number.
+        sequences: With ``old_logprobs``; modified in place.
         cap: Largest weight, > 0.
         mode: What is above counts ``cap`` times ("truncate") or 0 times ("mask").
+    """
+    for s in sequences:
+        assert s.old_logprobs is not None
+        s.importance = torch.ones_like(s.old_logprobs)
+        if not s.is_demo:
+            ratio = _ratios(s)
+            weights = ratio.clamp(max=cap) if mode == "truncate" else torch.where(ratio > cap, 0.0, ratio)
+            s.importance[s.prefix_tokens :] = weights
+
+
+def weigh_scored(batch: Batch, scores: tuple[Tensor, Tensor], cap: float, mode: Literal["truncate", "mask"]) -> None:
+    """Note what the policy says of a micro-batch before the step's only update, and what its tokens count therefore.
+
+    Args:
+        batch: Its sequences are filled in as it is: ``old_logprobs``, ``old_entropy`` and ``importance``.
+        scores: [N] log-probabilities and entropies.
+        cap: As for ``weigh``.
+        mode: As for ``weigh``.
+    """
+    batch.old_logprobs, batch.old_entropy = scores
+    batch.importance = torch.ones_like(batch.old_logprobs)
+    if batch.is_empty:
+        return
+    for s, place in batch.responses():
+        s.old_logprobs, s.old_entropy = batch.old_logprobs[place], batch.old_entropy[place]
+    weigh(batch.sequences, cap, mode)
+    for s, place in batch.responses():
+        assert s.importance is not None
+        batch.importance[place] = s.importance
+
+
+def lag_figures(sequences: Sequence[Response], step: int, cap: float, world: World = ALONE) -> dict[str, float]:
+    """Tell how far behind the rollouts of a step were.
+
+    Args:
+        sequences: All that this rank learned from, with ``old_logprobs``.
+        step: Its number.
+        cap: As for ``weigh``.
         world: The ranks, whose rollouts are described together.
 
     Returns:
@@ -37,20 +72,18 @@ def weigh(
         and ``lag/is_ess``, the effective share of the sample, (sum w)^2 / (n sum w^2); and ``lag/is_capped``, the share
         above it. Nothing where no token was sampled.
     """
-    ratios = [torch.zeros(0, dtype=torch.float64)]
-    for s in sequences:
-        assert s.old_logprobs is not None
-        s.importance = torch.ones_like(s.old_logprobs)
-        if s.is_demo:
-            continue
-        own = slice(s.prefix_tokens, None)
-        # in float64 for the tail, whose ratios have no bound
-        sampled = torch.tensor(s.rollout_logprobs[own], dtype=torch.float64, device=s.old_logprobs.device)
-        ratio = (s.old_logprobs[own].double() - sampled).exp()
-        s.importance[own] = ratio.clamp(max=cap) if mode == "truncate" else torch.where(ratio > cap, 0.0, ratio)
-        ratios.append(ratio.cpu())
-    behind = [(step - 1 - version, tokens) for s in sequences for version, tokens in s.versions]
+    rollouts = [s for s in sequences if not s.is_demo]
+    ratios = [torch.zeros(0, dtype=torch.float64), *(_ratios(s).cpu() for s in rollouts)]
+    behind = [(step - 1 - version, tokens) for s in rollouts for version, tokens in s.versions]
     return _described(torch.cat(ratios), behind, cap, world)
+
+
+def _ratios(s: Response) -> Tensor:
+    """Of the tokens of a rollout that were sampled; in float64 for the tail, which has no bound."""
+    assert s.old_logprobs is not None
+    own = slice(s.prefix_tokens, None)
+    sampled = torch.tensor(s.rollout_logprobs[own], dtype=torch.float64, device=s.old_logprobs.device)
+    return (s.old_logprobs[own].double() - sampled).exp()
 
 
 def _described(own: Tensor, behind: list[tuple[int, int]], cap: float, world: World) -> dict[str, float]:

@@ -139,7 +139,9 @@ def _by_kind(every: list[Response], world: World) -> list[Response]:
 def _in_fp32(config: Config, budget: int | None = None) -> Config:
     train = config.train if budget is None else config.train.model_copy(update={"tokens_per_microbatch": budget})
     model = config.model.model_copy(update={"compute_dtype": "float32"})
-    return config.model_copy(update={"train": train, "model": model})
+    # without weights of an older policy's tokens, which an earlier layout would have left on its responses
+    rollout = config.rollout.model_copy(update={"max_lag": 0})
+    return config.model_copy(update={"train": train, "model": model, "rollout": rollout})
 
 
 def _gap(name: str, micro_batches: int, learner: Learner, gold: dict[str, Tensor]) -> LayoutGap:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, replace
 from functools import partial
 
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from srft.batch import SCORES, Batch, Group, Response, Totals, count, empty_batch, pack
-from srft.importance import weigh
+from srft.importance import lag_figures, weigh, weigh_scored
 from srft.methods import Figure, UpdateInfo, assign_advantages
 from srft.policy.exchange import Exchange
 from srft.policy.forwards import packed_forward
@@ -21,7 +21,7 @@ from srft.policy.model import compute
 from srft.policy.parallel import whole as whole_of
 from srft.policy.router import router_of, whole_load
 from srft.record.metrics import combined, loss_metrics
-from srft_kernels import PolicyLoss
+from srft_kernels import PolicyLoss, linear_logprobs
 
 # nats, of a token that a model excludes: differences of log-probabilities stay numbers
 _LEAST = -1e4
@@ -53,17 +53,19 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
     exchanges = [Exchange(world, with_gradient(learner, part), share_prompts=shares) for part in taught]
     held = [s for exchange in exchanges for s in exchange.held]
     behind = config.rollout.max_lag > 0 and any(totals.rollout_tokens for totals in counts)
-    if len(exchanges) > 1 or behind:
+    if len(exchanges) > 1 or (behind and config.method.needs_old):
         remember_old_logprobs(learner, held)
+        if behind:
+            weigh(held, config.rollout.is_cap, config.rollout.is_mode)
     if len(exchanges) > 1:
         remember_frozen(learner, held)
-    lag = weigh(held, step, config.rollout.is_cap, config.rollout.is_mode, world) if behind else {}
     filled = [(one.held, totals) for one, totals in zip(exchanges, counts, strict=True) if totals.tokens]
     every = config.train.grad_terms_every
     apart = measure_terms(learner, filled[0][0], step, filled[0][1]) if filled and every and step % every == 0 else {}
     figures = [update(learner, part, step, totals) for part, totals in filled]
     for exchange in exchanges:
         exchange.return_entropies()
+    lag = lag_figures(held, step, config.rollout.is_cap, world) if behind else {}
     if more := config.method.further(groups, now, world.gather):
         held += (own := world.own(more))
         figures.append(update(learner, own, step))
@@ -276,13 +278,21 @@ def _fused_loss(
     """The loss of a micro-batch; its backward pass adds to ``dead`` the number of rows that it gives no gradient."""
     config = learner.config
     about = f"loss of method.name={config.method.name} must return an op of srft_kernels, bound by functools.partial, "
-    loss = config.method.loss(batch, whole)
-    if not callable(loss):
-        raise ValueError(f"{about}got {loss!r}; return partial(linear_token_loss, ...)")
-    loss = partial(loss, labels=batch.labels, temperature=config.rollout.temperature)
+
+    def op(scores: tuple[torch.Tensor, torch.Tensor] | None = None) -> Callable[..., PolicyLoss]:
+        if scores is not None:
+            weigh_scored(batch, scores, config.rollout.is_cap, config.rollout.is_mode)
+        loss = config.method.loss(batch, whole)
+        if not callable(loss):
+            raise ValueError(f"{about}got {loss!r}; return partial(linear_token_loss, ...)")
+        return partial(loss, labels=batch.labels, temperature=config.rollout.temperature)
+
+    # what an older policy's tokens count is known once this one has scored them, which the same forward pass does
+    scores_first = config.rollout.max_lag > 0 and whole.totals.rollout_tokens > 0 and batch.importance is None
+    scoring = partial(linear_logprobs, labels=batch.labels, temperature=config.rollout.temperature)
     out, gates = compute(
-        learner.model, batch, config.compute_dtype, loss, router_logits=router_logits,
-        on_gradient=lambda rows: dead.append((rows == 0).all(-1).sum()),
+        learner.model, batch, config.compute_dtype, scoring if scores_first else op(), router_logits=router_logits,
+        on_gradient=lambda rows: dead.append((rows == 0).all(-1).sum()), then=op if scores_first else None,
     )  # fmt: skip
     if not isinstance(out, PolicyLoss):
         raise ValueError(f"{about}and this one gave {type(out).__name__}; take linear_token_loss or its kin")
@@ -371,21 +381,6 @@ def mean_entropies(learner: Learner, batches: list[Batch]) -> tuple[torch.Tensor
     kinds = {"rollout": (rollouts, num_rollout), "demo": (demos, num_demo)}
     mean = torch.tensor((rollouts + demos) / (num_rollout + num_demo), dtype=torch.float32, device=device)
     return mean, {kind: total / count for kind, (total, count) in kinds.items() if count}
-
-
-@torch.no_grad()
-def mean_logprob(learner: Learner, sequences: list[Response]) -> float:
-    """Mean log-probability of every response token, nats, the same on every rank.
-
-    Args:
-        learner: Holds the policy.
-        sequences: This rank's, perhaps none; those of all ranks have at least one.
-    """
-    batches = micro_batches(learner, sequences, count(sequences))
-    logprobs = [_score(learner, batch)[0] for batch in batches]
-    own = sum(x.sum(dtype=torch.float64).item() for b, x in zip(batches, logprobs, strict=True) if not b.is_empty)
-    total, tokens = learner.world.sum([own, count(sequences).tokens])
-    return total / tokens
 
 
 def _score(

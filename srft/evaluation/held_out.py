@@ -6,15 +6,18 @@ import math
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from srft.batch import Response, count
 from srft.config import Config
 from srft.data.prompts import Prompt
 from srft.evaluation.answering import as_prompts, unreadable
 from srft.evaluation.answers import draw_answers, tally
 from srft.evaluation.estimators import accuracy, pass_at
 from srft.evaluation.sets import read_set
-from srft.learning import mean_logprob
+from srft.learning import micro_batches
+from srft.policy.forwards import packed_forward
 from srft.policy.learner import Learner
 from srft.rewards.pool import RewardPool
 from srft.rollout import Actor, demonstration
@@ -120,6 +123,24 @@ def demo_loss(learner: Learner, prompts: list[Prompt]) -> dict[str, float]:
     if not shown:
         return {}
     return {"eval/demo_loss": -mean_logprob(learner, [demonstration(p, 0) for p in learner.world.own(shown)])}
+
+
+@torch.no_grad()
+def mean_logprob(learner: Learner, sequences: list[Response]) -> float:
+    """Mean log-probability of every response token, nats, the same on every rank.
+
+    Args:
+        learner: Holds the policy.
+        sequences: This rank's, perhaps none; those of all ranks have at least one.
+    """
+    batches = micro_batches(learner, sequences, count(sequences))
+    config = learner.config
+    logprobs = [
+        packed_forward(learner.model, batch, config.compute_dtype, config.rollout.temperature)[0] for batch in batches
+    ]
+    own = sum(x.sum(dtype=torch.float64).item() for b, x in zip(batches, logprobs, strict=True) if not b.is_empty)
+    total, tokens = learner.world.sum([own, count(sequences).tokens])
+    return total / tokens
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

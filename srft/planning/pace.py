@@ -117,7 +117,7 @@ def plan_pace(
     traffic = device.traffic * TRAFFIC_SHARE
     body = passes.flops / device.products + passes.moved / traffic
     attention = 3 * 2 * shape.layers * shape.heads * shape.head_dim * lengths.sequence * micro_batch
-    head = _head_flops(shape) * micro_batch * lengths.response / lengths.sequence
+    head = _head_flops(shape) * micro_batch * lengths.response / lengths.sequence * (1 + _scores_first(config) / 3)
     one = body + attention / (device.flops * _ATTENTION_SHARE) + head / (
         device.flops * (_HEAD_SHARE if device.is_gpu else 1)
     )  # fmt: skip
@@ -154,11 +154,17 @@ def _at_once(config: Config, layout: Layout) -> bool:
     return config.rollout.steps_ahead > 0 and samples(config) and elsewhere
 
 
+def _scores_first(config: Config) -> bool:
+    """Whether the forward pass of the only update goes through the head twice, first for what older tokens count."""
+    once = config.train.updates_per_step == 1 and not config.method.needs_old
+    return once and config.rollout.max_lag > 0 and samples(config)
+
+
 def _forwards(shape: ModelShape, config: Config, teacher: ModelShape | None) -> float:
     """How often the sequences of an update pass through a model of the policy's size without a backward pass."""
     method, train = config.method, config.train
     # the policy as it sampled, the mean entropy of the update, the reference
-    knows_old = train.updates_per_step > 1 or method.needs_old or config.rollout.max_lag > 0
+    knows_old = train.updates_per_step > 1 or method.needs_old
     passes = float(knows_old + method.needs_entropy + method.needs_ref)
     if method.taught_by is not None:
         rollouts = train.rollouts_per_prompt / sequences_a_prompt(config)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -297,6 +297,7 @@ def compute(
     *,
     router_logits: bool = False,
     on_gradient: Callable[[Tensor], None] | None = None,
+    then: Callable[[Any], Callable[..., Any]] | None = None,
 ) -> tuple[_T, tuple[Tensor, ...]]:
     """Run a policy over a packed batch, and an op over its head and the rows that predict a counted token.
 
@@ -310,11 +311,12 @@ def compute(
             states in ``compute_dtype``; an op of ``srft_kernels`` bound by ``functools.partial``.
         router_logits: Ask for what the routers of a mixture of experts say; only for models that have routers.
         on_gradient: Called in the backward pass with the gradient of the [N, D] hidden states, where they have one.
+        then: Makes of what ``op`` returns, without a gradient, the op over the same rows whose result is returned.
 
     Returns:
         What ``op`` returns, and one [T, experts] tensor a routed layer where they are asked for.
     """
-    result = model.srft_compute(batch, compute_dtype, op, router_logits, on_gradient)
+    result = model.srft_compute(batch, compute_dtype, op, router_logits, on_gradient, then)
     if not torch.is_grad_enabled():
         let_go(model)
     return result
@@ -327,6 +329,7 @@ def _compute(
     op: Callable[..., _T],
     router_logits: bool,
     on_gradient: Callable[[Tensor], None] | None,
+    then: Callable[[Any], Callable[..., Any]] | None,
 ) -> tuple[_T, tuple[Tensor, ...]]:
     # its cache would hold 16-bit copies of all weights until the last block is through, of sharded ones, too
     with torch.autocast(
@@ -347,8 +350,10 @@ def _compute(
     hidden_states = select(output.last_hidden_state[0], batch.loss_rows).to(compute_dtype)
     if on_gradient is not None and hidden_states.requires_grad:
         hidden_states.register_hook(on_gradient)
-    gates = tuple(output.router_logits or ()) if router_logits else ()
-    return head_of(model)(hidden_states, op), gates
+    if then is not None:
+        with torch.no_grad():
+            op = then(head_of(model)(hidden_states.detach(), op))
+    return head_of(model)(hidden_states, op), (tuple(output.router_logits or ()) if router_logits else ())
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:

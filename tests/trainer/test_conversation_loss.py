@@ -117,7 +117,7 @@ def test_old_logprobs_and_importance_are_of_own_tokens() -> None:
     config, model = tiny_config("method.name=grpo"), plain_model()
     learner = learner_of(config, policy(model), torch.optim.SGD(model.parameters(), lr=0.0))
     remember_old_logprobs(learner, taught)
-    weigh(taught, 1, 2.0, "truncate")
+    weigh(taught, 2.0, "truncate")
     for s in taught:
         assert s.old_logprobs is not None and s.old_entropy is not None and s.importance is not None
         logp, entropy = statistics_of(copy.deepcopy(model).double(), s, 1.0)

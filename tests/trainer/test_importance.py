@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srft.batch import Batch, Response, count, pack
-from srft.importance import weigh
+from srft.importance import lag_figures, weigh
 from srft.learning import learn
 from srft.methods import UpdateInfo, assign_advantages, find_method, method_names
 from tests.trainer.plain_step import Scored, assert_as_expected, divisor, expected_step, of_its_kind, statistics_of
@@ -47,7 +47,8 @@ def test_weights_and_figures_by_hand() -> None:
     """Ratios 1, 4, 0.5 and 1.05, of which one is above the cap; prefixes and demonstrations count once."""
     for mode, above in (("truncate", 2.0), ("mask", 0.0)):
         held = two_rollouts_and_a_demo()
-        figures = weigh(held, 7, 2.0, mode)  # type: ignore[arg-type]
+        weigh(held, 2.0, mode)  # type: ignore[arg-type]
+        figures = lag_figures(held, 7, 2.0)
         weights = [s.importance.tolist() for s in held if s.importance is not None]
         assert weights == [pytest.approx([1, above, 0.5]), [1, 1], pytest.approx([1, 1.05])]
         total, squares = 6.55, 1 + 16 + 0.25 + 1.05**2
@@ -60,7 +61,7 @@ def test_weights_and_figures_by_hand() -> None:
 def test_without_rollouts_there_is_no_lag() -> None:
     """A step of demonstrations alone has no figures."""
     demo = two_rollouts_and_a_demo()[1]
-    assert weigh([demo], 2, 2.0, "truncate") == {} and demo.importance is not None
+    assert lag_figures([demo], 2, 2.0) == {}
 
 
 def behind(seed: int = 0) -> tuple[torch.nn.Module, list, dict[int, Tensor]]:
@@ -115,6 +116,22 @@ def test_a_step_equals_plain_float64(name: str, mode: str) -> None:
     metrics = learn(learner, groups, 1)
     assert_as_expected(metrics, flat_gradient(trained), expected)
     assert metrics["lag/is_capped"] > 0.1
+
+
+@pytest.mark.parametrize(("updates", "passes"), [(1, 1), (2, 3)])
+def test_one_update_scores_in_the_forward_pass_that_it_learns_by(updates: int, passes: int) -> None:
+    """Several score all tokens before the first; either way responses have the policy's word on them."""
+    model, groups, ratios = behind()
+    trained = policy(model)
+    config = tiny_config(
+        "method.name=grpo", "rollout.max_lag=1", f"train.updates_per_step={updates}", "train.grad_terms_every=0"
+    )
+    seen: list[int] = []
+    trained.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    metrics = learn(learner_of(config, trained, torch.optim.SGD(trained.parameters(), lr=0.0)), groups, 1)
+    assert len(seen) == passes
+    every = torch.cat([ratios[id(s)] for s in members(groups) if id(s) in ratios and s.importance is not None])
+    assert metrics["lag/is_mean"] == pytest.approx(every.mean().item(), rel=1e-4)
 
 
 def test_without_lag_no_token_is_weighted() -> None:

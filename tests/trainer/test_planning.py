@@ -284,8 +284,8 @@ def test_a_lag_on_a_cpu_halves_the_cores_of_both() -> None:
         plan_pace(shape, passes, c, Layout(this_cpu(1e11), 1024), Tokens(100, 100), 0) for c in (config, late)
     )
     assert beside.rollout == 2 * turns.rollout and beside.at_once
-    # and one more forward pass
-    assert beside.train > 2 * turns.train
+    # and what older tokens count, by the head of the same forward pass
+    assert 2 * turns.train < beside.train < 2.2 * turns.train
 
 
 def test_mixtures_of_experts_are_refused() -> None:
