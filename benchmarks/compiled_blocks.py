@@ -19,12 +19,13 @@ import transformers
 from torch import Tensor
 
 from benchmarks import device as devices
-from srft.batch import Batch, Response, pack
+from srft.batch import Batch, pack
 from srft.config import ModelConfig
 from srft.policy.compiled import as_written
 from srft.policy.forwards import packed_forward
 from srft.policy.model import compute, prepare_policy
 from srft.policy.parallel import World
+from srft.responses import Response
 from srft_kernels import linear_cross_entropy
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from srft.batch import Response
 from srft.config import Config
 from srft.data.messages import Message
 from srft.data.prompts import Prompt
@@ -19,6 +18,7 @@ from srft.engine.base import Completion, Engine, Sampling
 from srft.engine.sampling import prompt_format
 from srft.environments.pool import Asked, EnvironmentPool
 from srft.policy.parallel import World
+from srft.responses import Response
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from srft.batch import Batch, Response
+from srft.batch import Batch
 from srft.policy.parallel import ALONE, World
+from srft.responses import Response
 
 # ratios outside of it are told as a share
 _NEAR = (0.9, 1.1)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from srft.batch import Group, Response
 from srft.config import Config
 from srft.data.examples import Example
 from srft.data.prompts import Prompt
@@ -16,6 +15,7 @@ from srft.learning import accumulate
 from srft.methods import assign_advantages
 from srft.policy.learner import Learner
 from srft.policy.parallel import World, whole
+from srft.responses import Group, Response
 
 # of the whole gradient's norm; rounding of fp32 sums in another order
 ALLOWED = 2e-6

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from srft.batch import SCORES, Batch, Group, Response, Totals, count, empty_batch, pack
+from srft.batch import Batch, empty_batch, pack
 from srft.importance import lag_figures, weigh, weigh_scored
 from srft.methods import Figure, UpdateInfo, assign_advantages
 from srft.policy.exchange import Exchange
@@ -21,6 +21,7 @@ from srft.policy.model import compute
 from srft.policy.parallel import whole as whole_of
 from srft.policy.router import router_of, whole_load
 from srft.record.metrics import combined, loss_metrics
+from srft.responses import SCORES, Group, Response, Totals, count
 from srft_kernels import PolicyLoss, linear_logprobs
 
 # nats, of a token that a model excludes: differences of log-probabilities stay numbers

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from srft.batch import Batch, Group, Response, Totals
+from srft.batch import Batch
 from srft.curves import Curves
+from srft.responses import Group, Response, Totals
 from srft.section import Section
 from srft_kernels import PolicyLoss
 

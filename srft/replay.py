@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srft.batch import SAMPLED, Group, Response
 from srft.config import Config
 from srft.data.prompts import Prompt
 from srft.dataset import Prompts
@@ -15,6 +14,7 @@ from srft.method import BaseMethod, StepInfo
 from srft.policy.learner import Learner
 from srft.record.metrics import Clock
 from srft.record.rollouts import SHAPES, by_group, options_of, read_about, read_rows, step_file
+from srft.responses import SAMPLED, Group, Response
 from srft.sampled import Sampled
 
 

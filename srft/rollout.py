@@ -10,7 +10,6 @@ from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
-from srft.batch import Group, Response
 from srft.config import Config
 from srft.conversation import Environment, converse
 from srft.data.messages import texts_of
@@ -24,6 +23,7 @@ from srft.engine.stops import StopTexts
 from srft.methods import StepInfo
 from srft.policy.learner import Learner
 from srft.policy.parallel import ALONE, World
+from srft.responses import Group, Response
 from srft.rewards.pool import Item, Judge
 
 # prompts with their demonstrations whose length is looked at, those of most tokens first

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 
-from srft.batch import Group
 from srft.config import Config
 from srft.data.prompts import Prompt
 from srft.data.sampler import StepSampler
@@ -18,6 +17,7 @@ from srft.policy.learner import Learner
 from srft.policy.lora import adapters
 from srft.record.metrics import Clock
 from srft.record.waiting import Waiting
+from srft.responses import Group
 from srft.rollout import Actor, judge, resample, roll_out
 from srft.sampled import Sampled
 

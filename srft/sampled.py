@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from srft.batch import Group
+from srft.responses import Group
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srft.batch import Response, pack
+from srft.batch import pack
 from srft.config import Config
 from srft.data.prompts import Prompt
 from srft.engine.base import Engine
@@ -19,6 +19,7 @@ from srft.policy.model import device_of
 from srft.policy.parallel import ALONE, World
 from srft.policy.spread import Spread
 from srft.policy.weights import whole_tensors
+from srft.responses import Response
 
 # Of two computations in fp32 that are the same but for the order of sums, nats.
 FP32_TOLERANCE = 1e-4

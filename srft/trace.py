@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from srft.batch import Response
 from srft.options import load_config_text
 from srft.policy.model import load_tokenizer
 from srft.record.rollouts import read_rows, step_file
 from srft.report.table import Table, on_terminal
+from srft.responses import Response
 
 # tokens shown before one
 _CONTEXT = 8

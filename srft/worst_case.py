@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srft.batch import Response
 from srft.learning import accumulate
 from srft.planning.devices import free_memory
 from srft.planning.pace import sequences_a_prompt
 from srft.policy.learner import Learner
 from srft.policy.weights import own_part
+from srft.responses import Response
 
 _GIB = 2**30
 # of both micro-batches on a CPU: seconds, where the largest of a real model would take minutes and all memory

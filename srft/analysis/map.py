@@ -17,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from srft.analysis.curves import look
 from srft.analysis.pictures import Picture
 from srft.analysis.policies import Policy, Score, score
-from srft.batch import Response
 from srft.report.drawing import INK, count_steps, label_ends
+from srft.responses import Response
 
 
 @dataclass(frozen=True)

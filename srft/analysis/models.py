@@ -21,12 +21,12 @@ from srft.analysis.policies import (
 )
 from srft.analysis.runs import Asked, Part, Told
 from srft.analysis.stories import short_names, split_label
-from srft.batch import Response
 from srft.config import Config
 from srft.data.examples import Example, load_examples
 from srft.dataset import read_problems
 from srft.options import load_config
 from srft.report.page import readable
+from srft.responses import Response
 
 
 @dataclass(frozen=True)

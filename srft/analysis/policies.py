@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srft.batch import Response, pack
+from srft.batch import pack
 from srft.config import Config
 from srft.data.examples import Example
 from srft.data.prompts import Prompt, build_prompts
@@ -27,6 +27,7 @@ from srft.policy.forwards import packed_forward
 from srft.policy.model import load_tokenizer
 from srft.policy.parallel import World
 from srft.prepare import choose_device, load_prepared
+from srft.responses import Response
 from srft.rewards.pool import RewardPool
 from srft.warm_start import cached_start
 

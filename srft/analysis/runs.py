@@ -25,7 +25,6 @@ from srft.analysis.policies import (
 )
 from srft.analysis.problems import draw_fates, draw_lessons, fates, history, is_right, lessons, shared
 from srft.analysis.stories import Story, short_names, split_label
-from srft.batch import Response
 from srft.config import Config
 from srft.data.examples import Example
 from srft.dataset import read_problems
@@ -34,6 +33,7 @@ from srft.options import load_config
 from srft.policy.checkpoint import checkpoints_of, step_of
 from srft.record.history import RunRecord
 from srft.report.page import readable
+from srft.responses import Response
 from srft.rollout import demonstration
 
 _MOST_POINTS = 20  # of a run, on the map

@@ -13,8 +13,8 @@ from matplotlib.ticker import NullFormatter
 from srft.analysis.page import Token, legend, response, table
 from srft.analysis.pictures import Picture
 from srft.analysis.policies import mean_by_token
-from srft.batch import Response
 from srft.report.drawing import BLUE, GREY, INK, VERMILLION
+from srft.responses import Response
 
 _BINS = 41  # odd, so that one is around 0
 _SHOWN = 12

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from srft.analysis.page import Token, legend, response, table
 from srft.analysis.pictures import Picture
 from srft.analysis.policies import Policy, encode, mean_by_token, score, token_texts
-from srft.batch import Response
 from srft.data.examples import Example
 from srft.methods.srft import Method
 from srft.report.drawing import BLUE, INK, VERMILLION
 from srft.report.page import readable
+from srft.responses import Response
 from srft_kernels.presets import SRFT_PRESETS
 
 _SHOWN = 6  # responses of each kind

@@ -22,7 +22,7 @@ class Prompt:
         prompt_ids: Tokens up to where the completion starts.
         demo_ids: Each of the example's demonstrations, ending in the token that ends a turn.
         opened: The "<think>" with which the prompt ends, which belongs to the completion's text; mostly empty.
-        demo_spans: Of each demonstration, tokens of its turns as ``batch.Response.spans`` has them; empty where none is
+        demo_spans: Of each demonstration, tokens of its turns as ``Response.spans`` has them; empty where none is
             a conversation.
     """
 

@@ -21,7 +21,7 @@ class Spoken:
 
     Args:
         ids: All of them, up to the token that ends the last turn.
-        spans: How many each turn has, as ``batch.Response.spans``; empty: it is one turn.
+        spans: How many each turn has, as ``Response.spans``; empty: it is one turn.
     """
 
     ids: list[int]

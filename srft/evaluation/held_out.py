@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from srft.batch import Response, count
 from srft.config import Config
 from srft.data.prompts import Prompt
 from srft.evaluation.answering import as_prompts, unreadable
@@ -19,6 +18,7 @@ from srft.evaluation.sets import read_set
 from srft.learning import micro_batches
 from srft.policy.forwards import packed_forward
 from srft.policy.learner import Learner
+from srft.responses import Response, count
 from srft.rewards.pool import RewardPool
 from srft.rollout import Actor, demonstration
 

@@ -24,9 +24,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from srft.batch import Batch, Group, Response
+from srft.batch import Batch
 from srft.curves import TAKEN, Curves, Line
 from srft.method import BaseMethod, Figure, Kind, Loss, StepInfo, UpdateInfo
+from srft.responses import Group, Response
 from srft_kernels import linear_token_loss
 
 __all__ = [

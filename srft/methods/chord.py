@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from srft.batch import Batch, Group, Response
+from srft.batch import Batch
 from srft.curves import RL_AND_SFT
 from srft.methods import (
     Aggregation,
@@ -34,6 +34,7 @@ from srft.methods import (
     sft_and_rl,
     token_weights,
 )
+from srft.responses import Group, Response
 
 
 class Method(BaseMethod):

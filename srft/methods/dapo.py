@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from srft.batch import Group, Response
 from srft.methods import group_advantages, grpo, judged
+from srft.responses import Group, Response
 
 
 class Method(grpo.Method):

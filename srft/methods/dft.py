@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from srft.batch import Batch, Group, Response
+from srft.batch import Batch
 from srft.methods import Aggregation, BaseMethod, Kind, Loss, UpdateInfo, judged, token_weights
+from srft.responses import Group, Response
 from srft_kernels import linear_token_loss
 
 

@@ -15,8 +15,9 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from srft.batch import Batch, Group, Response
+from srft.batch import Batch
 from srft.methods import Aggregation, BaseMethod, Figure, Kind, Loss, UpdateInfo, clip_share, compared, token_weights
+from srft.responses import Group, Response
 from srft_kernels import linear_grpo_loss
 
 

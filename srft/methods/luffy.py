@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from srft.batch import Batch, Group, Response
+from srft.batch import Batch
 from srft.methods import (
     Aggregation,
     BaseMethod,
@@ -33,6 +33,7 @@ from srft.methods import (
     compared,
     token_weights,
 )
+from srft.responses import Group, Response
 from srft_kernels import linear_token_loss
 
 

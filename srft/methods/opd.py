@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from srft.batch import Batch, Group, Response
+from srft.batch import Batch
 from srft.methods import (
     Aggregation,
     BaseMethod,
@@ -37,6 +37,7 @@ from srft.methods import (
     judged,
     token_weights,
 )
+from srft.responses import Group, Response
 from srft_kernels import linear_token_loss
 
 

@@ -34,7 +34,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from srft.batch import Batch, Group, Response
+from srft.batch import Batch
 from srft.methods import (
     Aggregation,
     BaseMethod,
@@ -50,6 +50,7 @@ from srft.methods import (
     judged,
     token_weights,
 )
+from srft.responses import Group, Response
 from srft_kernels import linear_token_loss
 
 

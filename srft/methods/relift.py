@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from srft.batch import Batch, Group, Response
+from srft.batch import Batch
 from srft.methods import (
     Aggregation,
     BaseMethod,
@@ -37,6 +37,7 @@ from srft.methods import (
     sft_and_rl,
     token_weights,
 )
+from srft.responses import Group, Response
 
 
 class Method(BaseMethod):

@@ -26,9 +26,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from srft.batch import Batch, Group, Response
+from srft.batch import Batch
 from srft.methods import Aggregation, Curves, Figure, Kind, Line, Loss, StepInfo, UpdateInfo, judged, token_weights
 from srft.methods.grpo import Method as Grpo
+from srft.responses import Group, Response
 from srft_kernels import linear_token_loss
 
 

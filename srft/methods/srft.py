@@ -40,7 +40,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 
-from srft.batch import Batch, Group, Response
+from srft.batch import Batch
 from srft.methods import (
     Aggregation,
     BaseMethod,
@@ -54,6 +54,7 @@ from srft.methods import (
     compared,
     token_weights,
 )
+from srft.responses import Group, Response
 from srft_kernels import linear_srft_loss
 from srft_kernels.presets import SRFT_PRESETS
 

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from srft.batch import Batch, Group, Response
+from srft.batch import Batch
 from srft.curves import DEMO_SHARE, RL_AND_SFT
 from srft.methods import (
     BaseMethod,
@@ -31,6 +31,7 @@ from srft.methods import (
     sft_and_rl,
     token_weights,
 )
+from srft.responses import Group, Response
 
 
 class Method(BaseMethod):

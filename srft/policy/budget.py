@@ -7,11 +7,12 @@ import math
 import torch
 from transformers import PreTrainedModel
 
-from srft.batch import Batch, Response, pack
+from srft.batch import Batch, pack
 from srft.config import Config
 from srft.policy.forwards import packed_forward
 from srft.policy.parallel import World
 from srft.policy.weights import own_part
+from srft.responses import Response
 
 # Tokens of the shorter of the two micro-batches that are measured, at least.
 _SHORT = 2048

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srft.batch import Response, shared_cost
+from srft.batch import shared_cost
 from srft.policy.parallel import World
+from srft.responses import Response
 
 # of a response as numbers: its kind, cut or not, reward, advantage, that of its prefix, tokens of prefix, prompt,
 # response, teacher's prompt and turns, policies that sampled it, log-probabilities

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from srft.batch import Batch, Response
+from srft.batch import Batch
 from srft.config import Config
 from srft.policy.lora import adapted, b_of, merged_parameters, merged_weight
 from srft.policy.model import compute, device_of, own_attention
 from srft.policy.parallel import is_sharded, let_go
 from srft.policy.weights import own_part
+from srft.responses import Response
 from srft_kernels import linear_logprobs
 
 # Response tokens compared of one sequence.

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srft.batch import Response, Totals
 from srft.config import Config
 from srft.methods import Kind, StepInfo
 from srft.policy.frozen import NONE, Frozen
 from srft.policy.parallel import ALONE, World
 from srft.policy.router import router_of
+from srft.responses import Response, Totals
 
 
 @dataclass

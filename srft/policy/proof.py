@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srft.batch import Batch, Response, pack
+from srft.batch import Batch, pack
 from srft.config import Config
 from srft.policy.attention import UnsupportedAttention
 from srft.policy.forwards import (
@@ -38,6 +38,7 @@ from srft.policy.parallel import let_go, whole
 from srft.policy.router import Router, router_logits, router_of
 from srft.policy.spread import Spread
 from srft.policy.suspects import find_cause, limits_passed
+from srft.responses import Response
 
 # Rounding that the noise of fp32 does not show (sums in another order) in units of the largest value compared.
 _FLOOR = 2e-6

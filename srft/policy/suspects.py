@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srft.batch import Response, pack
+from srft.batch import pack
 from srft.policy.compiled import as_written
 from srft.policy.forwards import limits_of, own_logprobs, packed_logprobs
 from srft.policy.model import body_of, device_of, head_of, own_attention
+from srft.responses import Response
 from srft_kernels import linear_logprobs
 
 _STATEFUL = re.compile("mamba|conv|recurr|rwkv|wkv|delta|lightning|linearattention|lstm|ssm|rglru", re.IGNORECASE)

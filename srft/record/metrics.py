@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from srft.batch import Batch, Group, Response
+from srft.batch import Batch
 from srft.methods import BaseMethod, Figure, UpdateInfo
 from srft.policy.parallel import ALONE, World
+from srft.responses import Group, Response
 from srft_kernels import PolicyLoss
 
 # what stands before the slash, or alone, in names of a row that are no method's

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from srft.batch import Group, Response
 from srft.data.examples import Example
 from srft.policy.parallel import ALONE, World
+from srft.responses import Group, Response
 from srft.rewards.pool import Item, Judge, RewardResult
 
 

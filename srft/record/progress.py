@@ -9,7 +9,6 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-from srft.batch import Group
 from srft.data.sampler import StepSampler
 from srft.disk import sync_to_disk, writing
 from srft.options import to_toml
@@ -17,6 +16,7 @@ from srft.policy.checkpoint import Checkpoints, load_optimizer, read_state
 from srft.policy.learner import Learner
 from srft.record.log import RECORDS
 from srft.record.waiting import Waiting
+from srft.responses import Group
 from srft.sampled import Sampled
 from srft.stop import Stopped
 

@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa  # comes with datasets
 import torch
 
-from srft.batch import SAMPLED, Group, Response
 from srft.config import Config
 from srft.disk import sync_to_disk, writing
 from srft.policy.parallel import World
 from srft.record.files import replace_file
+from srft.responses import SAMPLED, Group, Response
 from srft.sampled import Sampled
 
 _ABOUT = b"srft"

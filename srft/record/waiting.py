@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from srft.batch import SAMPLED, Group, Response
 from srft.data.prompts import Prompt
 from srft.policy.parallel import ALONE, World
+from srft.responses import SAMPLED, Group, Response
 from srft.sampled import Sampled
 
 _FIELDS = (*SAMPLED, "is_rewarded", "seed")

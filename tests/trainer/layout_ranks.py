@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 
-from srft.batch import Group, Response
 from srft.config import Config
 from srft.learning import accumulate, learn
 from srft.methods import assign_advantages
@@ -19,6 +18,7 @@ from srft.policy.learner import Learner
 from srft.policy.model import allow_sharing, byte_tokenizer, prepare_policy
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import World, whole
+from srft.responses import Group, Response
 from tests.trainer.architectures import build
 from tests.trainer.tiny import plain_model, random_groups, tiny_config
 from tests.trainer.worlds import world_of

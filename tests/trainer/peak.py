@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, Qwen2Config
 
-from srft.batch import Response
 from srft.config import Config
 from srft.learning import update
 from srft.options import load_config
@@ -27,6 +26,7 @@ from srft.policy.learner import Learner
 from srft.policy.model import byte_tokenizer, prepare_policy
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import World, joined
+from srft.responses import Response
 
 TOKENS, LENGTH = 1024, 128
 SETTINGS = {

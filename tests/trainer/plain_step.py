@@ -10,11 +10,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from srft.batch import Group, Response
 from srft.config import Config
 from srft.learning import update
 from srft.methods import assign_advantages
 from srft.record.metrics import combined
+from srft.responses import Group, Response
 from tests.numerics import assert_sum
 from tests.trainer.tiny import flat_gradient, learner_of, policy
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srft.batch import Response, Totals, count, pack
+from srft.batch import pack
+from srft.responses import Response, Totals, count
 from tests.trainer.tiny import CPU, random_groups, sequence
 
 TOKENS = st.lists(st.integers(0, 99), min_size=1, max_size=9)

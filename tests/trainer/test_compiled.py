@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import PreTrainedModel
 
-from srft.batch import Response, pack
+from srft.batch import pack
 from srft.config import LoraConfig
 from srft.policy import compiled
 from srft.policy.compiled import refuse_no_compiler
@@ -21,6 +21,7 @@ from srft.policy.model import prepare_policy
 from srft.policy.parallel import joined, whole
 from srft.policy.proof import prove
 from srft.policy.weights import named_weights
+from srft.responses import Response
 from tests.trainer.tiny import CPU, plain_model, policy, relative_error, sequence, tiny_config
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from srft import evaluate as evaluate_command
-from srft.batch import Response
 from srft.conversation import Environment, converse
 from srft.data.examples import Example
 from srft.data.prompts import build_prompts
@@ -19,6 +18,7 @@ from srft.environments.pool import Asked, Reply
 from srft.evaluation.answers import draw_answers
 from srft.methods import StepInfo
 from srft.policy.parallel import ALONE
+from srft.responses import Response
 from srft.rollout import Actor, judge, roll_out
 from tests.trainer.chat import CHATML, char_tokenizer
 from tests.trainer.runs import assert_same_run, read_lines, small_config, train

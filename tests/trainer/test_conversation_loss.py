@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from srft.batch import Group, Response, Totals, count, pack
+from srft.batch import pack
 from srft.importance import weigh
 from srft.learning import learn, remember_old_logprobs
 from srft.methods import UpdateInfo, token_weights
 from srft.policy.optimizer import make_optimizer
+from srft.responses import Group, Response, Totals, count
 from tests.trainer.plain_step import assert_as_expected, statistics_of, step
 from tests.trainer.test_method_grpo_kin import KIN, expected_of, options_of
 from tests.trainer.test_method_srft import expected_of as expected_of_srft

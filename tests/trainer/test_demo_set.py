@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from srft.batch import Group
 from srft.config import Config
 from srft.data.prompts import Prompt
 from srft.dataset import Prompts, make_prompts, read_problems
@@ -17,6 +16,7 @@ from srft.engine.base import Completion, Sampling
 from srft.methods import StepInfo, find_method, method_names
 from srft.policy.model import load_tokenizer
 from srft.policy.parallel import World
+from srft.responses import Group
 from srft.rewards.pool import RewardPool
 from srft.rollout import Actor, roll_out
 from tests.trainer.chat import char_tokenizer

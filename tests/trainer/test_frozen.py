@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from srft.batch import Group, count, empty_batch, pack
+from srft.batch import empty_batch, pack
 from srft.config import Config
 from srft.learning import learn, update
 from srft.methods import UpdateInfo, assign_advantages
@@ -26,6 +26,7 @@ from srft.policy.model import byte_tokenizer
 from srft.policy.parallel import ALONE
 from srft.prepare import frozen_models
 from srft.record.metrics import combined
+from srft.responses import Group, count
 from tests.trainer.plain_step import (
     Expected,
     Scored,

@@ -10,12 +10,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from srft.batch import Response
 from srft.config import Config
 from srft.learning import accumulate, learn, measure_terms
 from srft.methods import ambiguous_term, assign_advantages, find_method, method_names
 from srft.policy.learner import Learner
 from srft.policy.optimizer import make_optimizer
+from srft.responses import Response
 from tests.trainer.runs import read_lines, train
 from tests.trainer.test_method_files import OWN
 from tests.trainer.tiny import flat_gradient, learner_of, members, plain_model, policy, random_groups, tiny_config

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from srft.batch import Batch, Response, count, pack
+from srft.batch import Batch, pack
 from srft.importance import lag_figures, weigh
 from srft.learning import learn
 from srft.methods import UpdateInfo, assign_advantages, find_method, method_names
+from srft.responses import Response, count
 from tests.trainer.plain_step import Scored, assert_as_expected, divisor, expected_step, of_its_kind, statistics_of
 from tests.trainer.tiny import (
     CPU,

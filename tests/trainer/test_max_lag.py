@@ -17,7 +17,6 @@ import torch
 
 from srft import rollouts
 from srft import train as loop
-from srft.batch import SCORES, Group, Response
 from srft.data.prompts import Prompt
 from srft.data.sampler import StepSampler
 from srft.dataset import Prompts
@@ -25,6 +24,7 @@ from srft.engine.start import cores_divided
 from srft.policy.parallel import World
 from srft.record.metrics import Clock
 from srft.record.waiting import Waiting
+from srft.responses import SCORES, Group, Response
 from srft.rollout import Actor
 from srft.sampled import Sampled
 from srft.stop import Stopped

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from srft.batch import Group, Response, count, pack
+from srft.batch import pack
 from srft.config import Config
 from srft.methods import UpdateInfo
 from srft.methods.chord import Method
+from srft.responses import Group, Response, count
 from tests.numerics import assert_sum
 from tests.trainer.plain_step import (
     Expected,

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from srft.batch import Group, Response, count, pack
+from srft.batch import pack
 from srft.config import Config
 from srft.learning import remember_old_logprobs, update
 from srft.methods import UpdateInfo, assign_advantages, find_method
 from srft.record.metrics import combined
+from srft.responses import Group, Response, count
 from tests.numerics import assert_sum
 from tests.trainer.plain_step import (
     Expected,

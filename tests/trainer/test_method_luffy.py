@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from srft.batch import Group, Response, count, pack
+from srft.batch import pack
 from srft.config import Config
 from srft.learning import remember_old_logprobs, update
 from srft.methods import UpdateInfo, assign_advantages
 from srft.methods.luffy import Method
 from srft.record.metrics import combined
+from srft.responses import Group, Response, count
 from tests.numerics import assert_sum
 from tests.trainer.plain_step import (
     Expected,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srft.batch import Group, count, pack
+from srft.batch import pack
 from srft.config import Config
 from srft.data.examples import Example
 from srft.data.prompts import Prompt, with_demo
@@ -24,6 +24,7 @@ from srft.methods.opd import Method
 from srft.methods.self_distill import Method as SelfDistillation
 from srft.policy.frozen import Frozen
 from srft.policy.model import byte_tokenizer, own_attention
+from srft.responses import Group, count
 from srft.rollout import refuse_long_lessons
 from tests.trainer.chat import CHATML
 from tests.trainer.plain_step import (

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srft.batch import Group, Response, Totals, count, pack
+from srft.batch import pack
 from srft.config import Config
 from srft.data.examples import Example
 from srft.data.prompts import Prompt
@@ -26,6 +26,7 @@ from srft.methods.prefix_rft import Method as PrefixRft
 from srft.methods.uft import Method as Uft
 from srft.policy.exchange import _decoded, _encoded
 from srft.record.metrics import combined, group_metrics
+from srft.responses import Group, Response, Totals, count
 from srft.rollout import Actor, roll_out
 from tests.numerics import assert_sum
 from tests.trainer.chat import char_tokenizer

@@ -14,11 +14,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from srft.batch import Group, Response, count, pack
+from srft.batch import pack
 from srft.config import Config
 from srft.learning import learn, update
 from srft.methods import StepInfo, UpdateInfo, assign_advantages
 from srft.methods.relift import Method
+from srft.responses import Group, Response, count
 from tests.numerics import assert_sum
 from tests.trainer.plain_step import Scored, assert_as_expected, divisor, expected_step, step
 from tests.trainer.runs import comparable_rows, read_lines, train

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from srft.batch import Group, Response, count, pack
+from srft.batch import pack
 from srft.config import Config
 from srft.methods import UpdateInfo, find_method
 from srft.methods.hpt import Method as Hpt
 from srft.methods.superrl import Method as SuperRl
+from srft.responses import Group, Response, count
 from tests.numerics import assert_sum
 from tests.trainer.plain_step import Expected, Scored, assert_as_expected, divisor, expected_step, of_its_kind, step
 from tests.trainer.runs import read_lines, train

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from srft.batch import Group
 from srft.learning import learn
 from srft.methods import StepInfo
 from srft.methods.sft_then_rl import Method
 from srft.options import load_config
 from srft.policy.learner import Learner
+from srft.responses import Group
 from tests.trainer.plain_step import step
 from tests.trainer.runs import comparable_rows, read_lines, train
 from tests.trainer.tiny import plain_model, random_groups, tiny_config

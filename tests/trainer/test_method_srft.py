@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from srft.batch import count, pack
+from srft.batch import pack
 from srft.config import Config
 from srft.methods import StepInfo, UpdateInfo, assign_advantages
 from srft.methods.srft import Method
 from srft.options import load_config
+from srft.responses import count
 from tests.numerics import assert_sum
 from tests.trainer.plain_step import (
     Expected,

@@ -11,11 +11,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from srft.batch import Group, Response, Totals, pack
+from srft.batch import pack
 from srft.config import Config
 from srft.learning import remember_old_logprobs, update
 from srft.methods import Aggregation, UpdateInfo, assign_advantages, group_advantages, token_weights
 from srft.record.metrics import combined
+from srft.responses import Group, Response, Totals
 from tests.numerics import assert_sum
 from tests.trainer.plain_step import (
     Expected,

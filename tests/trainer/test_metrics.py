@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from srft import learning
-from srft.batch import Group
 from srft.data.prompts import Prompt
 from srft.methods import Figure
 from srft.record.metrics import Clock, combined, group_metrics, sample_rows
+from srft.responses import Group
 from tests.trainer.runs import read_lines, train
 from tests.trainer.tiny import example, random_groups, sequence
 

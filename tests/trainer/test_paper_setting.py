@@ -16,12 +16,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from srft import evaluate, train
-from srft.batch import Group
 from srft.evaluation.answering import as_prompts
 from srft.evaluation.sets import SETS, read_set
 from srft.evaluation.subject import find_subject
 from srft.options import load_config
 from srft.policy.model import load_tokenizer
+from srft.responses import Group
 from tests.trainer.runs import ROOT, read_lines
 
 RECIPE = str(ROOT / "recipes" / "qwen2.5-math-7b.toml")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from srft.batch import Group, Response
 from srft.config import Config
 from srft.data.prompts import Prompt
 from srft.engine.base import Completion, Ended, Sampling
@@ -19,6 +18,7 @@ from srft.learning import _parts
 from srft.methods import StepInfo
 from srft.policy.parallel import World
 from srft.record.rollouts import read_rows, step_file
+from srft.responses import Group, Response
 from srft.rollout import Actor, judge, roll_out
 from srft.stop import Stopped
 from tests.trainer.chat import char_tokenizer

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from srft.batch import Group
 from srft.record.problems import Verdicts, trained_on
+from srft.responses import Group
 from srft.rewards.pool import RewardResult
 from tests.trainer.runs import read_lines, train
 from tests.trainer.tiny import FakePool, example, random_groups

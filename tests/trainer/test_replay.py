@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from srft import prepare
-from srft.batch import Group, Response
 from srft.data.prompts import Prompt
 from srft.disk import WriteError
 from srft.policy.parallel import World
 from srft.record.rollouts import by_group, read_about, read_rows, step_file, write_step
+from srft.responses import Group, Response
 from srft.sampled import Sampled
 from tests.trainer.runs import (
     arguments,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from srft import prepare, train
-from srft.batch import Group
 from srft.data.examples import Example
 from srft.data.judging import check_answers, check_demos
 from srft.data.prompts import Prompt
+from srft.responses import Group
 from srft.rewards.pool import RewardPool, RewardResult
 from srft.rollout import judge
 from tests.trainer.runs import arguments, read_lines

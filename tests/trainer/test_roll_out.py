@@ -9,7 +9,6 @@ from threading import Barrier
 
 import pytest
 
-from srft.batch import Group
 from srft.data.examples import Example
 from srft.data.prompts import Prompt, build_prompts
 from srft.data.templates import PromptFormat
@@ -18,6 +17,7 @@ from srft.engine.sampling import describe_ends, make_sampling
 from srft.evaluation.held_out import evaluate
 from srft.methods import StepInfo
 from srft.policy.parallel import ALONE, World
+from srft.responses import Group
 from srft.rewards.pool import RewardPool
 from srft.rollout import Actor, judge, resample, roll_out
 from tests.trainer.chat import CHATML, R1, char_tokenizer

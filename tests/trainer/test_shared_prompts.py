@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from srft.batch import Batch, Response, pack, shared_cost
+from srft.batch import Batch, pack, shared_cost
 from srft.learning import accumulate, learn
 from srft.methods import assign_advantages
 from srft.policy import attention, prefixes, proof
@@ -24,6 +24,7 @@ from srft.policy.model import allow_sharing
 from srft.policy.optimizer import make_optimizer
 from srft.policy.prefixes import PaddedPrefixes, Prefixes, prefixes_of, select_repeated
 from srft.policy.proof import prove
+from srft.responses import Response
 from tests.trainer.architectures import build
 from tests.trainer.flash_stand_ins import MODULES, attend
 from tests.trainer.layout_ranks import without_casts

@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from srft import learning
-from srft.batch import Group, Response
 from srft.data.examples import Example
 from srft.data.prompts import Prompt
 from srft.dataset import read_problems
 from srft.engine.hf import HfEngine
 from srft.policy.model import byte_tokenizer
 from srft.record.metrics import group_metrics
+from srft.responses import Group, Response
 from srft.rewards.pool import RewardPool
 from srft.rollout import judge
 from srft_kernels.head import chunks as chunked_head

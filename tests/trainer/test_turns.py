@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from srft.batch import Response
 from srft.data.examples import Example, load_examples
 from srft.data.messages import split_turns
 from srft.data.prompts import Prompt, build_prompts
 from srft.data.templates import PromptFormat
 from srft.data.turns import heard, refuse_forgetful_template
 from srft.dataset import make_prompts, read_problems
+from srft.responses import Response
 from srft.rewards.pool import RewardPool
 from srft.rollout import demonstration
 from tests.trainer.chat import CHATML, GEMMA, LLAMA3, MISTRAL, PLAIN, QWEN3, R1, char_tokenizer

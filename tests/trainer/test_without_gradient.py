@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from srft.batch import Group
 from srft.config import Config
 from srft.learning import learn
 from srft.method import BaseMethod
@@ -19,6 +18,7 @@ from srft.policy.learner import with_gradient
 from srft.policy.model import prepare_policy
 from srft.policy.optimizer import make_optimizer
 from srft.policy.parallel import ALONE, World, whole
+from srft.responses import Group
 from tests.ranks import results_of_two_ranks
 from tests.trainer.architectures import build
 from tests.trainer.layout_ranks import without_casts

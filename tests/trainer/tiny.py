@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from srft.batch import Batch, Group, Response, pack
+from srft.batch import Batch, pack
 from srft.config import Config
 from srft.data.examples import Example
 from srft.data.prompts import Prompt
@@ -20,6 +20,7 @@ from srft.options import load_config
 from srft.policy.learner import Learner
 from srft.policy.model import byte_tokenizer, compute, prepare_policy
 from srft.policy.parallel import ALONE
+from srft.responses import Group, Response
 from srft.rewards.pool import RewardResult
 
 VOCAB = 37
