@@ -126,6 +126,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+OF_A_LAYOUT = ("canary/", "tokens/shared")
+"""How metrics begin that differ with ranks or micro-batches: an engine each, and where a prompt met its sequences."""
+
+
 def comparable_rows(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics of a run without what a clock said."""
     rows = read_lines(run_dir / "metrics.jsonl")
