@@ -41,7 +41,8 @@ def make_tables(findings: Findings) -> list[Table]:
         ),
         Table(
             "Budgets", "Mean over seeds of what a run was given, and its ratio to the reference. FLOPs: 6 · parameters "
-            "· trained tokens + 2 · parameters · sampled tokens; attention, evaluation and other passes left out.",
+            "· trained tokens + 2 · parameters · sampled tokens, a prompt counted for each of its sequences though a "
+            "micro-batch computes it once; attention, evaluation and other passes left out.",
             ["arm", *BUDGETS.values()],
             [[a.name, *(_spent(a, findings, what) for what in BUDGETS)] for a in arms],
         ),
