@@ -68,12 +68,19 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
         exchange.return_entropies()
     lag = lag_figures(held, step, config.rollout.is_cap, world) if behind else {}
     if more := config.method.further(groups, now, world.gather):
-        held += (own := world.own(more))
+        # a response that was learned from has scores of the policy before, which others of these may lack
+        held += (own := [_unscored(s) for s in world.own(more)])
         figures.append(update(learner, own, step))
     if not figures:
         return {}
     made = {"updates/made": len(figures), "tokens/trained": int(world.sum([sum(map(len, held))])[0])}
     return combined(figures) | apart | made | lag
+
+
+def _unscored(s: Response) -> Response:
+    return replace(
+        s, old_logprobs=None, old_entropy=None, ref_logprobs=None, teacher_logprobs=None, importance=None
+    )  # fmt: skip
 
 
 def _parts(learner: Learner, groups: list[Group]) -> list[list[Group]]:

@@ -224,7 +224,7 @@ class HttpEngine:
         if again:
             self._look_at(server)
         try:
-            place = self._weights.place(server.host, server.port)
+            place = self._weights.place(server.own_address)
         except OSError as error:
             raise EngineLost(f"{server.url}: {error.strerror or error}") from error
         server.take(place, self._label)

@@ -42,9 +42,11 @@ class Server:
         self.url = url
         self.lost = ""
         """Why it is not asked at present; empty while it is."""
+        self.own_address = ""
+        """This machine's, from which it was reached last."""
         parts = urlsplit(url)
         assert parts.hostname is not None
-        self.host, self.port, self._prefix = parts.hostname, parts.port or 80, parts.path.rstrip("/")
+        self._host, self._port, self._prefix = parts.hostname, parts.port or 80, parts.path.rstrip("/")
         self._deadline_s = deadline_s
         self._heard = time.monotonic()
         self._lines: set[http.client.HTTPConnection] = set()
@@ -52,7 +54,7 @@ class Server:
 
     def line(self) -> http.client.HTTPConnection:
         """Return a connection that ``ask`` may use again and again, by one thread; closed by ``hang_up``."""
-        line = http.client.HTTPConnection(self.host, self.port, timeout=min(_CONNECT_S, self._deadline_s))
+        line = http.client.HTTPConnection(self._host, self._port, timeout=min(_CONNECT_S, self._deadline_s))
         with self._lock:
             self._lines.add(line)
         return line
@@ -170,6 +172,7 @@ class Server:
             line.connect()
             assert line.sock is not None
             line.sock.settimeout(self._deadline_s)
+            self.own_address = line.sock.getsockname()[0]
         asked = time.monotonic()
         line.request("POST", self._prefix + path, json.dumps(body), {"Content-Type": "application/json"})
         answered = select.poll()

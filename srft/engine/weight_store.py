@@ -21,6 +21,7 @@ from srft.engine.asking import in_pieces
 _FILE_BYTES = 2**30
 # one that stops reading in the middle of an answer has that much time to go on
 _STALLED_S = 60.0
+_SENT_AT_ONCE = 2**20
 _CLOSE_POLL_S = 0.05
 
 
@@ -63,7 +64,7 @@ class InFolder:
             raise
         self._count += 1
 
-    def place(self, _host: str, _port: int) -> str:
+    def place(self, _own_address: str) -> str:
         """Return the path of the last ones."""
         return str(self._numbered(self._count))
 
@@ -104,17 +105,15 @@ class InMemory:
         self._files = []
         self._files = [save(piece) for piece in in_pieces(named_tensors, _FILE_BYTES)]
 
-    def place(self, host: str, port: int) -> str:
-        """Return the address of the last ones, as a server can reach it.
+    def place(self, address: str) -> str:
+        """Return where a server finds the last ones.
 
         Args:
-            host: Of the server.
-            port: Of the server.
+            address: Of this machine, as that server sees it.
 
         Raises:
-            OSError: When there is no way to it.
+            OSError: When it is none of this machine's any more.
         """
-        address = _own_address(host, port)
         with self._lock:
             if address not in self._doors:
                 self._doors[address] = (_V6 if ":" in address else _V4)(address, self._answer)
@@ -163,15 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(404 if found is None else 200)
         self.send_header("Content-Length", str(len(found or b"")))
         self.end_headers()
-        self.wfile.write(found or b"")
+        # each piece has the whole time, however slow the way is
+        for at in range(0, len(found or b""), _SENT_AT_ONCE):
+            self.wfile.write(memoryview(found or b"")[at : at + _SENT_AT_ONCE])
 
     def log_message(self, *_: object) -> None:
         pass
-
-
-def _own_address(host: str, port: int) -> str:
-    """This machine's address on the way to another one."""
-    family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as way:
-        way.connect(place)  # of datagrams: nothing is sent
-        return str(way.getsockname()[0])

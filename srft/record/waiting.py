@@ -53,8 +53,16 @@ class Waiting:
         Args:
             texts: From ``lines``, with the same prompts: of each rank that there was, in order.
             world: The ranks that there are.
+
+        Raises:
+            ValueError: When an earlier version wrote them, which did not say when a group was drawn.
         """
         rows = [json.loads(line) for text in texts for line in text.splitlines()]
+        if any(row["in"] != "batch" and "drawn" not in row for row in rows):
+            raise ValueError(
+                "the checkpoint's rollouts.jsonl is of an earlier version of srft; go on with that, or start anew by "
+                "another name"
+            )
         for row in rows:
             if row["in"] == "batch":
                 ended = row["ended"] and (row["ended"][0], row["ended"][1])

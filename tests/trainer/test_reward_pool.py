@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -343,10 +344,10 @@ def test_workers_end_with_their_parent(custom: str, tmp_path: Path, how: str) ->
     assert wait_until_gone(pids)
 
 
-@pytest.mark.parametrize(("workers", "deadline"), [(0, 1.0), (1, 0.0)])
+@pytest.mark.parametrize(("workers", "deadline"), [(0, 1.0), (1, 0.0), (1, math.nan), (1, math.inf)])
 def test_bad_numbers(workers: int, deadline: float) -> None:
     """A pool needs a worker and some time."""
-    with pytest.raises(ValueError, match="workers >= 1 and deadline_s > 0"):
+    with pytest.raises(ValueError, match="workers >= 1 and a finite deadline_s > 0"):
         RewardPool("exact", workers, deadline)
 
 
