@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from srft.rewards.verifiers import evaluate_expression
+from srft.rewards.arithmetic import evaluate_expression
 
 _ASKED = re.compile(r"([-+*/().\d\s]*[\d)]\s*)=\s*\Z")
 

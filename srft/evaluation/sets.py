@@ -86,7 +86,7 @@ class EvalSet:
 
 def _written(row: Row) -> Question:
     """A problem whose answer is written: columns as MATH, AIME, AMC and Minerva have them, or a box in a solution."""
-    text = next((row[name] for name in ("problem", "question", "prompt") if name in row), None)
+    text = next((row[name] for name in ("problem", "question", "prompt") if not is_missing(row.get(name))), None)
     if text is None:
         raise KeyError("problem, question or prompt")
     halves = split_conversation(text, "its question")
@@ -106,7 +106,9 @@ def _olympiad(row: Row) -> Question:
     if is_missing(answers):
         return Question(str(row["question"]), None)
     # a file that others pass on may have one text
-    answers = [answers] if isinstance(answers, str) else answers
+    answers = [answers] if isinstance(answers, str) else list(answers)
+    if any(is_missing(part) or re.match(r"\s*\[\s*['\"]", str(part)) for part in answers):
+        raise ValueError(f"final_answer is one text or a list, which a CSV file cannot hold, got {answers!r:.80}")
     parts = [str(part).strip().rstrip(".").replace("$", "") for part in answers]
     context = row.get("context")
     text = row["question"] if is_missing(context) else f"{context}\n\n{row['question']}"
@@ -150,7 +152,7 @@ def _mmlu_pro(row: Row) -> Question:
     options, index = _options(row["options"]), row["answer_index"]
     if index not in range(len(options)):
         raise ValueError(f"answer_index is 0 to {len(options) - 1}, got {index!r}")
-    if row.get("answer", _LETTERS[int(index)]) != _LETTERS[int(index)]:
+    if not is_missing(row.get("answer")) and row["answer"] != _LETTERS[int(index)]:
         raise ValueError(f"its answer is {row['answer']!r} and its answer_index {index}, another option")
     return Question(row["question"].strip(), int(index), options)
 

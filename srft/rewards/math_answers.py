@@ -45,7 +45,7 @@ _CHOICE = re.compile(
 _CHOICE_AND_TEXT = re.compile(r"(?:\\text\s*\{\s*\(?|\()([A-J])\)\s*\}?\s*(.+)|([A-J])[).:]\s+(.+)", re.DOTALL)
 # beside a choice: another one, or what is said of it
 _OTHER_CHOICE = re.compile(
-    r"^(?:or|and|not|nor|but|is|isn't)(?!\w)|^[A-J]$|(?<![\w'])[A-J][).:]|\b(?:or|and|not|nor)\s+(?:[a-z]+\s+)?\(?[A-J](?!\w)"
+    r"^(?:or|and|not|nor|but|is|isn't)(?!\w)|^(?:wrong|incorrect|false)$|^[A-J]$|[,;/|]\s*\(?[A-J]\)?\s*(?:[,;/|]|$)|(?<![\w'])[A-J][).:]|\b(?:or|and|not|nor)\s+(?:[a-z]+\s+)?\(?[A-J](?!\w)"
 )
 _MATRIX = re.compile(
     r"[(\[]?\s*\\begin\{([pbvBV]?)(?:matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1(?:matrix|array)\}\s*[)\]]?", re.DOTALL

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from srft.rewards.answers import tidy
+from srft.rewards.arithmetic import evaluate_expression
 from srft.rewards.units import UNITS, unit_of
-from srft.rewards.words import CHANGES, bounds, changes, denies, factor_of, part_scripts, says
+from srft.rewards.words import CHANGES, bounds, changed_after, changes, denies, factor_of, part_scripts, says
 
 MAX_NUMBER_CHARS = 200  # exact arithmetic on longer literals would cost more than it can be worth
 MAX_EXPONENT = 1000  # of powers and of ten
@@ -229,7 +230,7 @@ def _trailing(text: str) -> tuple[Fraction, bool, str] | None:
     words = re.findall(rf"(?:[^\W\d_]|[°µ¢])+[²³]?(?:'[a-z]+)?|[{_CURRENCY}]|/", text)
     unit = unit_of(words)
     if not unit:
-        if any(map(changes, words)) or denies(text) or (attached and words):
+        if changed_after(words) or denies(text) or (attached and words):
             return None
         # a letter alone is a variable
         if any(len(word) == 1 and word.isascii() and word not in _CURRENCY + "/aAI" for word in words):
@@ -291,10 +292,19 @@ def read_quantity(text: str) -> Quantity | None:
             if number and not re.fullmatch(r"\s*[A-Za-z]\s*", side):
                 return None
             continue
-        other = read_quantity(side)
+        other = read_quantity(side) or _computed(side)
         if other is None or not other.equals(found):
             return None
     return found
+
+
+def _computed(side: str) -> Quantity | None:
+    """What stands before an equals sign, worked out: "6 \\times 7"."""
+    side = re.sub(r"\\times|\\cdot|(?<=[0-9)\s])x(?=[0-9(\s])", "*", side).replace(r"\div", "/")
+    try:
+        return Quantity(evaluate_expression(re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))|\$", "", side))[0])
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 _UNIT_AT_END = re.compile(
@@ -320,7 +330,8 @@ def unit_after(text: str) -> tuple[str, bool, str]:
         if match["power"] and words:
             words[-1] += "²" if "2" in match["power"] else "³"
         unit = unit_of(words)
-        plain = re.fullmatch(r"[a-zA-Z\s.²³]*", " ".join(words)) is not None
+        said = " ".join(words)
+        plain = re.fullmatch(r"[a-zA-Z\s.²³]*", said) is not None and factor_of(said)[0] == 1 and not denies(said)
         if unit or (match["text"] is not None and plain and not any(map(changes, words))):
             return text[: match.start()].strip(), percent, unit
     return text, percent, ""

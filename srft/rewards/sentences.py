@@ -6,6 +6,7 @@ import re
 
 from srft.rewards.answers import tidy
 from srft.rewards.quantities import Quantity, read_quantity
+from srft.rewards.units import unit_of
 from srft.rewards.words import CHANGES, bounds, denies, part_scripts
 
 
@@ -19,7 +20,7 @@ def last_quantity(text: str) -> Quantity | None:
     line = part_scripts(re.sub("[½⅓⅔¼¾⅛]", lambda m: tidy(m[0]), line))
     if stated := list(_STATED.finditer(line)):
         return read_quantity(_END_OF_STATEMENT.split(stated[-1]["what"])[0])
-    if "=" not in line and not re.search(r"(?<!\\)\b[a-zA-Z]{2,}", line):
+    if "=" not in line and not re.search(r"(?<![\\\w])[^\W\d_]{2,}", line):
         return read_quantity(line.lstrip("# "))
     words = line.split()
     place = next((i for i in reversed(range(len(words))) if re.search(r"[0-9]", words[i])), None)
@@ -38,13 +39,15 @@ def last_quantity(text: str) -> Quantity | None:
     previous = before[-1] if before else ""
     if previous in _OPERATORS or (following := after[0] if after else "") in _OPERATORS or following == "=":
         return None
+    if _COMPOUND.search(" ".join(before)) or _is_second_unit(before, after):
+        return None
     joined = {"or", "to", "through"}
     if {"between", "either", "both"} & {name.lower() for name in before}:
         joined.add("and")
     if previous.lower() in joined and re.search(r"[0-9]", " ".join(before[-4:])):
         return None
     # a list, of numbers or of choices
-    if re.fullmatch(r"[-$]?[0-9][0-9.,/]*[0-9,;]|[0-9]", previous):
+    if re.fullmatch(r"[a-zA-Z]*[(\[{]*[-$]?(?:[0-9][0-9.,/]*[0-9,;]|[0-9])", previous):
         return None
     if re.fullmatch(r"[A-J][).:]", previous) and any(re.fullmatch(r"[A-J][).:]", w) for w in before[:-1]):
         return None
@@ -63,9 +66,22 @@ def last_quantity(text: str) -> Quantity | None:
     return found
 
 
+def _is_second_unit(before: list[str], after: list[str]) -> bool:
+    """Whether a number with a unit stands before one with another: "2 hours (and) 30 minutes"."""
+    *_, number, unit = ["", "", *(word for word in before if word != "and")]
+    its_own = after[0].strip(".,;:!?") if after else ""
+    return bool(re.fullmatch(r"[0-9][0-9.,/]*", number) and unit_of([unit]) and unit_of([its_own]))
+
+
+# another number stands before, and one of the two is the answer, or what comes of both
+_COMPOUND = re.compile(
+    r"[0-9]\S*(?:\s+[^\s.,;:!?]+){0,2}\s+(?:or|oder|ou|o|или)(?:\s+[^\s.,;:!?]+){0,2}$"
+    r"|[0-9]\S*(?:\s+[^\s.,;:!?]+)?\s+(?:out of|(?:divided|multiplied) by|times)$",
+    re.IGNORECASE,
+)
 _COMMAND = re.compile(r"\$?\\(?!\(|\[|approx)")
 _STATED = re.compile(r"\banswer\b(?:(?!\banswer\b)[^:=0-9]){0,40}?(?:\bis\b|:|=)(?P<what>.*[0-9].*)", re.IGNORECASE)
 _END_OF_STATEMENT = re.compile(r"\.\s+(?=[A-Z])|,?\s+(?:because|since|as)\s")
 _END_OF_CLAUSE = re.compile(r"[.,;:!?]\s")
 _TIMES_SIGNS = {"*", "x", "×", "·", r"\times", r"\cdot"}
-_OPERATORS = _TIMES_SIGNS | set(r"+ / ^ - − ÷ ** < > <= >= ≤ ≥ ≠ != \le \ge \ne \neq".split())
+_OPERATORS = _TIMES_SIGNS | set(r"+ / ^ - − – — ± % : ∙ • ÷ ** < > <= >= ≤ ≥ ≠ != \le \ge \ne \neq".split())

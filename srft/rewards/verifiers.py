@@ -21,6 +21,7 @@ from srft.rewards.answers import (
     marked_answer,
     printed,
 )
+from srft.rewards.arithmetic import evaluate_expression
 from srft.rewards.math_answers import MAX_CHARS, read
 from srft.rewards.math_nodes import Literal, Words, same, squeeze
 from srft.rewards.quantities import Quantity, read_quantity
@@ -28,14 +29,12 @@ from srft.rewards.sentences import last_quantity
 
 Verifier = Callable[[str, Any, dict[str, Any]], float]
 
-MAX_EXPRESSION_CHARS = 200  # three stack frames each at worst: nested parentheses stay within Python's limit
-
 
 # a chain ends in "#8"; GSM8K in "#### 8", where headings, "## Step 2" or "## 2. Add", are no answer
 _HASH = re.compile(r"#+([^#\n]*)")
 _NUMBER_AFTER_HASHES = re.compile(
     r"(?<!#)#{2,}+(?![ \t]*[0-9]+[.)][ \t]+[^\s])"
-    r"([ \t]*(?:[-+−$€£¥\\.(\[{*0-9½⅓⅔¼¾⅛]|[A-Za-z][ \t]*=|[^#\n]*\b(?i:answer))[^#\n]*)"
+    r"([ \t]*(?:[-+−$€£¥\\.(\[{*0-9½⅓⅔¼¾⅛]|[A-Za-z][ \t]*=|[^#\n]*\b(?i:answer)[^#\n]*[0-9½⅓⅔¼¾⅛])[^#\n]*)"
 )
 
 
@@ -91,57 +90,6 @@ def numeric(completion: str, answer: Any, row: dict[str, Any]) -> float:
     marked = marked_answer(text, _NUMBER_AFTER_HASHES)
     found = last_quantity(text) if marked is None else read_quantity(marked)
     return float(found is not None and gold.equals(found))
-
-
-def evaluate_expression(text: str) -> tuple[Fraction, list[Fraction]]:
-    """Exact value of an arithmetic expression, and the number literals in it.
-
-    Args:
-        text: Decimal literals, + - * / (also × · ÷ −), unary minus, parentheses; at most 200 characters.
-
-    Raises:
-        ValueError: On anything else, powers and implicit products included.
-        ZeroDivisionError: On a division by zero.
-    """
-    text = text.translate(str.maketrans("×·÷−", "**/-"))
-    if len(text) > MAX_EXPRESSION_CHARS:
-        raise ValueError(f"an expression of {len(text)} characters, at most {MAX_EXPRESSION_CHARS} are read")
-    tokens = re.findall(r"\d+(?:\.\d+)?|[-+*/()]|\S", text)[::-1]
-    numbers: list[Fraction] = []
-
-    def take() -> str:
-        return tokens.pop() if tokens else ""
-
-    def factor() -> Fraction:
-        token = take()
-        if token == "-":
-            return -factor()
-        if token == "(":
-            value = total()
-            if take() != ")":
-                raise ValueError("a parenthesis is not closed")
-            return value
-        if not token[:1].isdecimal() or not token.isascii():
-            raise ValueError(f"expected a number, got {token!r}")
-        numbers.append(Fraction(token))
-        return numbers[-1]
-
-    def product() -> Fraction:
-        value = factor()
-        while tokens and tokens[-1] in "*/":
-            value = value * factor() if take() == "*" else value / factor()
-        return value
-
-    def total() -> Fraction:
-        value = product()
-        while tokens and tokens[-1] in "+-":
-            value = value + product() if take() == "+" else value - product()
-        return value
-
-    value = total()
-    if tokens:
-        raise ValueError(f"unexpected {tokens[-1]!r}")
-    return value, numbers
 
 
 _EQUATION_LABEL = re.compile(r"(?:answer|equation|expression)\s*(?:is)?\s*:?\s*(?=[-\d(])", re.IGNORECASE)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 
 _FACTORS = {
-    "hundred|百": 100, "dozens?|dutzend|docenas?|douzaines?|дюжин[аы]?": 12,
+    "hundred|hundert|сот(?:ен|ни|ня)|百|백": 100, "decenas?|dizaines?|десятк(?:ов|а)|十": 10,
+    "dozens?|dutzend|docenas?|douzaines?|дюжин[аы]?": 12,
     "thousand|tausend|тысячи?|тысяча|тыс|千|천": 1000,
     "lakhs?": 10**5, "crores?": 10**7, "[万萬만]": 10**4, "[亿億억]": 10**8,
     "millions?|millionen|mill[oó]n|millones|milhão|milhões|milione|milioni|миллион(?:а|ов)?|млн": 10**6,
-    "billions?|bn|milliarden?|milliards?|miliardo|miliardi|миллиард(?:а|ов)?|млрд": 10**9, "trillions?": 10**12,
+    "billions?|bn|milliarden?|milliards?|miliardo|miliardi|миллиард(?:а|ов)?|млрд": 10**9,
+    "trillions?|bill[oó]n(?:es)?|兆|조": 10**12,
 }  # fmt: skip
 _FACTOR = re.compile(
     r"\s*(?:"
     + "|".join(f"(?P<f{factor}>{names})" for names, factor in _FACTORS.items())
     # a script without spaces has no end of a word
-    + r")(?:(?<=[百千万萬亿億천만억])|(?![^\W\d_]))\.?",
+    + r")(?:(?<=[十百千万萬亿億兆백천만억조])|(?![^\W\d_]))\.?",
     re.IGNORECASE,
 )
 CHANGES = set(
@@ -25,9 +27,18 @@ CHANGES = set(
     most nan neither never nine nineteen no nor not one or over pi plus point power quarter quarters root seven
     seventeen sin six sixteen sqrt squared tan tau ten tens than third thirds thirteen thirty thousands three through
     to triple twelve twenty twice two wrong incorrect false invalid impossible under zero mil mille mila mio mrd
+    viertel drittel fünftel achtel zehntel
+    halb halbe demi demie medio половина половиной
     """.split()
 )
-"""Words after or before a number that make another number of it, or none; of English."""
+"""Words after or before a number that make another number of it, or none."""
+_NUMBERS = set(
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty".split()
+)
+_JOINING = {"and", "or", "to", "times", "by", "over", "point", "plus", "minus", "through"}
+# of scripts without spaces: "and a half", "or more", "or less"
+_AROUND = re.compile(r"半|^以[上下内內外]|^이상|^이하|^미만|^초과")
 _PARTS = re.compile(
     r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|\w+illion|\w*teen|\w+tie)ths?|\w+illion\w*"
 )
@@ -74,6 +85,23 @@ def changes(word: str) -> bool:
     """
     word = word.lower()
     return word in CHANGES or _PARTS.fullmatch(word) is not None
+
+
+def changed_after(words: list[str]) -> bool:
+    """Whether words after a number make another number of it, or none; "42 days to finish" and "$42 for three" do not.
+
+    Args:
+        words: In order.
+    """
+    for i, word in enumerate(words):
+        lower, next_one = word.lower(), words[i + 1].lower() if i + 1 < len(words) else ""
+        if lower in _NUMBERS and i and words[i - 1].lower() not in _JOINING:
+            continue
+        if lower == "to" and next_one not in _NUMBERS:
+            continue
+        if changes(lower) or _AROUND.search(word):
+            return True
+    return False
 
 
 def denies(text: str) -> bool:

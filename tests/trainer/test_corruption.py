@@ -10,7 +10,8 @@ import pytest
 
 from srft.data.corruption import CorruptKind, corrupted
 from srft.data.examples import Example, load_examples
-from srft.rewards.verifiers import VERIFIERS, evaluate_expression, exact, math, numeric
+from srft.rewards.arithmetic import evaluate_expression
+from srft.rewards.verifiers import VERIFIERS, exact, math, numeric
 
 KINDS: tuple[CorruptKind, ...] = ("wrong-step", "wrong-answer", "other")
 

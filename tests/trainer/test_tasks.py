@@ -19,7 +19,8 @@ from srft.data.tasks import (
     sums_rows,
 )
 from srft.environments.calculator import Calculator
-from srft.rewards.verifiers import countdown, evaluate_expression, exact, numeric
+from srft.rewards.arithmetic import evaluate_expression
+from srft.rewards.verifiers import countdown, exact, numeric
 
 
 def left_to_right(prompt: str) -> int:

@@ -17,6 +17,7 @@ from srft.rewards.answers import BadGold, after_thinking, final_box, gold_text, 
 from srft.rewards.quantities import read_quantity
 from srft.rewards.verifiers import exact, math, numeric
 from tests.trainer import verdicts
+from tests.trainer.verdicts_sentences import SENTENCES
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "eval"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the data files at ../shared/data")
@@ -29,7 +30,7 @@ def boxed(rows: list[verdicts.Row]) -> list[verdicts.Row]:
 
 GRADED = [
     *((exact, *row) for row in verdicts.EXACT),
-    *((numeric, *row) for row in [*boxed(verdicts.NUMERIC_BOXED), *verdicts.NUMERIC]),
+    *((numeric, *row) for row in [*boxed(verdicts.NUMERIC_BOXED), *verdicts.NUMERIC, *SENTENCES]),
     *((math, *row) for row in [*boxed([*verdicts.MATH_BOXED, *verdicts.FALSE_NEGATIVES]), *verdicts.MATH]),
 ]
 

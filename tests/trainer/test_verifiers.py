@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from srft.data.examples import load_examples
 from srft.data.judging import check_demos
+from srft.rewards.arithmetic import evaluate_expression
 from srft.rewards.pool import RewardPool
-from srft.rewards.verifiers import BadGold, countdown, evaluate_expression, exact, last_boxed, math, numeric
+from srft.rewards.verifiers import BadGold, countdown, exact, last_boxed, math, numeric
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"

@@ -1,6 +1,7 @@
 """Graded answers: (answer of the data, what the model says, verdict), a row for each rule of the verifiers.
 
-1 earns the reward, 0 does not, None: the answer cannot be read. ``\\boxed{...}`` is put around what stands in BOXED.
+Those of sentences are in ``verdicts_sentences``. 1 earns the reward, 0 does not, None: the answer cannot be read.
+``\\boxed{...}`` is put around what stands in BOXED.
 """
 
 from __future__ import annotations
@@ -94,23 +95,6 @@ NUMERIC: list[Row] = [
     ("18", "<thinking>x\n18", 0), ("18", "[THINK] 17 [/THINK] 18", 1), ("18", "", 0), ("18", "eighteen apples", 0),
     ("10,000 dollars", "about $10,000", 1), ("A: 18", "18", 1), ("blah 5 + 13\n#### 18", "18", 1),
     (r"\boxed{18}", "18", 1),
-    # sentences
-    ("5", r"The answer is \pm 5.", 0), ("5", "The answer is 5 because 2 + 3 = 5.", 1),
-    ("5", "The answer is 5. I am sure of 100%.", 1), ("100", "The answer is 5. I am sure of 100%.", 0),
-    ("6", "The answer is 5, 6.", 0), ("5", r"It is \sqrt 5", 0), ("5", "4 = 5", 0), ("-13", "= -13", 1),
-    ("5", "It takes 5 and a half hours", 0), ("5 mph", "It goes 5 miles per hour", 1), ("0.5", "It is ½", 1),
-    ("5", "log 5", 0), ("5", "x = 3 + 5", 0), ("0.00005", r"It is 5 \times 10^{-5} m", 1),
-    ("5", r"It is 5 \times 10^{-5} m", 0),
-    # what denies it stands before or after it, in many languages
-    ("18", "It cannot be 18", 0), ("18", "It is not exactly 18.", 0), ("18", "It isn't 18.", 0),
-    ("18", "It is not 20, so it is 18.", 1), ("18", "Die Antwort ist 18.", 1), ("-18", "Die Antwort ist -18.", 1),
-    ("18", "Die Antwort ist nicht 18.", 0), ("18", "Es sind weniger als 18.", 0), ("18", "La réponse est 18.", 1),
-    ("18", "La réponse n'est pas 18.", 0), ("18", "La respuesta es 18 manzanas.", 1), ("18", "A resposta é 18.", 1),
-    ("18", "A resposta não é 18.", 0), ("18", "Ответ: 18.", 1), ("18", "Ответ не 18", 0), ("18", "Больше 18", 0),
-    ("18", "答案是18。", 1), ("-18", "答案是-18。", 1), ("18", "答案不是18。", 0), ("18", "超过18", 0),
-    ("18", "第18", 0), ("18", "答えは18です。", 1), ("18", "答えは18ではありません。", 0), ("18", "답은 18입니다.", 1),
-    ("18", "答案：１８", 1), ("18", "#### １８", 1), ("18", "<answer>#### 18</answer>", 1),
-    ("18", "<answer>20</answer> 18", 0),
     # all kinds once more
     ("5", r"\boxed{5\text{ or }6}", 0), ("12", "<answer>12 apples</answer>", 1),
     ("12", "<answer>12</answer><answer></answer>", 0), ("12", "#### 12\n#### 13", 0), ("13", "#### 12\n#### 13", 1),
@@ -347,6 +331,9 @@ MATH_BOXED: list[Row] = [
     ("четыре", "Четыре", 1), ("Zürich", "zürich", 1), ("Zürich", "Zu\u0308rich", 1), ("Zürich", "Zurich", 0),
     ("5", "北京", 0), ("C", "(C) supply and demand", 1), ("C", "C. 5 or 6", 1), ("C", "C. vitamin C", 1),
     ("C", "C: it is not so", 1), ("C", "C. D", 0), ("C", "C. 12, D. 13", 0), ("C", "C: 12 / D: 13", 0),
+    ("B", "(B) foo, C, D", 0), ("B", "B. all, A, C, D", 0), ("B", r"\text{(B) wrong}", 0), ("B", "(B) foo", 1),
+    (r"3\pi", r"3\pi\text{ thousand}", 0), (r"3\pi", r"3\pi\text{ nicht}", 0), (r"3\pi", r"3\pi\text{ dollars}", 1),
+    (r"\sqrt{2}", r"\sqrt{2}\text{ hundred dollars}", 0),
     ("C", "(C) supply or option D", 0), ("C", "C. or D", 0), ("C", "(C) is wrong", 0), ("C", "(C) and (D)", 0),
     # answers that cannot be read
     ("", "5", None), ("  ", "", None), (None, "5", None), (r"\frac{1}{", "5", None), ("???", "???", None),
