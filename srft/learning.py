@@ -78,9 +78,10 @@ def learn(learner: Learner, groups: list[Group], step: int) -> dict[str, float]:
 
 
 def _unscored(s: Response) -> Response:
-    return replace(
-        s, old_logprobs=None, old_entropy=None, ref_logprobs=None, teacher_logprobs=None, importance=None
-    )  # fmt: skip
+    copy = replace(s)
+    for name in SCORES:
+        setattr(copy, name, None)
+    return copy
 
 
 def _parts(learner: Learner, groups: list[Group]) -> list[list[Group]]:

@@ -159,12 +159,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         found = self.server.answer(self.path)
+        body = memoryview(found or b"")
         self.send_response(404 if found is None else 200)
-        self.send_header("Content-Length", str(len(found or b"")))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         # each piece has the whole time, however slow the way is
-        for at in range(0, len(found or b""), _SENT_AT_ONCE):
-            self.wfile.write(memoryview(found or b"")[at : at + _SENT_AT_ONCE])
+        for at in range(0, len(body), _SENT_AT_ONCE):
+            self.wfile.write(body[at : at + _SENT_AT_ONCE])
 
     def log_message(self, *_: object) -> None:
         pass

@@ -173,7 +173,7 @@ def _rows(
     """[T, H, d] queries, and keys and values of all that the sequences read."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if prefixes is not None:
-        k, v = prefixes.joined(k), prefixes.joined(v)
+        k, v = prefixes.joined(k, v)
     return q.contiguous(), k.contiguous(), v.contiguous()
 
 

@@ -25,24 +25,26 @@ class Prefixes:
     cu_seqlens: Tensor
     cu_seqlens_k: Tensor
 
-    def joined(self, x: Tensor) -> Tensor:
+    def joined(self, *tensors: Tensor) -> list[Tensor]:
         """Put before each sequence's own tokens those that it reads of another.
 
         Args:
-            x: [T, ...] of every token of the row.
+            tensors: [T, ...] of every token of the row, on one device.
 
         Returns:
-            [T_k, ...] within ``cu_seqlens_k``.
+            Of each [T_k, ...] within ``cu_seqlens_k``.
         """
+        device = tensors[0].device
         own = self.cu_seqlens[:-1].long() - self.lengths
-        reads = self.cu_seqlens_k.diff().long().to(x.device)
+        reads = self.cu_seqlens_k.diff().long().to(device)
         total = int(self.cu_seqlens_k[-1])
         first, start, own, length = (
-            each.to(x.device).long().repeat_interleave(reads, output_size=total)
+            each.to(device).long().repeat_interleave(reads, output_size=total)
             for each in (self.cu_seqlens_k[:-1], self.starts, own, self.lengths)
         )
-        place = torch.arange(total, device=x.device) - first
-        return select_repeated(x, place + torch.where(place < length, start, own))
+        place = torch.arange(total, device=device) - first
+        index = place + torch.where(place < length, start, own)
+        return [select_repeated(x, index) for x in tensors]
 
     def readers(self) -> Tensor:
         """Return how many sequences read each token of the row, [T] int64 on the CPU."""

@@ -71,7 +71,7 @@ def test_every_sequence_reads_what_it_is(groups: list[tuple[list[int], list[list
         shared = prefixes_of(batch.cu_seqlens, batch.cu_seqlens_k)
         read, places = batch.input_ids, batch.position_ids
         if shared is not None:
-            read, places = shared.joined(read), shared.joined(places)
+            read, places = shared.joined(read, places)
         lengths = list(map(len, batch.sequences))
         assert [x.tolist() for x in read.split(lengths)] == [s.prompt_ids + s.response_ids for s in batch.sequences]
         assert [x.tolist() for x in places.split(lengths)] == [list(range(n)) for n in lengths]
